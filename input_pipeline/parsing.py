@@ -1,0 +1,230 @@
+"""Parsing maps: label sets, which classes a pose switches on (methods.md 1.5), reading, flipping, areas.
+
+Left and right are the person's own, as in OpenPose. Label sets are never converted into one another.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import pathlib
+from collections.abc import Mapping
+
+import numpy as np
+from PIL import Image
+
+from input_pipeline.keypoints import inside
+from input_pipeline.photo import check_size, one_line
+from input_pipeline.schema import MAX_CLASSES, NUM_JOINTS, InputError
+
+NOSE, NECK, HIPS, EYES, EARS = (0,), (1,), (8, 11), (14, 15), (16, 17)
+SHOULDERS, ELBOWS, WRISTS, KNEES, ANKLES = (2, 5), (3, 6), (4, 7), (9, 12), (10, 13)
+RIGHT_ELBOW_WRIST, LEFT_ELBOW_WRIST = (3, 4), (6, 7)
+RIGHT_KNEE_ANKLE, LEFT_KNEE_ANKLE = (9, 10), (12, 13)
+
+JOINTS_OF_CLASS: Mapping[str, tuple[int, ...]] = {
+    "Hat": NOSE + EYES + EARS,
+    "Hair": NOSE + EYES + EARS,
+    "Face": NOSE + EYES,
+    "Sunglasses": NOSE + EYES,
+    "Scarf": NECK + SHOULDERS,
+    "Torso-skin": NECK + SHOULDERS,
+    "Upper-clothes": NECK + SHOULDERS + ELBOWS + WRISTS + HIPS,
+    "Coat": NECK + SHOULDERS + ELBOWS + WRISTS + HIPS,
+    "Dress": NECK + SHOULDERS + HIPS + KNEES,
+    "Jumpsuits": NECK + SHOULDERS + HIPS + KNEES,
+    "Pants": HIPS + KNEES + ANKLES,
+    "Skirt": HIPS + KNEES,
+    "Belt": HIPS,
+    "Bag": WRISTS + HIPS,
+    "Glove": ELBOWS + WRISTS,
+    "Socks": ANKLES,
+    "Left-arm": LEFT_ELBOW_WRIST,
+    "Right-arm": RIGHT_ELBOW_WRIST,
+    "Left-leg": LEFT_KNEE_ANKLE,
+    "Right-leg": RIGHT_KNEE_ANKLE,
+    "Left-shoe": (13,),
+    "Right-shoe": (10,),
+    # Pascal's parts of the body
+    "Head": NOSE + EYES + EARS,
+    "Torso": NECK + SHOULDERS + HIPS,
+    "Upper-arms": SHOULDERS + ELBOWS,
+    "Lower-arms": ELBOWS + WRISTS,
+    "Upper-legs": HIPS + KNEES,
+    "Lower-legs": KNEES + ANKLES,
+    # A photo without a map
+    "Person": tuple(range(NUM_JOINTS)),
+}
+"""Any of these joints in the target switches the class on (methods.md 1.5, A3 `any`). Background: never."""
+
+COLOUR_OF_CLASS: Mapping[str, tuple[int, int, int]] = {
+    "Background": (0, 0, 0), "Hat": (128, 0, 128), "Hair": (139, 69, 19), "Face": (255, 160, 122),
+    "Sunglasses": (25, 25, 112), "Scarf": (255, 105, 180), "Torso-skin": (244, 164, 96),
+    "Upper-clothes": (220, 20, 60),
+    "Coat": (0, 139, 139), "Dress": (199, 21, 133), "Jumpsuits": (148, 0, 211), "Pants": (30, 144, 255),
+    "Skirt": (255, 215, 0), "Belt": (85, 107, 47), "Bag": (184, 134, 11), "Glove": (112, 128, 144),
+    "Socks": (175, 238, 238),
+    "Left-arm": (154, 205, 50), "Right-arm": (34, 139, 34), "Left-leg": (0, 206, 209),
+    "Right-leg": (65, 105, 225), "Left-shoe": (255, 140, 0), "Right-shoe": (210, 60, 0),
+    "Head": (255, 160, 122), "Torso": (220, 20, 60),
+    "Upper-arms": (154, 205, 50), "Lower-arms": (34, 139, 34),
+    "Upper-legs": (30, 144, 255), "Lower-legs": (0, 206, 209), "Person": (220, 20, 60),
+}  # fmt: skip
+"""RGB for drawing; one class looks the same in every set."""
+
+
+FACE = ("Face", "Head")
+CLOTHES = (
+    "Hat", "Glove", "Sunglasses", "Upper-clothes", "Dress", "Coat", "Socks", "Pants", "Jumpsuits", "Scarf",
+    "Skirt", "Belt", "Bag", "Left-shoe", "Right-shoe",
+)  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True)
+class LabelSet:
+    """A parsing label set: ids 0 to len(classes) - 1, all per-class arrays padded to MAX_CLASSES.
+
+    foreground: bool [20], the classes that are person. palette: uint8 [20 3] RGB. flipped: uint8 [20], the id
+    that each id becomes in the mirror. joints: bool [18 20], joint switches class on.
+    """
+
+    name: str
+    classes: tuple[str, ...]
+    foreground: np.ndarray
+    palette: np.ndarray
+    flipped: np.ndarray
+    joints: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.classes)
+
+    @property
+    def groups(self) -> dict[str, tuple[int, ...]]:
+        """Ids of what metrics are reported for: face, clothes (worn or carried), person; groups the set lacks are
+        left out."""
+        wanted = {"face": FACE, "clothes": CLOTHES, "person": self.classes[1:]}
+        found = {group: tuple(i for i, c in enumerate(self.classes) if c in names) for group, names in wanted.items()}
+        return {group: ids for group, ids in found.items() if ids}
+
+    def id_of(self, name: str) -> int | None:
+        """The id of a class by its name; None where the set has no such class."""
+        return self.classes.index(name) if name in self.classes else None
+
+
+def _label_set(name: str, classes: tuple[str, ...]) -> LabelSet:
+    foreground = np.zeros(MAX_CLASSES, bool)
+    foreground[1 : len(classes)] = True
+    palette = np.zeros((MAX_CLASSES, 3), np.uint8)
+    palette[: len(classes)] = [COLOUR_OF_CLASS[c] for c in classes]
+    mirror = {"Left": "Right", "Right": "Left"}
+    flipped = np.arange(MAX_CLASSES, dtype=np.uint8)
+    joints = np.zeros((NUM_JOINTS, MAX_CLASSES), bool)
+    for index, label in enumerate(classes):
+        side, dash, part = label.partition("-")
+        flipped[index] = classes.index(mirror.get(side, side) + dash + part)
+        if label != "Background":
+            joints[list(JOINTS_OF_CLASS[label]), index] = True
+    return LabelSet(name, classes, foreground, palette, flipped, joints)
+
+
+_LIP = (
+    "Background", "Hat", "Hair", "Glove", "Sunglasses", "Upper-clothes", "Dress", "Coat", "Socks", "Pants",
+    "Jumpsuits", "Scarf", "Skirt", "Face", "Left-arm", "Right-arm", "Left-leg", "Right-leg",
+    "Left-shoe", "Right-shoe",
+)  # fmt: skip
+_ATR = (
+    "Background", "Hat", "Hair", "Sunglasses", "Upper-clothes", "Skirt", "Pants", "Dress", "Belt",
+    "Left-shoe",
+    "Right-shoe", "Face", "Left-leg", "Right-leg", "Left-arm", "Right-arm", "Bag", "Scarf",
+)  # fmt: skip
+_PASCAL = ("Background", "Head", "Torso", "Upper-arms", "Lower-arms", "Upper-legs", "Lower-legs")
+
+LABEL_SETS: Mapping[str, LabelSet] = {
+    "atr18": _label_set("atr18", _ATR),
+    "lip20": _label_set("lip20", _LIP),
+    "cihp20": _label_set("cihp20", tuple("Torso-skin" if c == "Jumpsuits" else c for c in _LIP)),
+    "pascal7": _label_set("pascal7", _PASCAL),
+    "whole": _label_set("whole", ("Background", "Person")),
+}
+"""methods.md 4.6. "whole" serves photos without a map: one foreground class that every joint switches on."""
+
+WHOLE_PHOTO = 1
+"""The one foreground id of "whole"."""
+
+
+def label_set(name: str) -> LabelSet:
+    """The label set of that name; "none" means "whole". Raises InputError for an unknown name."""
+    key = "whole" if name == "none" else name
+    if key not in LABEL_SETS:
+        raise InputError(f"unknown label set '{name}'; choose one of {', '.join(LABEL_SETS)}, or none")
+    return LABEL_SETS[key]
+
+
+def class_on(joints: np.ndarray, labels: LabelSet, *, hw: tuple[int, int]) -> np.ndarray:
+    """bool [20]: classes that a target pose switches on.
+
+    A joint outside its frame of `hw` pixels counts as absent.
+    """
+    return labels.joints[inside(joints, hw)].any(0)
+
+
+def whole_photo(image_hw: tuple[int, int]) -> np.ndarray:
+    """The map of a photo without one (set "whole"): uint8 [h w], person everywhere."""
+    return np.full(image_hw, WHOLE_PHOTO, np.uint8)
+
+
+def read_parsing(path: str | pathlib.Path, labels: LabelSet, image_hw: tuple[int, int]) -> np.ndarray:
+    """A parsing map as uint8 [h w] of ids: PNG, mode L or P (ids are palette indices, never colours).
+
+    Raises InputError where the file is missing, truncated or of another kind, where its shape is not the
+    photo's `image_hw`, and where an id is outside the set.
+    """
+    try:
+        with Image.open(path) as image:
+            check_size(image, name=str(path))
+            if image.format == "JPEG" or image.mode not in {"L", "P"}:
+                raise InputError(
+                    f"{path}: {image.format} of mode {image.mode}; a parsing map is a PNG of ids, mode L or P"
+                )
+            parsing = np.array(image)
+    except InputError:
+        raise
+    except FileNotFoundError as error:
+        raise InputError(f"{path}: no such parsing map; check the path, or give none") from error
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        raise InputError(
+            f"{path}: not a readable parsing map ({one_line(error)}); it may be truncated"
+        ) from error
+    return check_parsing(parsing, labels, image_hw, name=str(path))
+
+
+def check_parsing(
+    parsing: np.ndarray, labels: LabelSet, image_hw: tuple[int, int], *, name: str
+) -> np.ndarray:
+    """The map itself; InputError where its shape is not `image_hw` or an id is outside the set."""
+    if parsing.shape != tuple(image_hw):
+        (h, w), (image_h, image_w) = parsing.shape[:2], image_hw
+        raise InputError(
+            f"{name}: the map is {h}x{w} but its photo is {image_h}x{image_w}; make them one size"
+        )
+    if parsing.max(initial=0) >= len(labels):
+        strange = [int(i) for i in np.unique(parsing) if i >= len(labels)]
+        shown = ", ".join(map(str, strange[:8])) + (", ..." if len(strange) > 8 else "")
+        raise InputError(
+            f"{name}: label {shown} is outside {labels.name}'s 0 to {len(labels) - 1}; is it another set's?"
+        )
+    return parsing
+
+
+def flip_parsing(parsing: np.ndarray, labels: LabelSet) -> np.ndarray:
+    """The map of the mirrored photo: columns reversed, left and right ids swapped. uint8 [h w]."""
+    return labels.flipped[parsing[:, ::-1]]
+
+
+def class_areas(parsing: np.ndarray) -> np.ndarray:
+    """float32 [20]: each class's share of the pixels."""
+    return (np.bincount(parsing.reshape(-1), minlength=MAX_CLASSES) / parsing.size).astype(np.float32)
+
+
+def colour_parsing(parsing: np.ndarray, labels: LabelSet) -> np.ndarray:
+    """uint8 [h w 3]: the map in the set's colours."""
+    return labels.palette[parsing]

@@ -1,0 +1,96 @@
+"""From annotated images and their region tokens to rows of a batch. The fields are schema.BATCH_FIELDS."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+
+from input_pipeline.keypoints import flip_joints
+from input_pipeline.parsing import LabelSet, class_on, flip_parsing
+from input_pipeline.schema import ImageRecord, InputError, batch_shapes
+from input_pipeline.skeleton import draw_skeleton_uint8
+
+
+@dataclasses.dataclass(frozen=True)
+class TokenTable:
+    """Region tokens of all images of a set, in its order (region crops through CLIP, made by truepose_jax).
+
+    tokens: float32 [n 21 e]. valid: bool [n 21]. flipped_*: the same of the mirrored photos with their
+    mirrored maps, needed only where flips are drawn.
+    """
+
+    tokens: np.ndarray
+    valid: np.ndarray
+    flipped_tokens: np.ndarray | None = None
+    flipped_valid: np.ndarray | None = None
+
+    @property
+    def width(self) -> int:
+        return self.tokens.shape[-1]
+
+    def of(self, index: int, *, flip: bool) -> tuple[np.ndarray, np.ndarray]:
+        """(tokens [21 e], valid [21]) of an image as it enters."""
+        if flip:
+            return self.flipped_tokens[index], self.flipped_valid[index]
+        return self.tokens[index], self.valid[index]
+
+
+def flip_record(record: ImageRecord, labels: LabelSet) -> ImageRecord:
+    """The mirrored photo with its joints and labels: left and right swapped in both."""
+    return dataclasses.replace(
+        record,
+        image=record.image[:, ::-1],
+        parsing=flip_parsing(record.parsing, labels),
+        joints=flip_joints(record.joints, record.image.shape[1]),
+    )
+
+
+def empty_batch(*, batch_size: int, targets_per_source: int, size: tuple[int, int], token_width: int):
+    """Zeros in the shapes of BATCH_FIELDS; `valid` is 0 until a row is written."""
+    shapes = batch_shapes(
+        batch_size=batch_size, targets_per_source=targets_per_source, size=size, token_width=token_width
+    )
+    return {name: np.zeros(shape, dtype) for name, (shape, dtype) in shapes.items()}
+
+
+def write_source(
+    batch: dict[str, np.ndarray], row: int, record: ImageRecord, tokens: np.ndarray, tokens_valid: np.ndarray
+) -> None:
+    """Fills source row `row` (of s). Raises InputError where the record does not fit the batch."""
+    _check_size(record, batch["source"])
+    to_unit_range(record.image, out=batch["source"][row])
+    batch["source_joints"][row] = record.joints
+    batch["source_parsing"][row] = record.parsing
+    batch["region_tokens"][row] = tokens
+    batch["region_valid"][row] = tokens_valid
+
+
+def write_target(batch: dict[str, np.ndarray], row: int, record: ImageRecord, labels: LabelSet) -> None:
+    """Fills target row `row` (of b) and marks it valid.
+
+    Raises InputError where the record does not fit the batch.
+    """
+    _check_size(record, batch["target"])
+    hw = record.image.shape[:2]
+    to_unit_range(record.image, out=batch["target"][row])
+    batch["target_joints"][row] = record.joints
+    batch["target_parsing"][row] = record.parsing
+    skeleton = draw_skeleton_uint8(record.joints, joints_hw=hw, out_hw=hw)
+    np.divide(skeleton, np.float32(255), out=batch["target_pose"][row], dtype=np.float32)
+    batch["class_on"][row] = class_on(record.joints, labels, hw=hw)
+    batch["valid"][row] = 1
+
+
+def to_unit_range(image: np.ndarray, *, out: np.ndarray) -> None:
+    """uint8 0 to 255 -> float32 [-1, 1], written into `out`."""
+    np.divide(image, np.float32(127.5), out=out, dtype=np.float32)
+    out -= 1
+
+
+def _check_size(record: ImageRecord, pictures: np.ndarray) -> None:
+    if record.image.shape != pictures.shape[1:] or record.parsing.shape != pictures.shape[1:3]:
+        raise InputError(
+            f"{record.name}: photo {record.image.shape} and map {record.parsing.shape} in a batch of "
+            f"{pictures.shape[1:]}; an image set must give one size"
+        )

@@ -1,0 +1,315 @@
+"""Checkpoints under the accidents they are there for."""
+
+import os
+import resource
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from jax.sharding import SingleDeviceSharding
+
+from truepose_jax.checkpoint import CheckpointError, Checkpoints, store
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def make_state(seed: int = 0, *, ema: bool = True, rows: int = 64):
+    """A state of the shape train.py saves, with every leaf random: zeros would hide a mix-up."""
+    params = {
+        "source_net": {"conv": {"kernel": jnp.zeros((rows, 48)), "bias": jnp.zeros((48,))}, "empty": {}},
+        "fusion": {"scale": jnp.zeros((3, 5), jnp.bfloat16)},
+    }
+    tx = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(optax.cosine_decay_schedule(1e-3, 100)))
+    rest = {"step": jnp.int32(0), "opt_state": tx.init(params), "skipped": jnp.int32(0)}
+    rng = np.random.default_rng(seed)
+
+    def draw(x):
+        if jnp.issubdtype(x.dtype, jnp.integer):
+            return jnp.asarray(rng.integers(0, 1000, x.shape), x.dtype)
+        return jnp.asarray(rng.normal(size=x.shape), x.dtype)
+
+    state = {"params": params, "ema": params if ema else None, "rest": rest}
+    return jax.tree.map(draw, state)
+
+
+def abstract(state, place=None):
+    place = place or SingleDeviceSharding(jax.devices()[0])
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), state)
+
+
+def assert_same(a, b):
+    assert jax.tree.structure(a) == jax.tree.structure(b)
+    for (path, x), y in zip(jax.tree_util.tree_leaves_with_path(a), jax.tree.leaves(b), strict=True):
+        assert x.dtype == y.dtype, path
+        assert x.shape == y.shape and np.asarray(x).tobytes() == np.asarray(y).tobytes(), path
+
+
+def without_empty(tree):
+    if not isinstance(tree, dict):
+        return tree
+    return {k: without_empty(v) for k, v in tree.items() if not (isinstance(v, dict) and not v)}
+
+
+def biggest_file(folder: Path) -> Path:
+    return max((p for p in folder.rglob("*") if p.is_file()), key=lambda p: p.stat().st_size)
+
+
+def run_python(code: str, *args, **kwargs) -> subprocess.Popen:
+    environment = {**os.environ, "JAX_PLATFORMS": "cpu"}
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    command = [sys.executable, "-u", "-c", textwrap.dedent(code), *map(str, args)]
+    return subprocess.Popen(command, cwd=ROOT, env=environment, **pipes, **kwargs)
+
+
+@pytest.mark.parametrize("ema", [True, False])
+def test_round_trip_is_bit_equal_and_what_comes_back_can_be_donated(tmp_path, ema):
+    state = make_state(ema=ema)
+    state["params"]["source_net"]["conv"]["bias"] = jnp.array([jnp.nan, -0.0, jnp.inf] * 16, jnp.float32)
+    saver = Checkpoints(tmp_path, keep=2, every=5)
+    assert saver.latest_step() is None and saver.due(10) and not saver.due(11)
+    saver.save(7, state, extra={"position": 84, "note": [1, None]})
+    saver.save(7, make_state(1, ema=ema), extra={})  # is there already: nothing happens
+    saver.close()
+
+    saver = Checkpoints(tmp_path, keep=2, every=5)
+    restored, extra, step = saver.restore(abstract(state))
+    assert step == 7 and extra == {"position": 84, "note": [1, None]}
+    assert_same(state, restored)
+    leaf = restored["params"]["source_net"]["conv"]["kernel"]
+    jax.block_until_ready(jax.jit(lambda x: x + 1, donate_argnums=0)(leaf))
+    assert leaf.is_deleted()
+    saver.close()
+
+
+def test_state_may_be_donated_right_after_save(tmp_path):
+    """The save goes on in the background while the next step overwrites the arrays."""
+    state = make_state(rows=10_000)
+    want = jax.tree.map(lambda x: np.array(x, copy=True), state)
+    advance = jax.jit(lambda tree: jax.tree.map(lambda x: x + 1, tree), donate_argnums=0)
+    saver = Checkpoints(tmp_path, keep=1, every=1)
+    saver.save(1, state, extra={})
+    for _ in range(3):
+        state = advance(state)
+    jax.block_until_ready(state)
+    saver.wait()
+    assert_same(want, saver.restore(abstract(want))[0])
+    saver.close()
+
+
+def test_a_save_that_fails_is_an_error_and_the_step_before_stays(tmp_path):
+    saver = Checkpoints(tmp_path, keep=2, every=1)
+    saver.save(1, make_state(1), extra={})
+    saver.wait()
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))  # as a full disk would, in the background
+    try:
+        with pytest.raises(CheckpointError, match=r"saving to .* failed \(.*; free space there"):
+            saver.save(2, make_state(2, rows=3000), extra={})
+            saver.wait()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    saver.save(3, make_state(3), extra={})
+    saver.close()
+    saver = Checkpoints(tmp_path, keep=2, every=1)
+    assert saver.restore(abstract(make_state()))[2] == 3
+    assert_same(make_state(1), saver.restore(abstract(make_state()), step=1)[0])
+    with pytest.raises(ValueError, match="not JSON"):
+        saver.save(4, make_state(), extra={"loss": float("nan")})
+    saver.close()
+    (tmp_path / "file").write_text("")
+    with pytest.raises(CheckpointError, match="cannot open"):
+        Checkpoints(tmp_path / "file", keep=2, every=1)
+
+
+def test_keeps_the_last_steps(tmp_path):
+    saver = Checkpoints(tmp_path, keep=2, every=1)
+    for step in (1, 2, 3):
+        saver.save(step, make_state(step), extra={"step": step})
+    saver.close()
+    assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir() if p.name.isdigit()) == ["2", "3"]
+    saver = Checkpoints(tmp_path, keep=2, every=1)
+    state, extra, step = saver.restore(abstract(make_state()), step=2)
+    assert step == 2 and extra == {"step": 2}
+    assert_same(make_state(2), state)
+    with pytest.raises(CheckpointError, match="no step 1; it has 2, 3"):
+        saver.restore(abstract(make_state()), step=1)
+    saver.close()
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    """A workdir with steps 10 and 20; tests read it only."""
+    workdir = tmp_path_factory.mktemp("saved")
+    saver = Checkpoints(workdir, keep=3, every=1)
+    saver.save(10, make_state(10), extra={})
+    saver.save(20, make_state(20, ema=False), extra={})
+    saver.close()
+    return workdir
+
+
+def test_parts_are_restored_alone(saved):
+    reader = Checkpoints(saved, keep=1, every=1, read_only=True)
+    assert_same(without_empty(make_state(20, ema=False)["params"]), reader.restore_part("params"))
+    assert_same(without_empty(make_state(10)["ema"]), reader.restore_part("ema", step=10))
+    with pytest.raises(CheckpointError, match=r"step 20 .* holds no 'ema'.*raw weights"):
+        reader.restore_part("ema")
+    with pytest.raises(CheckpointError, match="reading only"):
+        reader.save(30, make_state(), extra={})
+    reader.close()
+    assert sorted(p.name for p in (saved / "checkpoints").iterdir() if p.name.isdigit()) == ["10", "20"]
+
+
+def test_what_does_not_fit_is_named_by_path(saved):
+    reader = Checkpoints(saved, keep=1, every=1, read_only=True)
+
+    def message(**changes):
+        with pytest.raises(CheckpointError) as caught:
+            reader.restore({**abstract(make_state(10)), **changes}, step=10)
+        assert "\n" not in str(caught.value) and "step 10 in " in str(caught.value)
+        return str(caught.value)
+
+    wrong = abstract(make_state(10))["params"]
+    wrong["source_net"]["conv"]["kernel"] = jax.ShapeDtypeStruct((64, 47), jnp.float32)
+    wrong["fusion"]["scale"] = jax.ShapeDtypeStruct((3, 5), jnp.float32)
+    assert "params/fusion/scale is bfloat16[3, 5] in the checkpoint and float32[3, 5]" in message(
+        params=wrong
+    )
+    assert "(and 1 more)" in message(params=wrong)
+    assert "ema/fusion/scale is bfloat16[3, 5] in the checkpoint and absent in this run" in message(ema=None)
+    more = {**abstract(make_state(10))["params"], "pose": jax.ShapeDtypeStruct((2,), jnp.float32)}
+    assert "params/pose is absent in the checkpoint and float32[2] in this run" in message(params=more)
+    reader.close()
+
+
+def test_no_checkpoint_is_one_line(tmp_path):
+    with pytest.raises(CheckpointError, match="holds no training run"):
+        Checkpoints(tmp_path, keep=1, every=1, read_only=True)
+    saver = Checkpoints(tmp_path, keep=1, every=1)
+    with pytest.raises(CheckpointError, match="holds no checkpoint"):
+        saver.restore(abstract(make_state()))
+    saver.close()
+
+
+@pytest.mark.parametrize(
+    "accident", ["truncated", "flipped bit", "no metadata", "not a checkpoint", "part missing"]
+)
+def test_damage_is_an_error_that_names_step_folder_and_the_way_out(tmp_path, accident, capfd):
+    saver = Checkpoints(tmp_path, keep=3, every=1)
+    for step in (1, 2):
+        saver.save(step, make_state(step, rows=3000), extra={})
+    saver.close()
+    folder, bad = tmp_path / "checkpoints", 2
+    file = biggest_file(folder / "2" / "params")
+    data = bytearray(file.read_bytes())
+    if accident == "truncated":
+        file.write_bytes(data[: len(data) // 2])
+    elif accident == "flipped bit":
+        data[len(data) // 2] ^= 4
+        file.write_bytes(data)
+    elif accident == "no metadata":
+        (folder / "2" / "params" / "_METADATA").write_text("{")
+    elif accident == "not a checkpoint":
+        bad = 1234
+        (folder / "1234").mkdir()
+    else:
+        for path in sorted((folder / "2" / "rest").rglob("*"), reverse=True):
+            path.rmdir() if path.is_dir() else path.unlink()
+        (folder / "2" / "rest").rmdir()
+    saver = Checkpoints(tmp_path, keep=3, every=1)
+    capfd.readouterr()
+    with pytest.raises(CheckpointError) as caught:
+        saver.restore(abstract(make_state(rows=3000)))
+    text = str(caught.value)
+    assert f"step {bad} in {folder}" in text and "\n" not in text and len(text) < 700
+    if accident != "part missing":
+        assert "to go on from step" in text
+    if accident == "flipped bit":
+        assert "bits of params/" in text
+    assert_same(make_state(1, rows=3000), saver.restore(abstract(make_state(rows=3000)), step=1)[0])
+    saver.close()
+    assert "Traceback" not in capfd.readouterr().err
+
+
+def test_restores_on_another_mesh(tmp_path):
+    """Saved from one device, restored over eight (fsdp) and back, in a process that has eight."""
+    code = """
+        import sys
+        sys.path.insert(0, "tests")
+        import jax, numpy as np
+        from jax.sharding import NamedSharding, PartitionSpec as P
+        from test_checkpoint import Checkpoints, abstract, assert_same, make_state, without_empty
+        from truepose_jax import sharding
+        mesh = sharding.make_mesh(data=2, fsdp=4, tensor=1)
+        state = make_state()
+        cut = jax.tree.map(
+            lambda x: NamedSharding(mesh, P("fsdp") if x.ndim == 2 and x.shape[0] % 4 == 0 else P()), state)
+        spec = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), state, cut)
+        saver = Checkpoints(sys.argv[1], keep=3, every=1)
+        saver.save(1, state, extra={}); saver.wait()
+        over = saver.restore(spec)[0]
+        assert len(over["params"]["source_net"]["conv"]["kernel"].sharding.device_set) == 8
+        assert_same(state, over)
+        saver.save(2, over, extra={}); saver.wait()
+        assert_same(state, saver.restore(abstract(state))[0])
+        assert_same(without_empty(state["ema"]), saver.restore_part("ema"))
+        saver.close()
+    """
+    os.environ["XLA_FLAGS"], before = "--xla_force_host_platform_device_count=8", os.environ.get("XLA_FLAGS")
+    try:
+        child = run_python(code, tmp_path)
+    finally:
+        os.environ.pop("XLA_FLAGS") if before is None else os.environ.update(XLA_FLAGS=before)
+    _, err = child.communicate(timeout=60)
+    assert child.returncode == 0, err[-2000:]
+
+
+def test_kill_in_the_middle_of_a_save_leaves_the_last_committed_step(tmp_path):
+    code = """
+        import sys
+        sys.path.insert(0, "tests")
+        from test_checkpoint import Checkpoints, make_state
+        saver = Checkpoints(sys.argv[1], keep=2, every=1)
+        for step in range(1, 1000):
+            state = make_state(step, rows=30_000)
+            print("saving", step, flush=True)
+            saver.save(step, state, extra={"step": step})
+    """
+    child = run_python(code, tmp_path)
+    folder = tmp_path / "checkpoints"
+    for line in child.stdout:
+        if line.split() == ["saving", "3"]:
+            break
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline and not list(folder.glob("3*tmp*")):
+        time.sleep(0.001)
+    child.send_signal(signal.SIGKILL)
+    child.communicate(timeout=60)
+    assert list(folder.glob("*tmp*")), "the kill came between saves"
+
+    reader = Checkpoints(tmp_path, keep=2, every=1, read_only=True)
+    assert list(folder.glob("*tmp*")), "a reader removed what another process may be writing"
+    reader.close()
+    saver = Checkpoints(tmp_path, keep=2, every=1)
+    assert not list(folder.glob("*tmp*"))
+    state, extra, step = saver.restore(abstract(make_state(rows=30_000)))
+    assert step >= 2 and extra == {"step": step}
+    assert_same(make_state(step, rows=30_000), state)
+    saver.save(step + 1, state, extra={})
+    saver.close()
+
+
+def test_bit_sums_are_the_same_in_jax_and_numpy():
+    rng = np.random.default_rng(0)
+    arrays = {"normal": jnp.asarray(rng.normal(size=(5, 7)), jnp.float32), "scalar": jnp.int32(-3)}
+    arrays.update({kind: jnp.ones((3,), kind) for kind in ("bfloat16", "float16", "int8", "bool", "uint32")})
+    sums = store.bit_sums(arrays)
+    assert sums == {name: int(store._bit_sum_on(x.sharding)(x)) for name, x in arrays.items()}
+    assert (sums["bfloat16"], sums["bool"], sums["scalar"]) == (3 * 0x3F80, 3, 2**32 - 3)

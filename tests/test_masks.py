@@ -1,0 +1,111 @@
+"""Coverage per cell and the mask M against brute force over pixels, at sizes that halve unevenly."""
+
+import numpy as np
+import pytest
+
+from truepose_jax.models.masks import coverage_levels, parsing_mask
+
+CLASSES = 20
+
+
+def random_map(seed, hw, blobs=14):
+    rng = np.random.default_rng(seed)
+    found = np.zeros((2, *hw), np.uint8)
+    for each in found:
+        for label in rng.integers(0, 18, blobs):
+            top, left = rng.integers(0, hw[0]), rng.integers(0, hw[1])
+            each[top : top + rng.integers(2, hw[0]), left : left + rng.integers(2, hw[1] // 2)] = label
+        each[-1, -1] = 18  # one pixel of its own
+    return found
+
+
+def brute_force(parsing, side):
+    """[h w p]: share of the pixels of each side x side cell (cut at the edge) that have each label."""
+    h, w = parsing.shape
+    found = np.zeros((-(-h // side), -(-w // side), CLASSES))
+    for i in range(found.shape[0]):
+        for j in range(found.shape[1]):
+            cell = parsing[i * side : (i + 1) * side, j * side : (j + 1) * side]
+            found[i, j] = np.bincount(cell.reshape(-1), minlength=CLASSES) / cell.size
+    return found
+
+
+@pytest.mark.parametrize(
+    "hw,factor,sizes",
+    [
+        ((512, 352), 8, [(64, 44), (32, 22), (16, 11), (8, 6)]),  # 11 -> 6: uneven
+        ((256, 176), 8, [(32, 22), (16, 11), (8, 6), (4, 3)]),  # 11 -> 6 -> 3: uneven twice
+        ((64, 44), 4, [(16, 11), (8, 6), (4, 3)]),
+        ((20, 36), 4, [(5, 9), (3, 5), (2, 3), (1, 2), (1, 1)]),
+    ],
+)
+def test_coverage(hw, factor, sizes):
+    maps = random_map(1, hw)
+    levels = coverage_levels(maps, num_classes=CLASSES, factor=factor, levels=len(sizes))
+    assert [level.shape for level in levels] == [(2, *size, CLASSES) for size in sizes]
+    for depth, level in enumerate(levels):
+        np.testing.assert_allclose(np.sum(level, axis=-1), 1, rtol=1e-6)
+        for row, parsing in zip(level, maps, strict=True):
+            np.testing.assert_allclose(row, brute_force(parsing, factor * 2**depth), rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize("hw,factor,levels", [((64, 44), 8, 3), ((32, 22), 2, 3)])
+@pytest.mark.parametrize("seed", range(3))
+def test_mask(hw, factor, levels, seed):
+    """On where the switched-on classes have half of a cell's pixels, or where one of them has its best cell."""
+    maps = random_map(seed, hw)
+    class_on = np.random.default_rng(seed).random((2, CLASSES)) < 0.4
+    class_on[:, 18] = True
+    rescued = 0
+    for level in coverage_levels(maps, num_classes=CLASSES, factor=factor, levels=levels):
+        got = np.asarray(parsing_mask(level, class_on))
+        cells = np.asarray(level, np.float64).reshape(2, -1, CLASSES)
+        for b in range(2):
+            share = cells[b][:, class_on[b]].sum(axis=1)
+            want = share >= 0.5 - 1e-6
+            for label in np.flatnonzero(class_on[b]):
+                covered = cells[b][:, label]
+                if covered.max() > 0:
+                    best = int(np.argmax(covered))
+                    rescued += not want[best]
+                    want[best] = True
+                    assert got[b, best], f"class {label} vanished"
+            np.testing.assert_array_equal(got[b], want)
+    assert rescued, "no class needed its best cell: the test would see nothing"
+
+
+def test_one_pixel_survives_at_every_level():
+    parsing = np.zeros((1, 64, 48), np.uint8)
+    parsing[0, 40, 20] = 9
+    on = np.arange(CLASSES)[None] == 9
+    for depth, level in enumerate(coverage_levels(parsing, num_classes=CLASSES, factor=4, levels=4)):
+        mask = np.asarray(parsing_mask(level, on)).reshape(level.shape[1:3])
+        side = 4 * 2**depth
+        assert mask.sum() == 1
+        assert mask[40 // side, 20 // side]
+
+
+def test_half_a_cell_is_enough_and_less_is_not():
+    parsing = np.zeros((2, 8, 8), np.uint8)
+    parsing[0, :, :2] = 5  # 50 % of the left cells
+    parsing[1, :, :2] = 5
+    parsing[1, 0, 0] = 0  # 7 of 16 pixels of the upper left cell
+    (level,) = coverage_levels(parsing, num_classes=CLASSES, factor=4, levels=1)
+    on = np.broadcast_to(np.arange(CLASSES) == 5, (2, CLASSES))
+    np.testing.assert_array_equal(parsing_mask(level, on), [[True, False, True, False], [False, False, True, False]])
+    # Two classes count together.
+    parsing[1, 0, 0] = 6
+    (level,) = coverage_levels(parsing, num_classes=CLASSES, factor=4, levels=1)
+    both = on | (np.arange(CLASSES) == 6)
+    np.testing.assert_array_equal(parsing_mask(level, both)[1], [True, False, True, False])
+
+
+def test_nothing_on_is_an_empty_mask():
+    for level in coverage_levels(random_map(0, (32, 22)), num_classes=CLASSES, factor=2, levels=4):
+        assert not np.any(parsing_mask(level, np.zeros((2, CLASSES), bool)))
+        assert np.all(parsing_mask(level, np.ones((2, CLASSES), bool)))
+
+
+def test_a_class_that_is_on_but_absent_marks_nothing():
+    level = coverage_levels(np.full((1, 16, 16), 4, np.uint8), num_classes=CLASSES, factor=4, levels=1)[0]
+    assert not np.any(parsing_mask(level, np.arange(CLASSES)[None] == 7))

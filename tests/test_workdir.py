@@ -1,0 +1,186 @@
+"""metadata.json, the check of the configuration, the lock and the signal to stop."""
+
+import fcntl
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from configs import base
+from truepose_jax import schema, sharding
+from truepose_jax.checkpoint import (
+    CheckpointError,
+    Preemption,
+    check_same_config,
+    lock_workdir,
+    parameter_table,
+    read_config,
+    read_metadata,
+    write_metadata,
+)
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def run_python(code: str, *args) -> subprocess.Popen:
+    environment = {**os.environ, "JAX_PLATFORMS": "cpu"}
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    command = [sys.executable, "-u", "-c", textwrap.dedent(code), *map(str, args)]
+    return subprocess.Popen(command, cwd=ROOT, env=environment, **pipes)
+
+
+def make_config(**changes) -> schema.Config:
+    values = base.get_config()
+    with values.unlocked():
+        values.update_from_flattened_dict(changes)
+    return schema.from_config_dict(schema.Config, values)
+
+
+def make_params():
+    conv = {"kernel": jnp.zeros((64, 48)), "bias": jnp.zeros((48,))}
+    return {"source_net": {"conv": conv}, "fusion": {"scale": jnp.zeros((3, 5), jnp.bfloat16)}}
+
+
+def test_metadata_round_trip(tmp_path):
+    config, params = make_config(seed=3), make_params()
+    mesh = sharding.make_mesh(data=1, fsdp=1, tensor=1, devices=jax.devices()[:1])
+    table = parameter_table(params)
+    write_metadata(
+        tmp_path, config=config, parameter_table=table, mesh=mesh, extra={"frozen": {"vae": "abc"}}
+    )
+    assert read_config(tmp_path) == config
+    record = read_metadata(tmp_path)
+    assert record["parameters"]["networks"] == {"fusion": 15, "source_net": 64 * 48 + 48}
+    assert record["parameters"]["total"] == 64 * 48 + 48 + 15
+    assert ["source_net/conv/kernel", [64, 48], "float32"] in record["parameters"]["table"]
+    assert record["versions"]["jax"] == jax.__version__ and record["mesh"] == {
+        "data": 1,
+        "fsdp": 1,
+        "tensor": 1,
+    }
+    assert record["frozen"] == {"vae": "abc"} and record["devices"]["platform"] == jax.devices()[0].platform
+    assert [p.name for p in tmp_path.iterdir()] == ["metadata.json"]
+
+
+def test_unreadable_metadata_is_one_line(tmp_path):
+    with pytest.raises(CheckpointError, match="holds no training run"):
+        read_config(tmp_path)
+    for text in ('{"config": ', "[]", '{"config": {"seed": 1}}'):
+        (tmp_path / "metadata.json").write_text(text)
+        with pytest.raises(CheckpointError, match=r"metadata\.json") as caught:
+            read_config(tmp_path)
+        assert "\n" not in str(caught.value)
+
+
+def test_workdir_of_another_configuration(tmp_path):
+    check_same_config(tmp_path, make_config())
+    write_metadata(tmp_path, config=make_config(), parameter_table=[], mesh=None)
+    check_same_config(tmp_path, make_config())
+    allowed = {"total_steps": 7, "log_every": 5, "eval.every": 3, "checkpoint.keep": 9, "data.threads": 1}
+    check_same_config(tmp_path, make_config(**allowed, **{"mesh.fsdp": 2}))
+    changes = {"batch_size": 24, "optim.learning_rate": 1e-4, "seed": 1, "data.flip": True, "total_steps": 1}
+    with pytest.raises(CheckpointError) as caught:
+        check_same_config(tmp_path, make_config(**changes))
+    assert "config.seed was 0 and is 1; config.batch_size was 12 and is 24; " in str(caught.value)
+    assert "(and 1 more)" in str(caught.value) and "total_steps" not in str(caught.value)
+    record = json.loads((tmp_path / "metadata.json").read_text())
+    del record["config"]["data"]["flip"]
+    (tmp_path / "metadata.json").write_text(json.dumps(record))
+    with pytest.raises(CheckpointError, match=r"config\.data\.flip was absent and is false"):
+        check_same_config(tmp_path, make_config())
+    (tmp_path / "metadata.json").unlink()
+    (tmp_path / "checkpoints" / "5").mkdir(parents=True)
+    with pytest.raises(CheckpointError, match=r"no metadata\.json"):
+        check_same_config(tmp_path, make_config())
+
+
+def test_a_workdir_is_for_one_run_at_a_time(tmp_path):
+    code = """
+        import fcntl, sys, time
+        file = open(sys.argv[1] + "/lock", "a+")
+        fcntl.flock(file, fcntl.LOCK_EX)
+        file.write("process 12 on there"); file.flush()
+        print("held", flush=True)
+        time.sleep(60)
+    """
+    child = run_python(code, tmp_path)
+    assert child.stdout.readline().strip() == "held"
+    with pytest.raises(CheckpointError, match=r"in use by another run \(process 12 on there\)"):
+        lock_workdir(tmp_path)
+    child.send_signal(signal.SIGKILL)
+    child.communicate(timeout=60)
+    lock_workdir(tmp_path)  # kept though nobody keeps what it returns
+    assert lock_workdir(tmp_path) is lock_workdir(tmp_path)
+    assert f"process {os.getpid()} on " in (tmp_path / "lock").read_text()
+    with (tmp_path / "lock").open() as other, pytest.raises(BlockingIOError):
+        fcntl.flock(other, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    with lock_workdir(tmp_path):
+        pass
+    with (tmp_path / "lock").open() as other:
+        fcntl.flock(other, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+
+def test_signals_set_the_flag_and_the_old_handlers_come_back(capfd):
+    before = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)
+    for number in (signal.SIGTERM, signal.SIGINT):
+        with Preemption() as preemption:
+            assert not preemption.stop(1) and not preemption.requested
+            os.kill(os.getpid(), number)
+            assert preemption.stop(1) and preemption.requested and preemption.stop(2)
+        assert "saving, then stopping" in capfd.readouterr().err
+    assert before == (signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT))
+
+
+def test_sigterm_in_a_process_and_the_second_one():
+    code = """
+        import sys, time
+        from truepose_jax.checkpoint import Preemption
+        with Preemption() as preemption:
+            print("ready", flush=True)
+            while not preemption.stop(0):
+                time.sleep(0.01)
+            print("saved", flush=True)
+            time.sleep(60 * int(sys.argv[1]))
+        print("left", flush=True)
+    """
+    children = [run_python(code, 0), run_python(code, 1)]
+    for child in children:
+        assert child.stdout.readline().strip() == "ready"
+        child.send_signal(signal.SIGTERM)
+        assert child.stdout.readline().strip() == "saved"
+    children[1].send_signal(signal.SIGTERM)
+    assert [child.communicate(timeout=60)[0].strip() for child in children] == ["left", ""]
+    assert [child.returncode for child in children] == [0, 143]
+
+
+def test_two_processes_stop_together_when_one_gets_the_signal():
+    code = """
+        import sys, time, jax
+        jax.distributed.initialize(f"localhost:{sys.argv[1]}", 2, int(sys.argv[2]))
+        from truepose_jax.checkpoint import Preemption
+        with Preemption() as preemption:
+            print("ready", flush=True)
+            for step in range(3000):
+                if preemption.stop(step):
+                    break
+                time.sleep(0.01)
+        print("stopped", step, flush=True)
+        jax.distributed.shutdown()
+    """
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    children = [run_python(code, port, i) for i in range(2)]
+    for child in children:
+        assert child.stdout.readline().strip() == "ready", child.communicate(timeout=60)[1][-2000:]
+    children[1].send_signal(signal.SIGINT)  # goes on to JAX as SIGTERM
+    said = [child.communicate(timeout=60)[0].strip() for child in children]
+    assert said[0] == said[1] and said[0].startswith("stopped") and said[0] != "stopped 2999", said

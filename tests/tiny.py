@@ -1,0 +1,193 @@
+"""A tiny TruePose for tests: config, method, a valid random batch, and parameters that are all random.
+
+Zero-initialised parameters would hide most of HPFA: `params` draws every one.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from ml_collections import ConfigDict
+
+from configs.base import get_config
+from input_pipeline.schema import MAX_CLASSES, WHOLE_IMAGE, batch_shapes, check_batch
+from truepose_jax.methods.truepose import TruePose
+from truepose_jax.models.vae import PixelAutoencoder
+from truepose_jax.schema import Config, from_config_dict
+
+TOKEN_WIDTH = 12
+LAST_CLASS = 17
+"""Of ATR-18; the batch's other rows of classes are padding."""
+
+# 32x22 pixels at factor 2: latents of 16x11 and 8x6, so that the way up has to crop. No layers on the way down leaves
+# three blocks, one per kind of level: a third of the time to compile.
+CHANGES = {
+    "total_steps": 100,
+    "batch_size": 4,
+    "model": {
+        "size": (32, 22),
+        "autoencoder": "pixels",
+        "pixel_factor": 2,
+        "unet": {
+            "in_channels": 12,
+            "out_channels": 12,
+            "block_out_channels": (8, 16),
+            "down_block_types": ("CrossAttnDownBlock2D",) * 2,
+            "up_block_types": ("CrossAttnUpBlock2D",) * 2,
+            "layers_per_block": 0,
+            "attention_head_dim": 2,
+            "cross_attention_dim": TOKEN_WIDTH,
+            "norm_num_groups": 4,
+        },
+        "remat": False,
+        "dtype": "float32",
+    },
+}
+
+ONE_LEVEL = {
+    "model": {
+        "unet": {
+            "block_out_channels": (8,),
+            "down_block_types": ("CrossAttnDownBlock2D",),
+            "up_block_types": ("CrossAttnUpBlock2D",),
+        }
+    }
+}
+"""Change to a network of two blocks, where the number of compilations counts."""
+
+
+def settings(*changes: Mapping[str, Any]) -> ConfigDict:
+    """configs/base.py made tiny, then changed by nested dicts."""
+    found = get_config()
+    for change in (CHANGES, *changes):
+        _update(found, change)
+    return found
+
+
+def _update(group: ConfigDict, change: Mapping[str, Any]) -> None:
+    for key, value in change.items():
+        if isinstance(value, Mapping):
+            _update(group[key], value)
+        else:
+            with group.ignore_type():
+                group[key] = value
+
+
+def config(*changes: Mapping[str, Any]) -> Config:
+    return from_config_dict(Config, settings(*changes))
+
+
+def method(cfg: Config) -> TruePose:
+    return TruePose(cfg.model, cfg.diffusion, PixelAutoencoder(cfg.model.pixel_factor))
+
+
+def spec(cfg: Config, *, targets: int = 1, sources: int = 1) -> dict[str, jax.ShapeDtypeStruct]:
+    shapes = batch_shapes(
+        batch_size=targets,
+        targets_per_source=targets // sources,
+        size=cfg.model.size,
+        token_width=cfg.token_width,
+    )
+    return {name: jax.ShapeDtypeStruct(shape, dtype) for name, (shape, dtype) in shapes.items()}
+
+
+def batch(cfg: Config, seed: int, *, targets: int, sources: int | None = None) -> dict[str, np.ndarray]:
+    """Noise photos; parsing maps of a dozen rectangles; every region that is there is valid."""
+    rng = np.random.default_rng(seed)
+    made = {}
+    for name, field in spec(cfg, targets=targets, sources=sources or targets).items():
+        if field.dtype == np.float32:
+            made[name] = rng.uniform(-1, 1, field.shape).astype(np.float32)
+        else:
+            made[name] = np.zeros(field.shape, field.dtype)
+    h, w = cfg.model.size
+    for name in ("source_parsing", "target_parsing"):
+        for each in made[name]:
+            for label in rng.integers(0, LAST_CLASS + 1, 12):
+                top, left = rng.integers(0, h - 3), rng.integers(0, w - 3)
+                each[top : top + rng.integers(3, h), left : left + rng.integers(3, w)] = label
+    made["target_pose"] = np.abs(made["target_pose"])
+    made["region_tokens"] *= 2
+    made["valid"][:] = 1
+    made["class_on"][:, 1 : LAST_CLASS + 1] = rng.random((targets, LAST_CLASS)) < 0.5
+    for row, each in enumerate(made["source_parsing"]):
+        made["region_valid"][row, [*(set(np.unique(each)) - {0}), WHOLE_IMAGE]] = True
+    made["region_tokens"] *= made["region_valid"][..., None]
+    assert np.all(made["region_valid"][:, :MAX_CLASSES].sum(axis=1) >= 3), "choose another seed"
+    check_batch(made)
+    return made
+
+
+def randomise(shapes: Any, seed: int) -> Any:
+    """A random float32 tree of these shapes: matrices of unit gain, scales about 1, biases about 0.
+
+    Queries and keys get twice the gain: soft attention averages the source away and leaves HPFA next to no gradient.
+    """
+    rng = np.random.default_rng(seed)
+
+    def draw(path, leaf):
+        names, noise = [part.key for part in path], rng.standard_normal(leaf.shape)
+        if len(leaf.shape) > 1:
+            gain = 2.0 if names[-2].endswith(("to_q", "to_k")) else 1.0
+            return jnp.asarray(gain * noise / np.sqrt(np.prod(leaf.shape[:-1])), jnp.float32)
+        return jnp.asarray(0.2 * noise + (names[-1] == "scale"), jnp.float32)
+
+    return jax.tree_util.tree_map_with_path(draw, shapes)
+
+
+def params(made: TruePose, cfg: Config, seed: int = 0) -> Any:
+    """Parameters of the method, every one random."""
+    return randomise(jax.eval_shape(lambda: made.init(jax.random.key(0), spec(cfg))), seed)
+
+
+TARGETS = 6
+"""Batch size of the one compiled gradient that most tests share."""
+
+
+@functools.cache
+def base() -> tuple[Config, TruePose, Any]:
+    """(config, method, parameters) of the unchanged tiny configuration."""
+    cfg = config()
+    return cfg, method(cfg), params(method(cfg), cfg)
+
+
+@functools.cache
+def base_gradient() -> Callable:
+    """(params, batch of TARGETS, keys) -> ((loss, metrics), gradients) of `base`, compiled once for the whole run."""
+    made = base()[1]
+    return jit(jax.value_and_grad(lambda p, b, k: made.loss(p, {}, b, k), has_aux=True))
+
+
+def keys(seed: int, count: int) -> jax.Array:
+    return jax.random.split(jax.random.key(seed), count)
+
+
+def jit(function: Callable, **options: Any) -> Callable:
+    """jax.jit at LLVM's lowest level: most of a test's time goes into compiling."""
+    return jax.jit(function, compiler_options={"xla_backend_optimization_level": 0}, **options)
+
+
+def rows(made: Mapping[str, Any], chosen, *, sources=None) -> dict[str, Any]:
+    """Rows `chosen` of every field (`sources`: other ones for the fields of the source)."""
+    of_source = {"source", "source_joints", "source_parsing", "region_tokens", "region_valid"}
+    sources = chosen if sources is None else sources
+    return {k: v[np.asarray(sources if k in of_source else chosen)] for k, v in made.items()}
+
+
+def error(found: Any, expected: Any) -> float:
+    """Largest difference over the largest expected number, of two arrays or two trees (worst leaf)."""
+    worst = 0.0
+    for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+        a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
+        assert a.shape == b.shape, (a.shape, b.shape)
+        assert np.isfinite(a).all() and np.isfinite(b).all()
+        worst = max(worst, float(np.abs(a - b).max() / max(np.abs(b).max(), 1e-30)))
+    return worst
+
+
+def replace(cfg: Any, **fields: Any) -> Any:
+    return dataclasses.replace(cfg, **fields)

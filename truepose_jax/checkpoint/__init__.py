@@ -1,0 +1,33 @@
+"""What a run leaves on disk and how it goes on: checkpoints, metadata.json, the lock, the signal to stop.
+
+    workdir/checkpoints/<step>/   {params, ema, rest, extra} by orbax, each part restorable alone
+    workdir/metadata.json         resolved config, versions, devices, parameter table
+    workdir/lock                  held by the one run that may write here
+
+What goes wrong in here is a CheckpointError, one line for people, and fatal: a run never starts again from
+scratch because its checkpoint could not be read.
+"""
+
+from truepose_jax.checkpoint.errors import CheckpointError
+from truepose_jax.checkpoint.preemption import Preemption
+from truepose_jax.checkpoint.store import Checkpoints
+from truepose_jax.checkpoint.workdir import (
+    check_same_config,
+    lock_workdir,
+    parameter_table,
+    read_config,
+    read_metadata,
+    write_metadata,
+)
+
+__all__ = [
+    "CheckpointError",
+    "Checkpoints",
+    "Preemption",
+    "check_same_config",
+    "lock_workdir",
+    "parameter_table",
+    "read_config",
+    "read_metadata",
+    "write_metadata",
+]

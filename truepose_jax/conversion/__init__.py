@@ -1,0 +1,1 @@
+"""PyTorch weights in and out, with numpy alone: no torch, no jax."""

@@ -1,0 +1,32 @@
+"""The training loss over latents: squared error per sample, weighted by validity; timesteps and their bins."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+NUM_BINS = 10
+"""Timestep bins of the logged loss: a total loss hides that only the noisy end learns from the source."""
+
+
+def timesteps(u: Float[Array, " b"], total: int, power: float = 1.0) -> Int[Array, " b"]:
+    """t = floor(total * u^power), u uniform in [0, 1). power 1: uniform; below 1: more of the noisy end."""
+    return jnp.minimum((total * u**power).astype(jnp.int32), total - 1)
+
+
+def squared_error(prediction: Float[Array, "b h w c"], target: Float[Array, "b h w c"]) -> Float[Array, " b"]:
+    """Mean squared error per sample, float32."""
+    return jnp.mean(jnp.square(prediction.astype(jnp.float32) - target.astype(jnp.float32)), axis=(1, 2, 3))
+
+
+def weighted_mean(values: Float[Array, " b"], weights: Float[Array, " b"]) -> Float[Array, ""]:
+    """sum(w v) / sum(w); 0 where no weight is left. Samples of weight 0 may hold anything, NaN included."""
+    total = jnp.sum(jnp.where(weights > 0, values * weights, 0.0))
+    return total / jnp.maximum(jnp.sum(weights), jnp.finfo(jnp.float32).tiny)
+
+
+def timestep_bins(values: Float[Array, " b"], weights: Float[Array, " b"], t: Int[Array, " b"], total: int):
+    """(sum of w v, sum of w) per timestep bin, each [NUM_BINS]."""
+    bins = jax.nn.one_hot(t * NUM_BINS // total, NUM_BINS)
+    return jnp.where(weights > 0, values * weights, 0.0) @ bins, weights @ bins

@@ -1,0 +1,140 @@
+"""Networks that no optimizer touches, from folders of PyTorch weights: the autoencoder and CLIP's vision tower.
+
+A folder holds config.json and safetensors, as diffusers and transformers save them. Whatever is wrong with it is
+a ConfigError, one line that names the setting. The fingerprint of weights is the sha256 of their file, which
+metadata.json records and every cache of region tokens is keyed by.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import itertools
+import json
+import pathlib
+from collections.abc import Callable, Mapping
+from typing import Any, TypeVar
+
+import jax
+import jax.numpy as jnp
+
+from truepose_jax.conversion import from_torch, key_maps
+from truepose_jax.conversion.key_maps import ModelKeys
+from truepose_jax.conversion.safetensors_io import ConversionError, weight_files
+from truepose_jax.models.vae import Autoencoder, AutoencoderKLConfig, KLAutoencoder, PixelAutoencoder
+from truepose_jax.schema import ConfigError, ModelConfig
+
+T = TypeVar("T")
+
+
+@dataclasses.dataclass(frozen=True)
+class Kind:
+    """What can be loaded. setting: where the config names the folder. inside: the sub-folder of a larger model
+    that holds it. advice: what to do about a folder that does not serve."""
+
+    keys: ModelKeys
+    setting: str
+    inside: str
+    advice: str
+
+
+KINDS = {
+    "vae": Kind(
+        key_maps.VAE,
+        "config.model.vae",
+        "vae",
+        "give a diffusers folder with SD1.5's autoencoder (config.json and safetensors), such as "
+        "stabilityai/sd-vae-ft-mse or stable-diffusion-v1-5; generate: --vae=DIR",
+    ),
+    "clip": Kind(
+        key_maps.CLIP_VISION,
+        "config.model.clip.path",
+        "image_encoder",
+        "give a transformers folder with CLIP's vision tower (config.json and safetensors), such as "
+        "openai/clip-vit-large-patch14; generate: --clip=DIR",
+    ),
+}
+
+
+def load_autoencoder(config: ModelConfig) -> tuple[Autoencoder, dict[str, Any], str]:
+    """(autoencoder, its parameters, fingerprint); the parameters belong into frozen["autoencoder"].
+
+    "pixels" has no parameters ({}) and the fingerprint "pixels-FACTOR". The VAE computes in config.dtype.
+    Raises ConfigError.
+    """
+    if config.autoencoder == "pixels":
+        return PixelAutoencoder(config.pixel_factor), {}, f"pixels-{config.pixel_factor}"
+    kind = KINDS["vae"]
+    if not config.vae:
+        raise ConfigError(f"{kind.setting} is empty and autoencoder 'sd15' needs weights; {kind.advice}")
+    found = read_torch_config(config.vae, AutoencoderKLConfig.from_diffusers, "vae")
+    if (found.factor, found.latent_channels) != (8, config.unet.in_channels):
+        raise ConfigError(
+            f"{kind.setting}={config.vae}: {found.latent_channels} latent channels at 1/{found.factor} of the "
+            f"size; this model needs {config.unet.in_channels} at 1/8; {kind.advice}"
+        )
+    autoencoder = KLAutoencoder(found, dtype=jnp.dtype(config.dtype))
+    shapes = jax.eval_shape(autoencoder.init, jax.random.key(0))
+    params, fingerprint = load_torch_folder(config.vae, shapes, "vae")
+    return autoencoder, params, fingerprint
+
+
+def read_torch_config(folder: str, parse: Callable[[Mapping[str, Any]], T], kind: str) -> T:
+    """parse(the folder's config.json). Raises ConfigError where it is missing, broken or of another model."""
+    path = _folder(folder, kind) / "config.json"
+    try:
+        values = json.loads(path.read_text())
+        if not isinstance(values, dict):
+            raise ValueError("not an object")
+        return parse(values)
+    except (OSError, ValueError, TypeError) as error:
+        raise _refusal(folder, kind, f"{path.name} does not serve ({_one_line(error)})") from error
+
+
+def load_torch_folder(folder: str, abstract_params: Mapping[str, Any], kind: str) -> tuple[dict[str, Any], str]:
+    """(parameters on the default device, fingerprint) of a folder's weights.
+
+    abstract_params: the tree of shapes and dtypes that is wanted; every tensor must fit, and none may be left
+    over. kind: "vae" or "clip". Raises ConfigError.
+    """
+    place = _folder(folder, kind)
+    try:
+        params = from_torch.load(place, abstract_params, KINDS[kind].keys)
+        fingerprint = _sha256(weight_files(place))
+    except (OSError, ConversionError) as error:
+        raise _refusal(folder, kind, _one_line(error)) from error
+    return jax.tree.map(jnp.asarray, params), fingerprint
+
+
+def _folder(folder: str, kind: str) -> pathlib.Path:
+    """Where config.json lies: `folder`, or its sub-folder where it is a whole Stable Diffusion's."""
+    place = pathlib.Path(folder)
+    if not place.is_dir():
+        raise _refusal(folder, kind, "no such folder")
+    for found in (place, place / KINDS[kind].inside):
+        if (found / "config.json").is_file():
+            return found
+    raise _refusal(folder, kind, "holds no config.json")
+
+
+def _refusal(folder: str, kind: str, why: str) -> ConfigError:
+    return ConfigError(f"{KINDS[kind].setting}={folder}: {why}; {KINDS[kind].advice}")
+
+
+def _one_line(error: Exception) -> str:
+    """Of a ConversionError, which lists every tensor: its title, then each kind of trouble with one name."""
+    title, *rest = str(error).splitlines() or [type(error).__name__]
+    parts = [title]
+    for line, following in itertools.pairwise(rest):
+        if not line.startswith(" "):
+            parts.append(f"{line} {following.strip()}{'' if line.startswith('1 ') else ', ...'}")
+    return "; ".join(parts)
+
+
+def _sha256(files: list[pathlib.Path]) -> str:
+    """Of one file its sha256, the number that model hubs list; of shards the sha256 of theirs in a row."""
+    digests = []
+    for file in files:
+        with file.open("rb") as opened:
+            digests.append(hashlib.file_digest(opened, "sha256").hexdigest())
+    return digests[0] if len(digests) == 1 else hashlib.sha256("".join(digests).encode()).hexdigest()

@@ -1,0 +1,1 @@
+"""Image metrics in NumPy and JAX, each with its protocol written down."""

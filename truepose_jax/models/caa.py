@@ -1,0 +1,83 @@
+"""CAA, CLIP-guided attention alignment: TruePose Eq. 9, and the choice of the regions that SourceNet attends least."""
+
+from __future__ import annotations
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+from truepose_jax.kernels.attention import api
+from truepose_jax.models.attention import Site, merge_heads, split_heads
+from truepose_jax.models.hpfa import KeysValues, SourceAttention
+
+
+def region_scores(source: SourceAttention, coverage: Float[Array, "b n p"]) -> Float[Array, "b p"]:
+    """Average attention score of each region (A17): A' = Q'K'^T / sqrt d, mean over heads, queries, and the region's
+    keys weighted by coverage. The mean is linear in q and in k, so it costs O(n) and is exact. A region without any
+    coverage gets 0."""
+    q, k = source.q.astype(jnp.float32), source.k.astype(jnp.float32)
+    weights = coverage / jnp.maximum(jnp.sum(coverage, axis=1, keepdims=True), 1e-12)
+    region_keys = jnp.einsum("bnp,bngd->bpgd", weights, k)
+    scores = jnp.einsum("bgd,bpgd->bpg", jnp.mean(q, axis=1), region_keys)
+    return jnp.mean(scores, axis=-1) / jnp.sqrt(jnp.float32(q.shape[-1]))
+
+
+def lowest_regions(
+    scores: Float[Array, "b p"], present: Bool[Array, "b p"], count: int
+) -> tuple[Int[Array, "b K"], Bool[Array, "b K"]]:
+    """The `count` present regions of lowest score, and which of the slots hold one (A18, A19). No gradient."""
+    ranked, index = jax.lax.top_k(jnp.where(present, -jax.lax.stop_gradient(scores), -jnp.inf), count)
+    return index, jnp.isfinite(ranked)
+
+
+class CAASource(nn.Module):
+    """Keys and values of Eq. 9: the chosen region tokens [b K e] through TargetNet's attn2 projections.
+
+    Tokens of dropped samples are zero, so their keys and values are exactly zero.
+    """
+
+    site: Site
+    regions: int = 2
+    dtype: jnp.dtype = jnp.float32
+
+    @nn.compact
+    def __call__(
+        self,
+        tokens: Float[Array, "b p e"],
+        present: Bool[Array, "b p"],
+        source: SourceAttention,
+        coverage: Float[Array, "b n p"],
+        keep: Float[Array, " b"] | None = None,
+    ) -> KeysValues:
+        index, valid = lowest_regions(region_scores(source, coverage), present, self.regions)
+        chosen = jnp.take_along_axis(tokens, index[..., None], axis=1)
+        if keep is not None:
+            chosen = chosen * keep[:, None, None].astype(chosen.dtype)
+        k, v = (
+            split_heads(
+                nn.Dense(self.site.channels, use_bias=False, dtype=self.dtype, name=name)(chosen), self.site.heads
+            )
+            for name in ("to_k", "to_v")
+        )
+        return KeysValues(k, v, valid)
+
+
+class CAA(nn.Module):
+    """Eq. 9 in TargetNet, in the place (and under the name) of SD1.5's attn2. Takes the normed hidden state.
+
+    `source` None (dropped), or no region present: exactly the output projection's bias.
+    """
+
+    site: Site
+    dtype: jnp.dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, normed: Float[Array, "b n c"], source: KeysValues | None) -> Float[Array, "b n c"]:
+        width = normed.shape[-1]
+        out = nn.Dense(width, dtype=self.dtype, name="to_out_0")
+        if source is None:
+            return out(jnp.zeros((normed.shape[0], 1, width), normed.dtype))
+        q = nn.Dense(width, use_bias=False, dtype=self.dtype, name="to_q")(normed)
+        q = split_heads(q, self.site.heads)
+        return out(merge_heads(api.attention(q, source.k, source.v, key_mask=source.key_mask)))

@@ -1,0 +1,129 @@
+"""HPFA, human-parsing-guided fusion attention: TruePose Eq. 6 to 8. The source side runs once per image (no t)."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import NamedTuple
+
+import flax.linen as nn
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float
+
+from truepose_jax.kernels.attention import api
+from truepose_jax.models.attention import Site, layer_norm, merge_heads, split_heads
+
+INITS = ("random", "identity")
+OUT_INITS = ("zeros", "random")
+
+
+def identity(key, shape, dtype=jnp.float32):
+    """Initialiser: the identity matrix."""
+    del key
+    return jnp.eye(*shape, dtype=dtype)
+
+
+class KeysValues(NamedTuple):
+    """Keys and values [b m g d] that TargetNet's queries meet, and which keys exist ([b m], None: all)."""
+
+    k: Array
+    v: Array
+    key_mask: Array | None = None
+
+
+class SourceAttention(NamedTuple):
+    """Q' and K' of Eq. 6's A' [b n g d], before any dropping; CAA scores the regions with them."""
+
+    q: Array
+    k: Array
+
+
+@dataclasses.dataclass(frozen=True)
+class FusionConfig:
+    """Settings of HPFA and CAA.
+
+    regions: K, the number of region tokens that CAA reads. delta, sigma, reading, mask_axis: Eq. 6 (methods.md A1,
+    A23). init "identity": HPFA's square projections start as identities, so that a network without pretrained weights
+    begins by attending to like features instead of averaging the whole image. out_init "zeros": the network starts as
+    if HPFA were not there.
+    """
+
+    regions: int = 2
+    delta: float = 0.6
+    sigma: float = 0.3
+    reading: str = "printed"
+    mask_axis: str = "key"
+    init: str = "random"
+    out_init: str = "zeros"
+
+    def __post_init__(self):
+        if self.init not in INITS or self.out_init not in OUT_INITS:
+            raise ValueError(f"HPFA init is {self.init!r} of {INITS}, out_init {self.out_init!r} of {OUT_INITS}")
+        if self.mask_axis not in api.MASK_AXES or self.reading not in api.READINGS:
+            raise ValueError(
+                f"HPFA mask_axis is {self.mask_axis!r} of {api.MASK_AXES}, reading {self.reading!r} of {api.READINGS}"
+            )
+        if self.regions < 1:
+            raise ValueError(f"CAA regions is {self.regions}; it must be at least 1")
+
+    @property
+    def square_init(self) -> dict:
+        """Initialiser of HPFA's square projections, as keyword of nn.Dense."""
+        return {"kernel_init": identity} if self.init == "identity" else {}
+
+
+class HPFASource(nn.Module):
+    """Eq. 6, 7 and the keys and values of Eq. 8, from SourceNet's features F' [b n c] and the mask M [b n].
+
+    keep [b]: 0 drops a sample: its F' is taken as zero, so its keys and values are exactly zero (no bias before
+    Eq. 8, methods.md A15).
+    """
+
+    site: Site
+    config: FusionConfig
+    dtype: jnp.dtype = jnp.float32
+
+    @nn.compact
+    def __call__(
+        self,
+        features: Float[Array, "b n c"],
+        mask: Bool[Array, "b n"],
+        keep: Float[Array, " b"] | None = None,
+    ) -> tuple[KeysValues, SourceAttention]:
+        c = self.config
+
+        def dense(name):
+            return nn.Dense(features.shape[-1], use_bias=False, dtype=self.dtype, name=name, **c.square_init)
+
+        q, k, v = (split_heads(dense(f"source_to_{x}")(features), self.site.heads) for x in "qkv")
+        undropped = SourceAttention(q, k)
+        if keep is not None:
+            q, k, v = (x * keep[:, None, None, None].astype(x.dtype) for x in (q, k, v))
+        fused = merge_heads(
+            api.reweighted_attention(
+                q, k, v, mask, delta=c.delta, sigma=c.sigma, reading=c.reading, mask_axis=c.mask_axis
+            )
+        )
+        return KeysValues(*(split_heads(dense(name)(fused), self.site.heads) for name in ("to_k", "to_v"))), undropped
+
+
+class HPFA(nn.Module):
+    """Eq. 8 in TargetNet: queries from the normed hidden state, keys and values from HPFASource.
+
+    Returns the update to add to the hidden state. `source` None (dropped): exactly the output projection's bias,
+    which is also what zero keys and values give.
+    """
+
+    site: Site
+    config: FusionConfig
+    dtype: jnp.dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "b n c"], source: KeysValues | None) -> Float[Array, "b n c"]:
+        width = x.shape[-1]
+        out_init = {"kernel_init": nn.initializers.zeros} if self.config.out_init == "zeros" else {}
+        out = nn.Dense(width, dtype=self.dtype, name="to_out_0", **out_init)
+        if source is None:
+            return out(jnp.zeros((x.shape[0], 1, width), x.dtype))
+        normed = layer_norm(self.dtype, "norm")(x)
+        q = nn.Dense(width, use_bias=False, dtype=self.dtype, name="to_q", **self.config.square_init)(normed)
+        return out(merge_heads(api.attention(split_heads(q, self.site.heads), source.k, source.v)))

@@ -1,0 +1,58 @@
+"""What all command-line programs do alike: bad input gets one clear line on stderr and exit code 2."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable, Sequence
+from typing import NoReturn
+
+from input_pipeline.schema import InputError
+
+BAD_INPUT = 2
+INTERRUPTED = 130
+
+
+class Parser(argparse.ArgumentParser):
+    """ArgumentParser whose errors are one line (argparse's own prints the usage first); exits with 2."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(BAD_INPUT, f"error: {message}; see --help\n")
+
+
+def run_program(main: Callable[[Sequence[str]], int | None], argv: Sequence[str]) -> int:
+    """main(argv); returns its exit code (None: 0).
+
+    An InputError, ConfigError, CheckpointError or ConversionError, whose texts are written for people, is
+    printed as `error: ...`, and 2 is returned. Other exceptions are bugs and keep their tracebacks.
+    """
+    try:
+        return main(argv) or 0
+    except ValueError as error:
+        if not _is_for_people(error):
+            raise
+        sys.stdout.flush()
+        print(f"error: {error}", file=sys.stderr)
+        return BAD_INPUT
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return INTERRUPTED
+
+
+def _is_for_people(error: ValueError) -> bool:
+    if isinstance(error, InputError):
+        return True
+    # Here and not above: they bring JAX and orbax, and `prepare` starts in a tenth of a second without.
+    from truepose_jax.checkpoint import CheckpointError
+    from truepose_jax.conversion.safetensors_io import ConversionError
+    from truepose_jax.schema import ConfigError
+
+    return isinstance(error, CheckpointError | ConfigError | ConversionError)
+
+
+def parse_size(text: str) -> tuple[int, int]:
+    """'256x176' -> (256, 176), height first. A `type` for add_argument: raises ArgumentTypeError."""
+    h, _, w = text.partition("x")
+    if not (h.isdecimal() and w.isdecimal() and int(h) > 0 and int(w) > 0):
+        raise argparse.ArgumentTypeError(f"'{text}' is not HEIGHTxWIDTH, as in 256x176")
+    return int(h), int(w)

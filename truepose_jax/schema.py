@@ -1,0 +1,305 @@
+"""The configuration the code runs on: frozen dataclasses, and the strict reader that makes them from a ConfigDict.
+
+configs/base.py lists every key with its value; here are the types and what is allowed. A key that is unknown,
+missing or of another type is a ConfigError that names it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import types
+import typing
+from collections.abc import Mapping
+from typing import Any
+
+from truepose_jax.diffusion.schedule import Schedule
+from truepose_jax.models.hpfa import FusionConfig
+from truepose_jax.models.unet import UNetConfig
+
+
+class ConfigError(ValueError):
+    """A configuration that cannot be run: one line that names the key, its value and what is allowed."""
+
+
+def _one_of(key: str, value: Any, allowed: tuple) -> None:
+    if value not in allowed:
+        raise ConfigError(f"config.{key} is {value!r}; choose one of {allowed}")
+
+
+def _positive(**values: float) -> None:
+    for key, value in values.items():
+        if value <= 0:
+            raise ConfigError(f"config.{key.replace('__', '.')} is {value}; it must be above 0")
+
+
+@dataclasses.dataclass(frozen=True)
+class ClipConfig:
+    """The region-token encoder. path: a transformers CLIP vision folder; "" makes a small seeded one, untrained, of
+    the sizes that follow (and says so)."""
+
+    path: str
+    image_size: int
+    patch_size: int
+    hidden_size: int
+    layers: int
+    heads: int
+    seed: int
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelConfig:
+    """size: (height, width) in pixels. autoencoder "sd15": AutoencoderKL from the diffusers folder `vae`; "pixels":
+    space-to-depth by `pixel_factor`, no weights. positions "sincos": fixed 2-D sinusoids after both networks' conv_in,
+    for training from nothing (SD1.5's networks have learned places and take "none"). dtype: compute dtype; parameters are float32."""
+
+    method: str
+    size: tuple[int, int]
+    autoencoder: str
+    vae: str
+    pixel_factor: int
+    unet: UNetConfig
+    fusion: FusionConfig
+    positions: str
+    clip: ClipConfig
+    remat: bool
+    dtype: str
+
+    def __post_init__(self):
+        _one_of("model.method", self.method, ("truepose",))
+        _one_of("model.autoencoder", self.autoencoder, ("sd15", "pixels"))
+        _one_of("model.positions", self.positions, ("none", "sincos"))
+        _one_of("model.dtype", self.dtype, ("float32", "bfloat16"))
+        _one_of("model.pixel_factor", self.pixel_factor, (2, 4, 8))
+        _positive(model__size=min(self.size))
+        factor = self.pixel_factor if self.autoencoder == "pixels" else 8
+        if any(side % factor for side in self.size):
+            raise ConfigError(f"config.model.size is {self.size}; both sides must be divisible by {factor}")
+        channels = 3 * factor**2 if self.autoencoder == "pixels" else 4
+        if (self.unet.in_channels, self.unet.out_channels) != (channels, channels):
+            raise ConfigError(
+                f"config.model.unet.in_channels and out_channels are {self.unet.in_channels} and "
+                f"{self.unet.out_channels}; autoencoder {self.autoencoder!r} needs {channels}"
+            )
+
+
+@dataclasses.dataclass(frozen=True)
+class DiffusionConfig:
+    """timestep_power: t = 1000 u^power. drop_rate: share of samples trained without the source. steps, spacing,
+    guidance: DDIM's."""
+
+    schedule: Schedule
+    timestep_power: float
+    drop_rate: float
+    steps: int
+    spacing: str
+    guidance: float
+
+    def __post_init__(self):
+        _one_of("diffusion.spacing", self.spacing, ("leading", "trailing"))
+        _positive(diffusion__timestep_power=self.timestep_power, diffusion__steps=self.steps)
+        if not 0.0 <= self.drop_rate < 1.0:
+            raise ConfigError(f"config.diffusion.drop_rate is {self.drop_rate}; it must be in [0, 1)")
+
+
+@dataclasses.dataclass(frozen=True)
+class SyntheticConfig:
+    """Sizes of the pool of synthetic people. poses: a DeepFashion annotation CSV, or "" for the built-in table."""
+
+    identities: int
+    poses_per_identity: int
+    patterns: str
+    background: str
+    poses: str
+    heldout_identities: int
+    heldout_poses_per_identity: int
+
+    def __post_init__(self):
+        _one_of("data.synthetic.patterns", self.patterns, ("all", "solid"))
+        _one_of("data.synthetic.background", self.background, ("all", "plain"))
+        _positive(
+            data__synthetic__identities=self.identities,
+            data__synthetic__heldout_identities=self.heldout_identities,
+            data__synthetic__poses_per_identity=self.poses_per_identity - 1,
+            data__synthetic__heldout_poses_per_identity=self.heldout_poses_per_identity - 1,
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class DataConfig:
+    """dataset "synthetic", or "folder": photos with parsing maps and keypoints under `root` (input_pipeline/folder.py).
+
+    pairs, eval_pairs: CSV of (source, target) names, "self" or "identity"; eval_pairs "": the training pairs, said so.
+    """
+
+    dataset: str
+    root: str
+    labels: str
+    keypoints: str
+    pairs: str
+    eval_pairs: str
+    flip: bool
+    self_pair: float
+    targets_per_source: int
+    threads: int
+    synthetic: SyntheticConfig
+
+    def __post_init__(self):
+        _one_of("data.dataset", self.dataset, ("synthetic", "folder"))
+        _positive(data__targets_per_source=self.targets_per_source, data__threads=self.threads)
+        if not 0.0 <= self.self_pair <= 1.0:
+            raise ConfigError(f"config.data.self_pair is {self.self_pair}; it must be in [0, 1]")
+        if self.dataset == "folder" and not self.root:
+            raise ConfigError("config.data.root is empty; dataset 'folder' needs the folder of photos")
+
+
+@dataclasses.dataclass(frozen=True)
+class OptimConfig:
+    """AdamW. schedule "constant" or "cosine" (flat for `flat` of the run, then to `final` of the rate). accumulation:
+    micro-batches per step. max_skips: non-finite steps in a row before the run stops. ema_decay 0: no EMA."""
+
+    learning_rate: float
+    warmup_steps: int
+    schedule: str
+    flat: float
+    final: float
+    b1: float
+    b2: float
+    weight_decay: float
+    clip_norm: float
+    accumulation: int
+    ema_decay: float
+    max_skips: int
+
+    def __post_init__(self):
+        _one_of("optim.schedule", self.schedule, ("constant", "cosine"))
+        _positive(
+            optim__learning_rate=self.learning_rate,
+            optim__clip_norm=self.clip_norm,
+            optim__accumulation=self.accumulation,
+            optim__max_skips=self.max_skips,
+        )
+        for key in ("ema_decay", "b1", "b2", "flat", "final"):
+            if not 0.0 <= getattr(self, key) <= 1.0:
+                raise ConfigError(f"config.optim.{key} is {getattr(self, key)}; it must be in [0, 1]")
+
+
+@dataclasses.dataclass(frozen=True)
+class MeshConfig:
+    """Devices per mesh axis; -1: the rest (one axis at most)."""
+
+    data: int
+    fsdp: int
+    tensor: int
+
+
+@dataclasses.dataclass(frozen=True)
+class CheckpointConfig:
+    """Save every `every` steps, keep the last `keep`."""
+
+    every: int
+    keep: int
+
+    def __post_init__(self):
+        _positive(checkpoint__every=self.every, checkpoint__keep=self.keep)
+
+
+@dataclasses.dataclass(frozen=True)
+class EvalConfig:
+    """Every `every` steps: held-out loss, region PSNR and swap test over `pairs` pairs in batches of `batch_size`, and
+    a sample sheet of `sheet_rows` rows, sampled with `steps` steps at `guidance`."""
+
+    every: int
+    pairs: int
+    batch_size: int
+    sheet_rows: int
+    steps: int
+    guidance: float
+
+    def __post_init__(self):
+        _positive(
+            eval__every=self.every, eval__pairs=self.pairs, eval__batch_size=self.batch_size, eval__steps=self.steps
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """One experiment. batch_size is global; the per-device batch is derived from it."""
+
+    seed: int
+    total_steps: int
+    batch_size: int
+    log_every: int
+    model: ModelConfig
+    diffusion: DiffusionConfig
+    data: DataConfig
+    optim: OptimConfig
+    mesh: MeshConfig
+    checkpoint: CheckpointConfig
+    eval: EvalConfig
+
+    def __post_init__(self):
+        _positive(total_steps=self.total_steps, batch_size=self.batch_size, log_every=self.log_every)
+        micro = self.optim.accumulation * self.data.targets_per_source
+        if self.batch_size % micro:
+            raise ConfigError(
+                f"config.batch_size is {self.batch_size}; it must be a multiple of optim.accumulation x "
+                f"data.targets_per_source = {micro}"
+            )
+
+    @property
+    def token_width(self) -> int:
+        return self.model.unet.cross_attention_dim
+
+
+def _convert(value: Any, kind: Any, where: str) -> Any:
+    if dataclasses.is_dataclass(kind):
+        return from_config_dict(kind, value, where)
+    origin, arguments = typing.get_origin(kind), typing.get_args(kind)
+    if origin in (types.UnionType, typing.Union):
+        for option in arguments:
+            try:
+                return _convert(value, option, where)
+            except ConfigError:
+                continue
+    elif origin is tuple and isinstance(value, list | tuple):
+        kinds = (arguments[0],) * len(value) if arguments[-1] is Ellipsis else arguments
+        if len(kinds) == len(value):
+            return tuple(_convert(v, k, where) for v, k in zip(value, kinds, strict=True))
+    elif kind is float and isinstance(value, int | float) and not isinstance(value, bool):
+        return float(value)
+    elif kind in (int, str, bool) and type(value) is kind:
+        return value
+    name = getattr(kind, "__name__", str(kind)) if origin is None else str(kind)
+    raise ConfigError(f"{where} is {value!r} ({type(value).__name__}); expected {name}")
+
+
+def from_config_dict(cls: type, values: Mapping[str, Any], where: str = "config") -> Any:
+    """Makes the dataclass `cls` from a mapping (a ConfigDict, or a dict read from metadata.json).
+
+    Every field must be there and of its type, and nothing else. Raises ConfigError.
+    """
+    if not isinstance(values, Mapping) and not hasattr(values, "items"):
+        raise ConfigError(f"{where} is {values!r}; expected a group of settings")
+    values = dict(values.items())
+    kinds = typing.get_type_hints(cls)
+    fields = {field.name: kinds[field.name] for field in dataclasses.fields(cls)}
+    for key in values:
+        if key not in fields:
+            near = difflib.get_close_matches(key, fields, n=1)
+            hint = f"did you mean '{near[0]}'?" if near else f"known: {', '.join(sorted(fields))}"
+            raise ConfigError(f"{where}.{key} is not a setting; {hint}")
+    missing = sorted(fields.keys() - values.keys())
+    if missing:
+        raise ConfigError(f"{where} lacks {', '.join(missing)}")
+    try:
+        return cls(**{key: _convert(values[key], kind, f"{where}.{key}") for key, kind in fields.items()})
+    except ConfigError:
+        raise
+    except ValueError as error:
+        raise ConfigError(f"{where}: {error}") from error
+
+
+def to_dict(config: Any) -> dict[str, Any]:
+    """The plain nested dict of a config, ready for JSON; from_config_dict reads it back."""
+    return dataclasses.asdict(config)

@@ -1,0 +1,130 @@
+"""Meshes, logical axes and parameter placement: the one place that knows how arrays lie on devices."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+AXES = ("data", "fsdp", "tensor")
+BATCH_AXES = ("data", "fsdp")
+
+LOGICAL_AXES: Mapping[str, tuple[str, ...] | None] = {
+    "batch": BATCH_AXES,
+    "height": None,
+    "width": None,
+    "channels": None,
+    "tokens": None,
+    "heads": ("tensor",),
+    "classes": None,
+}
+"""Logical activation axis -> mesh axes. A name that is not here is an error, never a silent copy (stack.md 4)."""
+
+
+def make_mesh(*, data: int, fsdp: int, tensor: int, devices: Sequence[Any] | None = None) -> Mesh:
+    """Mesh over all devices with axes data, fsdp, tensor; one of the sizes may be -1 (the rest).
+
+    Raises ValueError where the sizes do not multiply to the number of devices.
+    """
+    devices = jax.devices() if devices is None else devices
+    sizes = {"data": data, "fsdp": fsdp, "tensor": tensor}
+    free = [name for name, size in sizes.items() if size == -1]
+    fixed = math.prod(size for size in sizes.values() if size != -1)
+    if len(free) > 1 or fixed < 1 or (free and len(devices) % fixed):
+        raise ValueError(f"mesh sizes {sizes} do not fit {len(devices)} devices")
+    if free:
+        sizes[free[0]] = len(devices) // fixed
+    if math.prod(sizes.values()) != len(devices):
+        raise ValueError(f"mesh sizes {sizes} use {math.prod(sizes.values())} devices; there are {len(devices)}")
+    # Auto axes: with make_mesh's default (Explicit) Linen and plain jnp code would have to name every sharding.
+    return jax.make_mesh(tuple(sizes.values()), AXES, axis_types=(AxisType.Auto,) * 3, devices=devices)
+
+
+def batch_parts(mesh: Mesh) -> int:
+    """Into how many parts the global batch is cut."""
+    return math.prod(mesh.shape[axis] for axis in BATCH_AXES)
+
+
+def constrain(x: jax.Array, *names: str) -> jax.Array:
+    """Pins an activation's layout by logical axis names, one per dimension. Outside a mesh: returns x.
+
+    Raises KeyError for an unknown name and ValueError for a wrong count.
+    """
+    spec = PartitionSpec(*(LOGICAL_AXES[name] for name in names))
+    if len(names) != x.ndim:
+        raise ValueError(f"{len(names)} axis names for an array of {x.ndim} dimensions")
+    if jax.sharding.get_abstract_mesh().empty:
+        return x
+    return jax.lax.with_sharding_constraint(x, spec)
+
+
+def path_of(key_path: Sequence[Any]) -> str:
+    """'source_net/conv_in/kernel' for a jax key path."""
+    return "/".join(str(getattr(part, "key", getattr(part, "name", getattr(part, "idx", part)))) for part in key_path)
+
+
+def param_specs(params: Any, mesh: Mesh, rules: Sequence[tuple[str, tuple[str | None, ...]]]) -> Any:
+    """A NamedSharding for every parameter: the first rule that matches its path places `tensor`; the largest
+    remaining dimension that fsdp divides is cut by fsdp. What nothing divides is replicated."""
+
+    def place(key_path, leaf) -> NamedSharding:
+        spec: list[str | None] = [None] * len(leaf.shape)
+        for pattern, axes in rules:
+            if re.search(pattern, path_of(key_path)) and len(axes) == len(leaf.shape):
+                spec = [a if a and leaf.shape[i] % mesh.shape[a] == 0 else None for i, a in enumerate(axes)]
+                break
+        free = [i for i, a in enumerate(spec) if a is None and leaf.shape[i] % mesh.shape["fsdp"] == 0]
+        if mesh.shape["fsdp"] > 1 and free:
+            spec[max(free, key=lambda i: leaf.shape[i])] = "fsdp"
+        return NamedSharding(mesh, PartitionSpec(*spec))
+
+    return jax.tree_util.tree_map_with_path(place, params)
+
+
+def like_params(state: Any, params: Any, specs: Any, mesh: Mesh) -> Any:
+    """Shardings for a tree that holds copies of the parameter tree (optimizer moments, EMA) among other leaves.
+
+    A leaf whose path ends with a parameter's path and has its shape lies as that parameter; the rest is replicated.
+    """
+    by_path = {
+        path_of(key_path): (leaf.shape, spec)
+        for (key_path, leaf), spec in zip(
+            jax.tree_util.tree_leaves_with_path(params), jax.tree.leaves(specs), strict=True
+        )
+    }
+    replicated = NamedSharding(mesh, PartitionSpec())
+
+    def place(key_path, leaf):
+        parts = path_of(key_path).split("/")
+        for start in range(len(parts)):
+            shape, spec = by_path.get("/".join(parts[start:]), (None, None))
+            if shape == leaf.shape:
+                return spec
+        return replicated
+
+    return jax.tree_util.tree_map_with_path(place, state)
+
+
+def replicate(mesh: Mesh, tree: Any) -> Any:
+    """Puts host arrays whole on every device."""
+    return jax.device_put(tree, NamedSharding(mesh, PartitionSpec()))
+
+
+def put_global_batch(mesh: Mesh, batch: Mapping[str, np.ndarray]) -> dict[str, jax.Array]:
+    """This process's rows of every field -> global arrays cut along their first axis over data x fsdp."""
+    sharding = NamedSharding(mesh, PartitionSpec(BATCH_AXES))
+    return {name: jax.make_array_from_process_local_data(sharding, array) for name, array in batch.items()}
+
+
+def put_whole_batch(mesh: Mesh, batch: Mapping[str, np.ndarray]) -> dict[str, jax.Array]:
+    """The same, where every process holds all rows (evaluation)."""
+    sharding = NamedSharding(mesh, PartitionSpec(BATCH_AXES))
+    return {
+        name: jax.make_array_from_callback(array.shape, sharding, lambda index, a=array: a[index])
+        for name, array in batch.items()
+    }

@@ -1,0 +1,125 @@
+"""TrainState and the train step: pure functions of state, batch and step number, jitted once."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array, Int
+
+from truepose_jax import rng
+from truepose_jax.methods.base import Batch, BatchSpec, Frozen, Method, Params
+from truepose_jax.optim import ema_update, learning_rate, make_optimizer
+from truepose_jax.schema import Config
+
+
+@flax.struct.dataclass
+class TrainState:
+    """step: batches consumed. skipped: those whose gradients were not finite (parameters left alone).
+    skips_in_a_row: the same, since the last good one. ema: None where the config has no EMA."""
+
+    step: Int[Array, ""]
+    params: Params
+    ema: Params | None
+    opt_state: Any
+    skipped: Int[Array, ""]
+    skips_in_a_row: Int[Array, ""]
+
+
+@dataclasses.dataclass(frozen=True)
+class Trainer:
+    """Wires a method and an optimizer into init and step."""
+
+    config: Config
+    method: Method
+
+    @property
+    def optimizer(self) -> optax.GradientTransformation:
+        return make_optimizer(self.config.optim, self.config.total_steps, self.method.no_decay)
+
+    def init_state(self, key: jax.Array, batch_spec: BatchSpec) -> TrainState:
+        params = self.method.init(key, batch_spec)
+        zero = jnp.zeros((), jnp.int32)
+        return TrainState(
+            step=zero,
+            params=params,
+            # A copy: donated buffers must not alias.
+            ema=jax.tree.map(jnp.copy, params) if self.config.optim.ema_decay else None,
+            opt_state=self.optimizer.init(params),
+            skipped=zero,
+            skips_in_a_row=zero,
+        )
+
+    def step(self, state: TrainState, frozen: Frozen, batch: Batch) -> tuple[TrainState, dict[str, jax.Array]]:
+        """One update. Randomness is a function of (seed, state.step). Non-finite gradients change nothing but the
+        counters; metrics then hold bad_loss and bad_gradients, the index of the first bad parameter among them."""
+        key = rng.key(jax.random.key(self.config.seed), "train", state.step)
+        keys = jax.random.split(key, batch["target"].shape[0])
+        grads, metrics = self._gradients(state.params, frozen, batch, keys)
+        norm = optax.global_norm(grads)
+        finite = jnp.isfinite(norm) & jnp.isfinite(metrics["loss"])
+
+        updates, opt_state = self.optimizer.update(grads, state.opt_state, state.params)
+        params = optax.apply_updates(state.params, updates)
+        ema = state.ema
+        if ema is not None:
+            ema = ema_update(ema, params, state.step, self.config.optim.ema_decay)
+        params, ema, opt_state = jax.tree.map(
+            lambda new, old: jnp.where(finite, new, old),
+            (params, ema, opt_state),
+            (state.params, state.ema, state.opt_state),
+        )
+        skipped_now = (~finite).astype(jnp.int32)
+        new_state = TrainState(
+            step=state.step + 1,
+            params=params,
+            ema=ema,
+            opt_state=opt_state,
+            skipped=state.skipped + skipped_now,
+            skips_in_a_row=jnp.where(finite, 0, state.skips_in_a_row + 1),
+        )
+        bad = jnp.stack([~jnp.all(jnp.isfinite(g)) for g in jax.tree.leaves(grads)])
+        metrics = {
+            **metrics,
+            "grad_norm": norm,
+            "learning_rate": learning_rate(self.config.optim, self.config.total_steps)(state.step - state.skipped),
+            "valid": jnp.sum(batch["valid"]),
+            "skipped": new_state.skipped,
+            "skipped_now": skipped_now,
+            "skips_in_a_row": new_state.skips_in_a_row,
+            "first_bad_parameter": jnp.where(jnp.any(bad), jnp.argmax(bad), -1),
+        }
+        return new_state, metrics
+
+    def _gradients(self, params: Params, frozen: Frozen, batch: Batch, keys: jax.Array):
+        """Gradient and metrics of the whole batch, in `accumulation` micro-batches one after the other.
+
+        Every sample brings its own key and each micro-batch weighs by its valid samples, so the sum is the gradient
+        that the whole batch would have given at once.
+        """
+        pieces = self.config.optim.accumulation
+        gradient = jax.grad(self.method.loss, has_aux=True)
+        if pieces == 1:
+            return gradient(params, frozen, batch, keys)
+        total = jnp.maximum(jnp.sum(batch["valid"]), 1.0)
+        sources = batch["source"].shape[0]
+
+        def cut(x):
+            # Interleaved by source: each device keeps its own rows, and a source its targets, in every micro-batch.
+            grouped = x.reshape(sources // pieces, pieces, x.shape[0] // sources, *x.shape[1:])
+            return jnp.moveaxis(grouped, 1, 0).reshape(pieces, x.shape[0] // pieces, *x.shape[1:])
+
+        def one(piece):
+            grads, metrics = gradient(params, frozen, *piece)
+            share = jnp.sum(piece[0]["valid"]) / total
+            metrics = {name: x if name.startswith("bin_") else share * x for name, x in metrics.items()}
+            return jax.tree.map(lambda g: share * g, grads), metrics
+
+        micro_batches = jax.tree.map(cut, (dict(batch), keys))
+        first = jax.tree.map(lambda x: x[0], micro_batches)
+        zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(one, first))
+        return jax.lax.scan(lambda sums, piece: (jax.tree.map(jnp.add, sums, one(piece)), None), zeros, micro_batches)[0]
