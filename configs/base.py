@@ -40,6 +40,7 @@ def get_config() -> ConfigDict:
                     "out_init": "zeros",
                 },
                 "positions": "none",
+                "source_parsing": "none",
                 "clip": {
                     "path": "",
                     "image_size": 32,
@@ -83,6 +84,7 @@ def get_config() -> ConfigDict:
                     "poses_per_identity": 4,
                     "patterns": "all",
                     "background": "all",
+                    "framing": "all",
                     "poses": "",
                     "heldout_identities": 64,
                     "heldout_poses_per_identity": 2,
@@ -101,6 +103,7 @@ def get_config() -> ConfigDict:
                 "accumulation": 1,
                 "ema_decay": 0.0,
                 "max_skips": 10,
+                "layout": "tree",
             },
             "mesh": {"data": -1, "fsdp": 1, "tensor": 1},
             "checkpoint": {"every": 5_000, "keep": 3},

@@ -3,9 +3,9 @@
     make demo            (or: python -m truepose_jax.demo --workdir=runs/demo)
 
 Not a row of the paper. What differs from it, and why, is in BUILD_NOTES.md ("The demo"): pixels as latents, x0
-prediction with more of the noisy timesteps, positions after conv_in and HPFA's square projections starting as
-identities (both stand in for what SD1.5's weights know), an untrained CLIP, and a quarter of the pairs with the source as
-its own target. HPFA, CAA (K = 2) and the equations are the paper's.
+prediction with more of the noisy timesteps; positions after conv_in, the parsing map into SourceNet and HPFA's square
+projections starting as identities (they stand in for what SD1.5's weights know); an untrained CLIP; a quarter of the
+pairs with the source as its own target; clothes of one colour. HPFA, CAA (K = 2) and the equations are the paper's.
 """
 
 from configs import base
@@ -13,7 +13,7 @@ from configs import base
 
 def get_config():
     config = base.get_config()
-    config.total_steps = 2_500
+    config.total_steps = 2_000
     config.batch_size = 12
     config.log_every = 10
 
@@ -22,9 +22,9 @@ def get_config():
     model.autoencoder = "pixels"
     model.pixel_factor = 4
     model.unet.in_channels = model.unet.out_channels = 48
-    model.unet.block_out_channels = (32, 64)
-    model.unet.down_block_types = ("DownBlock2D", "CrossAttnDownBlock2D")
-    model.unet.up_block_types = ("CrossAttnUpBlock2D",) * 2
+    model.unet.block_out_channels = (48, 64)
+    model.unet.down_block_types = ("DownBlock2D", "DownBlock2D")
+    model.unet.up_block_types = ("UpBlock2D", "CrossAttnUpBlock2D")
     model.unet.layers_per_block = 1
     model.unet.attention_head_dim = (1, 2)
     model.unet.cross_attention_dim = 64
@@ -32,37 +32,41 @@ def get_config():
     model.fusion.init = "identity"
     model.fusion.out_init = "random"
     model.positions = "sincos"
+    model.source_parsing = "coverage"
     model.remat = False
     model.dtype = "float32"
 
     config.diffusion.schedule.betas = "cosine"
     config.diffusion.schedule.prediction = "x0"
     config.diffusion.schedule.clip_x0 = 1.0
-    config.diffusion.timestep_power = 0.5
-    config.diffusion.drop_rate = 0.15
-    config.diffusion.steps = 8
+    config.diffusion.timestep_power = 0.35
+    config.diffusion.drop_rate = 0.1
+    config.diffusion.steps = 4
     config.diffusion.spacing = "trailing"
     config.diffusion.guidance = 1.0
 
     config.data.targets_per_source = 3
     config.data.self_pair = 0.25
     config.data.threads = 1
-    config.data.synthetic.identities = 1_500
+    config.data.synthetic.identities = 1_000
+    config.data.synthetic.patterns = "solid"
     config.data.synthetic.background = "plain"
+    config.data.synthetic.framing = "close"
     config.data.synthetic.heldout_identities = 32
 
     config.optim.learning_rate = 2e-3
     config.optim.warmup_steps = 50
     config.optim.schedule = "cosine"
     config.optim.b2 = 0.99
-    config.optim.weight_decay = 1e-4
+    config.optim.weight_decay = 0.0
     config.optim.ema_decay = 0.998
+    config.optim.layout = "flat"
 
     config.checkpoint.every = 500
     config.checkpoint.keep = 2
-    config.eval.every = 500
+    config.eval.every = 1_000
     config.eval.pairs = 32
     config.eval.batch_size = 32
-    config.eval.steps = 8
+    config.eval.steps = 4
     config.eval.guidance = 1.0
     return config

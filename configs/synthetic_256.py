@@ -4,7 +4,7 @@
 
 Hardware: one GPU with 40 GB or more. Not a row of the paper: the network is narrower than SD1.5 (its width is 4 times
 the 48 latent channels), predicts x0, and its region tokens come from an untrained CLIP. The paper's K, sigma, delta and
-drop rate are kept. Expected result: not measured yet; the first run renders 16,384 people (minutes, kept in WORKDIR/cache).
+drop rate are kept. Expected result: not measured yet. The first start renders 16,384 pictures for their tokens (minutes).
 """
 
 from configs import base

@@ -1,7 +1,8 @@
 """TruePose, Table 1, DeepFashion 512x352 (LPIPS .180, SSIM .744, PSNR 17.627, FID 7.05).
 
     python -m truepose_jax.train --config=configs/truepose_deepfashion_512.py --workdir=DIR \
-        --config.data.root=DEEPFASHION --config.data.pairs=PAIRS.csv --config.model.vae=SD15 --config.model.clip.path=CLIP
+        --config.data.root=DEEPFASHION --config.data.pairs=PAIRS.csv \
+        --config.model.vae=SD15 --config.model.clip.path=CLIP
 
 Paper's hardware: 4 A800, batch 12, 50 epochs of 101,966 pairs (425,000 steps), AdamW at a constant 1e-5, 30 % dropped,
 K = 2, DDIM 35 steps at guidance 3.5. Ours where the paper is silent: EMA 0.9999, clipping at 1, flips.

@@ -89,9 +89,7 @@ class FolderImages:
         name = self.names[index]
         photo = read_photo(self._photos[name])
         hw = photo.shape[:2]
-        parsing = (
-            whole_photo(hw) if self._maps is None else read_parsing(self._maps[name], self._label_set, hw)
-        )
+        parsing = whole_photo(hw) if self._maps is None else read_parsing(self._maps[name], self._label_set, hw)
         pose = self._poses[index]
         return photo, parsing, Framing.fit(pose.frame_hw or hw, hw).joints(pose.joints)
 
@@ -104,14 +102,10 @@ class FolderImages:
         maps = {name: folder / f"{name}.png" for name in self.names}
         missing = [name for name, path in maps.items() if not path.is_file()]
         if missing:
-            raise InputError(
-                _missing(self.root, "parsing map", f"{PARSING_FOLDER}/NAME.png", missing, len(self.names))
-            )
+            raise InputError(_missing(self.root, "parsing map", f"{PARSING_FOLDER}/NAME.png", missing, len(self.names)))
         return maps
 
-    def _read_poses(
-        self, keypoints: str | pathlib.Path | None, frame_hw: tuple[int, int] | None
-    ) -> list[Pose]:
+    def _read_poses(self, keypoints: str | pathlib.Path | None, frame_hw: tuple[int, int] | None) -> list[Pose]:
         place = pathlib.Path(keypoints) if keypoints else _first_folder(self.root, POSE_FOLDERS)
         if place is None or not place.exists():
             raise InputError(
@@ -126,17 +120,13 @@ class FolderImages:
         files = {name: _pose_file(place, name) for name in self.names}
         missing = [name for name, path in files.items() if path is None]
         if missing:
-            raise InputError(
-                _missing(self.root, "pose", f"{place.name}/NAME.json or .txt", missing, len(self.names))
-            )
+            raise InputError(_missing(self.root, "pose", f"{place.name}/NAME.json or .txt", missing, len(self.names)))
         return [load_pose(files[name], frame_hw=frame_hw) for name in self.names]
 
     def _make_pairs(self, pairs: str) -> np.ndarray:
         posed = np.array([bool(pose.joints[:, 2].any()) for pose in self._poses])
         if not posed.all():
-            logging.warning(
-                "%s: %d of %d photos have no visible joint", self.root, (~posed).sum(), len(posed)
-            )
+            logging.warning("%s: %d of %d photos have no visible joint", self.root, (~posed).sum(), len(posed))
         if pairs == "self":
             found = np.repeat(np.flatnonzero(posed), 2).reshape(-1, 2)
         elif pairs == "identity":
@@ -154,12 +144,8 @@ class FolderImages:
         listed = read_pairs(path)
         unknown = sorted({name for pair in listed for name in pair if name_key(name) not in index})
         if unknown:
-            raise InputError(
-                f"{path}: names {len(unknown)} photos that {self.root} does not hold: {_some(unknown)}"
-            )
-        found = np.array([[index[name_key(name)] for name in pair] for pair in listed], np.int32).reshape(
-            -1, 2
-        )
+            raise InputError(f"{path}: names {len(unknown)} photos that {self.root} does not hold: {_some(unknown)}")
+        found = np.array([[index[name_key(name)] for name in pair] for pair in listed], np.int32).reshape(-1, 2)
         return found[posed[found[:, 1]]]
 
 
@@ -169,9 +155,7 @@ def find_photos(root: pathlib.Path) -> dict[str, pathlib.Path]:
     Raises InputError where there are none, or two of one name.
     """
     if not root.is_dir():
-        raise InputError(
-            f"{root}: no such folder; give the folder that holds image/, parsing/ and keypoints/"
-        )
+        raise InputError(f"{root}: no such folder; give the folder that holds image/, parsing/ and keypoints/")
     folder = _first_folder(root, PHOTO_FOLDERS)
     if folder is None:
         raise InputError(f"{root}: has no folder {PHOTO_FOLDERS[0]}/ with photos")
@@ -218,9 +202,7 @@ def read_pairs(path: str | pathlib.Path) -> list[tuple[str, str]]:
         with open(path, newline="", encoding="utf-8-sig") as file:
             rows = [[cell.strip() for cell in row] for row in csv.reader(file)]
     except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise InputError(
-            f"{path}: cannot read the pairs ({error}); give a CSV, or 'self' or 'identity'"
-        ) from error
+        raise InputError(f"{path}: cannot read the pairs ({error}); give a CSV, or 'self' or 'identity'") from error
     header = [cell.lower() for cell in rows[0]] if rows else []
     columns = next((names for names in PAIR_COLUMNS if set(names) <= set(header)), None)
     if columns is None:
@@ -231,9 +213,7 @@ def read_pairs(path: str | pathlib.Path) -> list[tuple[str, str]]:
         if not any(row):
             continue
         if len(row) <= max(first, second) or not row[first] or not row[second]:
-            raise InputError(
-                f"{path}: line {number} names no pair; every line needs {columns[0]} and {columns[1]}"
-            )
+            raise InputError(f"{path}: line {number} names no pair; every line needs {columns[0]} and {columns[1]}")
         pairs.append((row[first], row[second]))
     return pairs
 

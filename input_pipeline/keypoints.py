@@ -83,9 +83,7 @@ def place_pose(pose: Pose, *, out_hw: tuple[int, int], name: str) -> np.ndarray:
         raise InputError(f"{name}: no joint is visible; choose another pose")
     if not inside(joints, out_hw).any():
         h, w = pose.frame_hw
-        raise InputError(
-            f"{name}: every joint lies outside its {h}x{w} frame; give the right --pose-frame=HxW"
-        )
+        raise InputError(f"{name}: every joint lies outside its {h}x{w} frame; give the right --pose-frame=HxW")
     return joints
 
 
@@ -105,9 +103,7 @@ def load_pose(spec: str | pathlib.Path, *, frame_hw: tuple[int, int] | None = No
     elif suffix == ".txt":
         pose = _from_text(path, frame_hw)
     else:
-        raise InputError(
-            f"{spec}: unknown pose format; use OpenPose or COCO .json, an 18-row .txt, or .csv#image-name"
-        )
+        raise InputError(f"{spec}: unknown pose format; use OpenPose or COCO .json, an 18-row .txt, or .csv#image-name")
     if not np.isfinite(pose.joints).all():
         raise InputError(f"{spec}: holds coordinates that are not finite numbers; the file is broken")
     return pose
@@ -169,9 +165,7 @@ def _annotation_rows(path: pathlib.Path, modified: int) -> dict[str, str]:
     lines = _text(path).splitlines()
     header = [column.strip(" ,") for column in lines[0].split(":")] if lines else []
     if header != ["name", "keypoints_y", "keypoints_x"]:
-        raise InputError(
-            f"{path}: not an annotation CSV; its first line must be name:keypoints_y:keypoints_x"
-        )
+        raise InputError(f"{path}: not an annotation CSV; its first line must be name:keypoints_y:keypoints_x")
     rows = (line.strip(" ,") for line in lines[1:])
     return {name_key(row.split(":", 1)[0]): row for row in rows if row}
 
@@ -185,9 +179,7 @@ def annotation_pose(
     """
     row = rows.get(name_key(name))
     if row is None:
-        raise InputError(
-            f"{path}: has no row for {canonical_name(name)} (of {len(rows)}); check the image's name"
-        )
+        raise InputError(f"{path}: has no row for {canonical_name(name)} (of {len(rows)}); check the image's name")
     try:
         spelling, y, x = row.split(":")
         yx = np.array([json.loads(column.strip(' ,"')) for column in (y, x)], np.float32)
@@ -263,9 +255,7 @@ def _from_json(path: str, member: str, frame_hw: tuple[int, int] | None) -> Pose
     joints, frame = max(people, key=_extent), frame_hw or implied
     if np.abs(joints[:, :2]).max() <= 1:
         if frame is None:
-            raise InputError(
-                f"{path}: coordinates are fractions of an image of unknown size; add --pose-frame=HxW"
-            )
+            raise InputError(f"{path}: coordinates are fractions of an image of unknown size; add --pose-frame=HxW")
         joints = joints * (frame[1], frame[0], 1)
     return Pose(joints.astype(np.float32), frame)
 
@@ -282,9 +272,7 @@ def _openpose_people(content: dict, path: str) -> tuple[list[np.ndarray], tuple[
     for person in content["people"]:
         numbers = np.array(person.get("pose_keypoints_2d", person.get("pose_keypoints", [])), np.float32)
         if numbers.size not in {3 * NUM_JOINTS, 75}:
-            raise InputError(
-                f"{path}: {numbers.size} numbers in pose_keypoints_2d; expected 54 (18 joints) or 75"
-            )
+            raise InputError(f"{path}: {numbers.size} numbers in pose_keypoints_2d; expected 54 (18 joints) or 75")
         people.append(_scored(numbers.reshape(-1, 3)[FROM_BODY_25 if numbers.size == 75 else slice(None)]))
     canvas = content.get("canvas_height"), content.get("canvas_width")
     return people, (int(canvas[0]), int(canvas[1])) if all(canvas) else None

@@ -162,8 +162,7 @@ def make_loader(
     """
     if batch_size % (targets_per_source * host_count):
         raise InputError(
-            f"batch_size {batch_size} is not a multiple of "
-            f"targets_per_source {targets_per_source} x {host_count} hosts"
+            f"batch_size {batch_size} is not a multiple of targets_per_source {targets_per_source} x {host_count} hosts"
         )
     if flip and tokens.flipped_tokens is None:
         raise InputError("flip needs the region tokens of the mirrored photos (TokenTable.flipped_tokens)")
@@ -178,9 +177,7 @@ def make_loader(
     batches = groups.batch(local, batch_fn=tuple)
     batches = batches.slice(slice(start_step * host_count + host_index, None, host_count))
     batches = batches.map(lambda chosen: writer(chosen, targets_per_source=targets_per_source))
-    return iter(
-        batches.to_iter_dataset(grain.ReadOptions(num_threads=threads, prefetch_buffer_size=2 * threads))
-    )
+    return iter(batches.to_iter_dataset(grain.ReadOptions(num_threads=threads, prefetch_buffer_size=2 * threads)))
 
 
 def eval_batches(images: ImageSet, tokens: TokenTable, pairs: np.ndarray, batch_size: int) -> Iterator[Batch]:
@@ -189,8 +186,7 @@ def eval_batches(images: ImageSet, tokens: TokenTable, pairs: np.ndarray, batch_
     pairs = check_pairs(pairs, len(images))
     for start in range(0, len(pairs), batch_size):
         chosen = [
-            Group(int(source), (int(target),), flip=False)
-            for source, target in pairs[start : start + batch_size]
+            Group(int(source), (int(target),), flip=False) for source, target in pairs[start : start + batch_size]
         ]
         yield writer(chosen, targets_per_source=1, rows=batch_size)
 

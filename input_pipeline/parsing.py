@@ -191,21 +191,15 @@ def read_parsing(path: str | pathlib.Path, labels: LabelSet, image_hw: tuple[int
     except FileNotFoundError as error:
         raise InputError(f"{path}: no such parsing map; check the path, or give none") from error
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise InputError(
-            f"{path}: not a readable parsing map ({one_line(error)}); it may be truncated"
-        ) from error
+        raise InputError(f"{path}: not a readable parsing map ({one_line(error)}); it may be truncated") from error
     return check_parsing(parsing, labels, image_hw, name=str(path))
 
 
-def check_parsing(
-    parsing: np.ndarray, labels: LabelSet, image_hw: tuple[int, int], *, name: str
-) -> np.ndarray:
+def check_parsing(parsing: np.ndarray, labels: LabelSet, image_hw: tuple[int, int], *, name: str) -> np.ndarray:
     """The map itself; InputError where its shape is not `image_hw` or an id is outside the set."""
     if parsing.shape != tuple(image_hw):
         (h, w), (image_h, image_w) = parsing.shape[:2], image_hw
-        raise InputError(
-            f"{name}: the map is {h}x{w} but its photo is {image_h}x{image_w}; make them one size"
-        )
+        raise InputError(f"{name}: the map is {h}x{w} but its photo is {image_h}x{image_w}; make them one size")
     if parsing.max(initial=0) >= len(labels):
         strange = [int(i) for i in np.unique(parsing) if i >= len(labels)]
         shown = ", ".join(map(str, strange[:8])) + (", ..." if len(strange) > 8 else "")

@@ -56,9 +56,7 @@ def decode_photo(data: bytes, *, name: str) -> np.ndarray:
             if plain_jpeg and simplejpeg and image.getexif().get(EXIF_ORIENTATION, 1) == 1:
                 return simplejpeg.decode_jpeg(data, strict=True)
             if image.mode.startswith(("I", "F")):
-                raise InputError(
-                    f"{name}: {image.mode} pixels (16 or 32 bits); save the photo with 8 bits a channel"
-                )
+                raise InputError(f"{name}: {image.mode} pixels (16 or 32 bits); save the photo with 8 bits a channel")
             image = ImageOps.exif_transpose(image)
             if image.mode in {"RGBA", "LA", "PA"} or "transparency" in image.info:
                 image = image.convert("RGBA")

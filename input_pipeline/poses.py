@@ -263,6 +263,25 @@ def generated_pose(index: int) -> Pose:
     return Pose(xy, _seen(head_turn), view, (head * joints[:, 2]).astype(np.float32), base.name)
 
 
+FRAMINGS = ("all", "close")
+CLOSE_TORSO, CLOSE_NECK = 0.36, 0.25
+"""In a close picture: neck to mid-hips and top to neck, in heights. What lies under the knees is mostly cut off."""
+
+
+def framed_pose(number: int, framing: str = "all") -> Pose:
+    """generated_pose(number) as it comes ("all": full and three-quarter figures), or seen from nearer ("close")."""
+    pose = generated_pose(number)
+    if framing == "all":
+        return pose
+    neck, hips = pose.joints[NECK], (pose.joints[R_HIP] + pose.joints[L_HIP]) / 2
+    zoom = max(1.0, CLOSE_TORSO / float(np.linalg.norm(hips - neck)))
+    middle = np.array([(neck[0] + hips[0]) / 2, neck[1]])
+    joints = (pose.joints - middle) * zoom + np.array([FRAME_WIDTH / 2, CLOSE_NECK])
+    return dataclasses.replace(
+        pose, joints=np.where(pose.present[:, None], joints, 0).astype(np.float32), depth=pose.depth * zoom
+    )
+
+
 def load_real_poses(path: str, *, split: str | None = None, frame: tuple[int, int] = (256, 176)) -> list[Pose]:
     """Drawable poses of an annotation list (`name:[18 y]:[18 x]`, -1 = missing), e.g. DeepFashion's.
 

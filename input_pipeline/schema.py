@@ -66,16 +66,12 @@ class Field:
 
 BATCH_FIELDS: Mapping[str, Field] = {
     "source": Field(("s", "h", "w", 3), "float32", "source photos, [-1, 1]"),
-    "target": Field(
-        ("b", "h", "w", 3), "float32", "target photos, [-1, 1]; target i has source i // (b / s)"
-    ),
+    "target": Field(("b", "h", "w", 3), "float32", "target photos, [-1, 1]; target i has source i // (b / s)"),
     "source_joints": Field(("s", NUM_JOINTS, 3), "float32", "x, y in pixels, visible"),
     "target_joints": Field(("b", NUM_JOINTS, 3), "float32", "x, y in pixels, visible"),
     "target_pose": Field(("b", "h", "w", 3), "float32", "skeleton picture of the target pose, [0, 1]"),
     "source_parsing": Field(("s", "h", "w"), "uint8", "label of each source pixel, in the set's own ids"),
-    "target_parsing": Field(
-        ("b", "h", "w"), "uint8", "the same of the target: for metrics, never for the model"
-    ),
+    "target_parsing": Field(("b", "h", "w"), "uint8", "the same of the target: for metrics, never for the model"),
     "class_on": Field(("b", MAX_CLASSES), "bool", "classes the target pose switches on (methods.md 1.5)"),
     "region_tokens": Field(
         ("s", MAX_CLASSES + 1, "e"),
@@ -94,9 +90,7 @@ def check_batch(batch: Mapping[str, np.ndarray]) -> dict[str, int]:
     """
     missing, unknown = sorted(BATCH_FIELDS.keys() - batch.keys()), sorted(batch.keys() - BATCH_FIELDS.keys())
     if missing or unknown:
-        raise InputError(
-            f"batch lacks fields {missing} and has unknown {unknown}; see input_pipeline/schema.py"
-        )
+        raise InputError(f"batch lacks fields {missing} and has unknown {unknown}; see input_pipeline/schema.py")
     sizes: dict[str, int] = {}
     for name, field in BATCH_FIELDS.items():
         array = batch[name]
@@ -105,9 +99,7 @@ def check_batch(batch: Mapping[str, np.ndarray]) -> dict[str, int]:
         for size, letter in zip(array.shape, field.shape, strict=True):
             want = letter if isinstance(letter, int) else sizes.setdefault(letter, size)
             if size != want:
-                raise InputError(
-                    f"batch['{name}'] has shape {array.shape}; expected {field.shape} with {sizes}"
-                )
+                raise InputError(f"batch['{name}'] has shape {array.shape}; expected {field.shape} with {sizes}")
         if str(array.dtype) != field.dtype:
             raise InputError(f"batch['{name}'] is {array.dtype}; expected {field.dtype}")
     if sizes["s"] and sizes["b"] % sizes["s"]:

@@ -42,9 +42,7 @@ def draw_skeleton(joints: np.ndarray, *, joints_hw: tuple[int, int], out_hw: tup
     aspects, as CFLD stretches 176 columns to 256. Joints outside the frame are drawn as far as they reach
     into it.
     """
-    return draw_skeleton_uint8(joints, joints_hw=joints_hw, out_hw=out_hw).astype(np.float32) / np.float32(
-        255
-    )
+    return draw_skeleton_uint8(joints, joints_hw=joints_hw, out_hw=out_hw).astype(np.float32) / np.float32(255)
 
 
 def draw_skeleton_uint8(

@@ -18,7 +18,7 @@ from collections.abc import Sequence
 import cv2
 import numpy as np
 
-from input_pipeline.poses import FRAME_WIDTH, Pose, generated_pose
+from input_pipeline.poses import FRAME_WIDTH, FRAMINGS, Pose, framed_pose, generated_pose
 from input_pipeline.schema import ImageRecord, InputError
 from input_pipeline.synthetic_anatomy import Anatomy, anatomy
 from input_pipeline.synthetic_background import background as background_picture
@@ -150,6 +150,7 @@ class SyntheticPeople:
         pose_list: Sequence[Pose] | None = None,
         patterns: str = "all",
         background: str = "all",
+        framing: str = "all",
         preload: bool = False,
     ):
         if split not in SPLITS:
@@ -160,6 +161,9 @@ class SyntheticPeople:
             raise InputError(f"{len(pose_list)} poses in the list are fewer than {poses_per_identity} per identity")
         self.seed, self.split, self.size = seed, split, tuple(size)
         self.identities, self.poses_per_identity = identities, poses_per_identity
+        if framing not in FRAMINGS:
+            raise InputError(f"framing '{framing}' is not one of {FRAMINGS}")
+        self._framing = framing
         self._pose_list, self._looks = pose_list, {"patterns": patterns, "background": background}
         self.pairs = _ordered_pairs(identities, poses_per_identity)
         self._stored = [self._render(i) for i in range(len(self))] if preload else None
@@ -174,7 +178,8 @@ class SyntheticPeople:
         if self._pose_list is not None:
             return self._pose_list[rng.permutation(len(self._pose_list))[k]]
         numbers = rng.integers(GENERATED_POSES // 2, size=self.poses_per_identity)
-        return int(2 * numbers[k] + SPLITS.index(self.split))
+        number = int(2 * numbers[k] + SPLITS.index(self.split))
+        return number if self._framing == "all" else framed_pose(number, self._framing)
 
     def image(self, index: int) -> ImageRecord:
         """Picture number `index` with its annotations."""

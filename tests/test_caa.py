@@ -159,8 +159,9 @@ def test_no_gradient_through_the_choice():
 def test_dropped_is_the_output_bias():
     q, k, coverage, tokens, present, x = inputs(13, 15)
     keep = np.array([1, 0, 1], np.float32)
-    dropped, kept = run(params(), q, k, coverage, tokens, present, x, keep), run(
-        params(), q, k, coverage, tokens, present, x
+    dropped, kept = (
+        run(params(), q, k, coverage, tokens, present, x, keep),
+        run(params(), q, k, coverage, tokens, present, x),
     )
     bias = params()["target"]["to_out_0"]["bias"]
     np.testing.assert_array_equal(dropped[1], np.broadcast_to(bias, dropped[1].shape))

@@ -179,9 +179,7 @@ def test_what_does_not_fit_is_named_by_path(saved):
     wrong = abstract(make_state(10))["params"]
     wrong["source_net"]["conv"]["kernel"] = jax.ShapeDtypeStruct((64, 47), jnp.float32)
     wrong["fusion"]["scale"] = jax.ShapeDtypeStruct((3, 5), jnp.float32)
-    assert "params/fusion/scale is bfloat16[3, 5] in the checkpoint and float32[3, 5]" in message(
-        params=wrong
-    )
+    assert "params/fusion/scale is bfloat16[3, 5] in the checkpoint and float32[3, 5]" in message(params=wrong)
     assert "(and 1 more)" in message(params=wrong)
     assert "ema/fusion/scale is bfloat16[3, 5] in the checkpoint and absent in this run" in message(ema=None)
     more = {**abstract(make_state(10))["params"], "pose": jax.ShapeDtypeStruct((2,), jnp.float32)}
@@ -198,9 +196,7 @@ def test_no_checkpoint_is_one_line(tmp_path):
     saver.close()
 
 
-@pytest.mark.parametrize(
-    "accident", ["truncated", "flipped bit", "no metadata", "not a checkpoint", "part missing"]
-)
+@pytest.mark.parametrize("accident", ["truncated", "flipped bit", "no metadata", "not a checkpoint", "part missing"])
 def test_damage_is_an_error_that_names_step_folder_and_the_way_out(tmp_path, accident, capfd):
     saver = Checkpoints(tmp_path, keep=3, every=1)
     for step in (1, 2):

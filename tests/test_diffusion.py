@@ -166,7 +166,9 @@ def test_ddim_with_the_true_noise_lands_near_x0():
     x0, eps = normal(0, *SHAPE), normal(1, *SHAPE)
     for spacing in ("leading", "trailing"):
         start = np.full(SHAPE[0], ddim_timesteps(35, spacing=spacing)[0])
-        got = ddim_sample(lambda x, t: jnp.asarray(eps), SD15.add_noise(x0, eps, start), SD15, steps=35, spacing=spacing)
+        got = ddim_sample(
+            lambda x, t: jnp.asarray(eps), SD15.add_noise(x0, eps, start), SD15, steps=35, spacing=spacing
+        )
         np.testing.assert_allclose(got, SD15.add_noise(x0, eps, np.zeros(SHAPE[0], int)), atol=1e-3)
 
 

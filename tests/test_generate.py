@@ -14,7 +14,7 @@ import pytest
 from PIL import Image
 
 from tests.shared_data import shared_data
-from tests.tiny_run import SIZE, quick_starts, shared_run, write_inputs
+from tests.tiny_run import SIZE, quick_starts, shared_pipeline, shared_run, write_inputs
 from truepose_jax import generate, pipeline
 from truepose_jax.pipeline import Pipeline
 
@@ -34,7 +34,7 @@ def inputs(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def pipe():
-    return Pipeline.load(shared_run())
+    return shared_pipeline()
 
 
 @pytest.fixture

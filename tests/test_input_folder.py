@@ -168,9 +168,7 @@ def test_folder_errors_name_what_is_missing(tmp_path):
     assert "no parsing map (parsing/NAME.png) for 1 of 5 photos: b" in error()
     for name in "acde":
         (root / "keypoints" / f"{name}.json").unlink()
-    assert "no pose (keypoints/NAME.json or .txt) for 4 of 5 photos: a, c, d and 1 more" in error(
-        labels="none"
-    )
+    assert "no pose (keypoints/NAME.json or .txt) for 4 of 5 photos: a, c, d and 1 more" in error(labels="none")
     (tmp_path / "a.csv").write_text("name:keypoints_y:keypoints_x\n")
     assert "no row (a.csv) for 5 of 5 photos" in error(labels="none", keypoints=tmp_path / "a.csv")
     (tmp_path / "bad.csv").write_text("a,b\n1,2\n")
@@ -249,9 +247,7 @@ def test_market_frame():
 
 
 def test_real_folders():
-    deepfashion = FolderImages(
-        shared_data("deepfashion_samples"), labels="none", size=(256, 176), pairs="identity"
-    )
+    deepfashion = FolderImages(shared_data("deepfashion_samples"), labels="none", size=(256, 176), pairs="identity")
     assert len(deepfashion) == 10 and len(deepfashion.pairs) == 18
     record = deepfashion.image(deepfashion.names.index("MEN/Tees_Tanks/id_00004047/01_1_front"))
     np.testing.assert_allclose(record.joints[0], [85, 37, 1])  # 125 - 40 in the 176 columns of the crop
@@ -261,7 +257,5 @@ def test_real_folders():
     assert (first.image[:, :8] == 255).all() and (first.parsing[:, :8] == 0).all()
     with pytest.raises(InputError, match="outside atr18's 0 to 17"):
         FolderImages(shared_data("zalora_parsed"), labels="atr18", size=(256, 176)).image(0)
-    source = json.loads((shared_data("deepfashion_samples") / "test_pairs_data.json").read_text())[0][
-        "source_image"
-    ]
+    source = json.loads((shared_data("deepfashion_samples") / "test_pairs_data.json").read_text())[0]["source_image"]
     assert canonical_name(source) == "WOMEN/Blouses_Shirts/id_00003372/03_3_back.jpg"

@@ -45,9 +45,7 @@ def test_openpose_takes_the_largest_person_and_the_canvas(tmp_path):
     large = standing_joints(*HW)
     small = large * (0.2, 0.2, 1)
     people = [{"pose_keypoints_2d": p.reshape(-1).tolist()} for p in (small, large, np.zeros((18, 3)))]
-    (tmp_path / "a.json").write_text(
-        json.dumps({"people": people, "canvas_height": 200, "canvas_width": 100})
-    )
+    (tmp_path / "a.json").write_text(json.dumps({"people": people, "canvas_height": 200, "canvas_width": 100}))
     np.testing.assert_allclose(read_pose(tmp_path / "a.json", out_hw=HW), large, rtol=1e-6)
     fractions = large / (100, 200, 1)
     (tmp_path / "f.json").write_text(openpose_json(fractions))
@@ -97,9 +95,7 @@ def test_coco_17_makes_the_neck(tmp_path):
 
 
 def test_text_is_in_the_padded_frame_unless_told(tmp_path):
-    rows = (
-        ["125 37", "125,85"] + ["-1 -1"] * 15 + ["39 10"]
-    )  # the last lies one pixel outside the 176 columns
+    rows = ["125 37", "125,85"] + ["-1 -1"] * 15 + ["39 10"]  # the last lies one pixel outside the 176 columns
     (tmp_path / "p.txt").write_text("\r\n".join(rows))
     got = read_pose(tmp_path / "p.txt", out_hw=(512, 352))
     np.testing.assert_allclose(got[:3], [[170, 74, 1], [170, 170, 1], [0, 0, 0]])
@@ -124,9 +120,7 @@ def test_five_spellings(spelling, tmp_path):
 def test_other_names_stay():
     assert canonical_name("a\\b.jpg") == "a/b.jpg"
     assert canonical_name("./x y.png") == "x y.png"
-    assert canonical_name("img/MEN/Tees_Tanks/id_00004047/01_1_front.jpg").startswith(
-        "MEN/Tees_Tanks/id_00004047/"
-    )
+    assert canonical_name("img/MEN/Tees_Tanks/id_00004047/01_1_front.jpg").startswith("MEN/Tees_Tanks/id_00004047/")
 
 
 def test_dirty_csv_variants(tmp_path):

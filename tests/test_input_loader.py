@@ -69,12 +69,8 @@ def test_resume_equals_straight_and_threads_do_not_matter(images, tokens, k):
 def test_hosts_get_contiguous_rows_of_one_global_batch(images, tokens, hosts):
     settings = SETTINGS | {"targets_per_source": 2, "start_step": 5}
     whole = take(6, make_loader(images, tokens, **settings))
-    parts = [
-        take(6, make_loader(images, tokens, host_index=h, host_count=hosts, **settings)) for h in range(hosts)
-    ]
-    joined = [
-        {name: np.concatenate([p[step][name] for p in parts]) for name in BATCH_FIELDS} for step in range(6)
-    ]
+    parts = [take(6, make_loader(images, tokens, host_index=h, host_count=hosts, **settings)) for h in range(hosts)]
+    joined = [{name: np.concatenate([p[step][name] for p in parts]) for name in BATCH_FIELDS} for step in range(6)]
     assert_same(whole, joined)
 
 
@@ -102,9 +98,7 @@ def test_rows_hold_what_they_say(images, tokens):
             record = flip_record(record, labels) if flipped else record
             np.testing.assert_array_equal(batch["target_joints"][row], record.joints)
             np.testing.assert_array_equal(batch["target_parsing"][row], record.parsing)
-            np.testing.assert_array_equal(
-                batch["class_on"][row], class_on(record.joints, labels, hw=(64, 48))
-            )
+            np.testing.assert_array_equal(batch["class_on"][row], class_on(record.joints, labels, hw=(64, 48)))
             pose = draw_skeleton(record.joints, joints_hw=(64, 48), out_hw=(64, 48))
             np.testing.assert_array_equal(batch["target_pose"][row], pose)
             map_ = images.maps[source]
@@ -175,11 +169,7 @@ def test_a_broken_record_keeps_its_slot(images, tokens, caplog):
             assert b["valid"][row] == (0 if touched else 1)
             hit += touched
             if touched:
-                assert (
-                    not b["target"][row].any()
-                    and not b["target_pose"][row].any()
-                    and not b["class_on"][row].any()
-                )
+                assert not b["target"][row].any() and not b["target_pose"][row].any() and not b["class_on"][row].any()
             else:
                 np.testing.assert_array_equal(a["target"][row], b["target"][row])
         check_batch(b)

@@ -162,10 +162,7 @@ def test_joints_of_real_photos_lie_in_their_own_side(mirrored):
         joints, parsing = record.joints, record.parsing
         if mirrored:
             joints, parsing = flip_joints(joints, 176), flip_parsing(parsing, labels)
-        at = {
-            j: labels.classes[parsing[int(joints[j, 1]), int(joints[j, 0])]]
-            for j in (0, 3, 4, 6, 7, 9, 10, 12, 13)
-        }
+        at = {j: labels.classes[parsing[int(joints[j, 1]), int(joints[j, 0])]] for j in (0, 3, 4, 6, 7, 9, 10, 12, 13)}
         faces += at[0] == "Face"
         for joint, label in at.items():
             side = "Right" if joint in {3, 4, 9, 10} else "Left"
@@ -189,12 +186,8 @@ def test_regions_of_a_simple_map():
     )
     assert crops.shape == (21, 32, 32, 3) and not crops[~valid].any() and not boxes[~valid].any()
     square = np.asarray(Image.fromarray(image[30:90, 20:80]).resize((32, 32), Image.Resampling.BICUBIC))
-    np.testing.assert_array_equal(
-        crops[4], square
-    )  # square boxes need no padding, and nothing in them is masked
-    assert (crops[20][:, :6] == 255).all() and (
-        crops[20][:, -6:] == 255
-    ).all()  # 200x100: a quarter white a side
+    np.testing.assert_array_equal(crops[4], square)  # square boxes need no padding, and nothing in them is masked
+    assert (crops[20][:, :6] == 255).all() and (crops[20][:, -6:] == 255).all()  # 200x100: a quarter white a side
     assert abs(class_areas(parsing)[4] - 0.18) < 1e-6 and abs(class_areas(parsing).sum() - 1) < 1e-6
 
 

@@ -1,9 +1,15 @@
 """Coverage per cell and the mask M against brute force over pixels, at sizes that halve unevenly."""
 
+import functools
+
+import jax
 import numpy as np
 import pytest
 
-from truepose_jax.models.masks import coverage_levels, parsing_mask
+from truepose_jax.models import masks
+
+coverage_levels = functools.partial(jax.jit, static_argnames=("num_classes", "factor", "levels"))(masks.coverage_levels)
+parsing_mask = jax.jit(masks.parsing_mask)
 
 CLASSES = 20
 

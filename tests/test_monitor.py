@@ -105,9 +105,7 @@ def test_what_is_not_finite_is_null_and_flagged(tmp_path):
     assert lines[1]["loss"] is None and lines[1]["nonfinite"] == ["grad_norm", "loss"]
     assert lines[2]["loss_bins"] == [1.0, None, 3.0] and lines[2]["loss_mean"] == 2.5
     (line,) = read(tmp_path / "eval.jsonl")
-    assert (
-        line["step"] == 3 and line["eval"] == {"loss": None, "psnr": 20.0} and line["nonfinite"] == ["loss"]
-    )
+    assert line["step"] == 3 and line["eval"] == {"loss": None, "psnr": 20.0} and line["nonfinite"] == ["loss"]
 
 
 @pytest.mark.parametrize("is_writer", [True, False])
@@ -126,13 +124,8 @@ def test_stops_after_too_many_bad_steps_and_says_why(tmp_path, is_writer):
     with pytest.raises(NonFinite) as caught:
         monitor.step(10, metrics(10, **bad, skips_in_a_row=3), examples=1)
     text = str(caught.value)
-    assert text.startswith(
-        "step 9: 2 steps in a row were not finite (since step 8; config.optim.max_skips is 2)"
-    )
-    assert (
-        "the loss is nan (timestep bins 1 of 3)" in text
-        and "first at parameter fusion/attn1/to_q/kernel" in text
-    )
+    assert text.startswith("step 9: 2 steps in a row were not finite (since step 8; config.optim.max_skips is 2)")
+    assert "the loss is nan (timestep bins 1 of 3)" in text and "first at parameter fusion/attn1/to_q/kernel" in text
     with pytest.raises(NonFinite):
         monitor.close()
     if is_writer:

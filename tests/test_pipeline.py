@@ -14,7 +14,7 @@ from input_pipeline.parsing import whole_photo
 from input_pipeline.photo import fit_photo
 from input_pipeline.schema import InputError
 from tests.shared_data import openpose_json, standing_joints
-from tests.tiny_run import SIZE, STEPS, quick_starts, shared_run, tiny_config
+from tests.tiny_run import SIZE, STEPS, quick_starts, shared_pipeline, shared_run, tiny_config
 from truepose_jax import frozen, pipeline
 from truepose_jax.checkpoint import CheckpointError
 from truepose_jax.pipeline import Pipeline, Request, Run, fit_request
@@ -30,7 +30,7 @@ def _quick_starts():
 
 @pytest.fixture(scope="module")
 def pipe():
-    return Pipeline.load(shared_run())
+    return shared_pipeline()
 
 
 def person(seed: int, hw=(40, 30), labels=18) -> Request:

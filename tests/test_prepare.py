@@ -20,11 +20,7 @@ def test_inspect_draws_a_sheet_and_counts(tmp_path, capsys):
     sheet = np.asarray(Image.open(out))
     assert sheet.shape[0] > 2 * prepare.PANEL_HEIGHT and (sheet != 255).any(-1).mean() > 0.3
     printed = capsys.readouterr().out
-    assert (
-        "3 photos, labels atr18" in printed
-        and "right wrist" in printed
-        and "2 of 3 photos at 64x48" in printed
-    )
+    assert "3 photos, labels atr18" in printed and "right wrist" in printed and "2 of 3 photos at 64x48" in printed
     assert prepare.main([*flags, "--pose-from=own"]) == 0
 
 
@@ -44,10 +40,7 @@ def test_inspect_of_real_photos(tmp_path, capsys):
 
 
 def test_inspect_of_synthetic_people(tmp_path, capsys):
-    assert (
-        prepare.main(["inspect", "--synthetic=3", "--size=64x48", "--count=1", f"--out={tmp_path}/s.png"])
-        == 0
-    )
+    assert prepare.main(["inspect", "--synthetic=3", "--size=64x48", "--count=1", f"--out={tmp_path}/s.png"]) == 0
     printed = capsys.readouterr().out
     assert "6 photos, labels atr18" in printed and "warning" not in printed
 

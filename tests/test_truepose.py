@@ -74,7 +74,7 @@ CROSS, PLAIN = ("CrossAttnDownBlock2D", "CrossAttnUpBlock2D"), ("DownBlock2D", "
 @pytest.mark.parametrize(
     "levels,layers,latent",
     [
-        ((CROSS, CROSS, PLAIN), 1, (16, 11)),  # as SD1.5: the lowest level plain; 16x11 -> 8x6 -> 4x3
+        ((CROSS, PLAIN), 1, (7, 5)),  # as SD1.5: the lowest level plain, the last block with attention
         ((PLAIN, CROSS), 0, (7, 4)),  # the last block with attention is not the last block
         ((PLAIN, PLAIN), 0, (6, 4)),  # attention in the middle alone
     ],
@@ -102,7 +102,7 @@ def test_what_no_tap_depends_on(levels, layers, latent):
     def any_nan(params):
         taps = source_features(net, params, x, token)
         assert set(taps) == {site.name for site in config.sites}
-        return jnp.any(jnp.stack([jnp.any(jnp.isnan(tap)) for tap in taps.values()]))
+        return sum(jnp.sum(jnp.isnan(tap)) for tap in taps.values())
 
     assert not any_nan(params)
     leaves, structure = jax.tree.flatten(params)
@@ -121,12 +121,12 @@ def test_loss_is_the_mean_over_rows_and_rows_are_independent():
     alone = [loss_of(only(batch(), i)) for i in range(N)]
     assert len({float(one[0][0]) for one in alone}) == N
     assert tiny.error(loss, np.mean([one[0][0] for one in alone])) < 1e-6
-    assert tiny.error(grads, jax.tree.map(lambda *g: sum(g) / N, *(one[1] for one in alone))) < 1e-4
+    tiny.check_gradients(grads, jax.tree.map(lambda *g: sum(g) / N, *(one[1] for one in alone)))
     # Row 4 among strangers.
     strange = only(with_rows(batch(), other(), [0, 1, 2, 3, 5]), 4)
     (loss, _), grads = loss_of(strange)
     assert tiny.error(loss, alone[4][0][0]) < 1e-6
-    assert tiny.error(grads, alone[4][1]) < 1e-5
+    tiny.check_gradients(grads, alone[4][1])
 
 
 def test_order_of_rows_does_not_matter():
@@ -134,7 +134,7 @@ def test_order_of_rows_does_not_matter():
     (loss, _), grads = loss_of(batch())
     (moved, _), moved_grads = loss_of(tiny.rows(batch(), order), keys=KEYS()[order])
     assert tiny.error(moved, loss) < 1e-6
-    assert tiny.error(moved_grads, grads) < 1e-5
+    tiny.check_gradients(moved_grads, grads)
 
 
 def test_invalid_rows_weigh_nothing():
@@ -147,7 +147,7 @@ def test_invalid_rows_weigh_nothing():
     spoilt["source_parsing"][[0, 1, 3, 4]] = batch()["source_parsing"][[0, 1, 3, 4]]
     got = loss_of({**spoilt, **weights})
     assert tiny.error(got[0][0], clean[0][0]) < 1e-6
-    assert tiny.error(got[1], clean[1]) < 1e-5
+    tiny.check_gradients(got[1], clean[1])
     assert tiny.error(got[0][1], clean[0][1]) < 1e-5
     (loss, _), grads = loss_of({**nan, "valid": np.zeros(N, np.float32)})
     assert loss == 0
@@ -199,9 +199,15 @@ def test_noise_timesteps_and_drops(drop_rate):
     count = 3000
     made = {name: np.zeros((count, *s.shape[1:]), s.dtype) for name, s in tiny.spec(cfg).items()}
     made["valid"] += 1
-    with pytest.raises(_Seen) as seen:
-        _Spy(cfg.model, cfg.diffusion, PixelAutoencoder(2)).loss({}, {}, made, tiny.keys(0, count))
-    x_t, t, keep = (np.asarray(x) for x in seen.value.args)
+
+    @tiny.jit
+    def inputs(made):
+        try:
+            _Spy(cfg.model, cfg.diffusion, PixelAutoencoder(2)).loss({}, {}, made, tiny.keys(0, count))
+        except _Seen as seen:
+            return seen.args
+
+    x_t, t, keep = inputs(made)
     assert set(np.unique(keep)) <= {0.0, 1.0}
     assert abs(np.mean(keep) - (1 - drop_rate)) < 0.03
     assert t.min() >= 0 and t.max() <= 999
@@ -219,22 +225,26 @@ def test_loss_is_the_squared_error_of_the_prediction(prediction):
     """Eq. 2 / 10 by hand, for a network whose output is a known array."""
     cfg = tiny.config({"diffusion": {"schedule": {"prediction": prediction}}})
     cfg_batch = tiny.batch(cfg, 0, targets=3)
-    output = np.random.default_rng(5).standard_normal((3, 16, 11, 12)).astype(np.float32)
-    seen = []
+    output = np.random.default_rng(5).standard_normal((3, 8, 5, 12)).astype(np.float32)
 
-    class Fake(_Spy):
-        def _target(self, params, x_t, t, conditioning):
-            seen.append((x_t, t))
-            one = jnp.ones(3)
-            return output, {site.name: {"hpfa": one, "caa": one} for site in self.model.unet.sites}
+    @tiny.jit
+    def call(cfg_batch):
+        seen = []
 
-    loss, metrics = Fake(cfg.model, cfg.diffusion, PixelAutoencoder(2)).loss({}, {}, cfg_batch, KEYS()[:3])
-    ((x_t, t),) = seen
-    x0 = np.zeros((3, 16, 11, 12))
-    for i in range(16):
-        for j in range(11):
+        class Fake(_Spy):
+            def _target(self, params, x_t, t, conditioning):
+                seen.append((x_t, t))
+                one = jnp.ones(3)
+                return output, {site.name: {"hpfa": one, "caa": one} for site in self.model.unet.sites}
+
+        return *Fake(cfg.model, cfg.diffusion, PixelAutoencoder(2)).loss({}, {}, cfg_batch, KEYS()[:3]), *seen
+
+    loss, metrics, (x_t, t) = call(cfg_batch)
+    x0 = np.zeros((3, 8, 5, 12))
+    for i in range(8):
+        for j in range(5):
             x0[:, i, j] = cfg_batch["target"][:, 2 * i : 2 * i + 2, 2 * j : 2 * j + 2].reshape(3, -1)
-    abar = cfg.diffusion.schedule.alphas_cumprod.astype(np.float64)[np.asarray(t)][:, None, None, None]
+    abar = cfg.diffusion.schedule.alphas_cumprod.astype(np.float64)[t][:, None, None, None]
     eps = (x_t - np.sqrt(abar) * x0) / np.sqrt(1 - abar)
     wanted = {"eps": eps, "v": np.sqrt(abar) * eps - np.sqrt(1 - abar) * x0, "x0": x0}[prediction]
     assert tiny.error(loss, np.mean((output - wanted) ** 2)) < 1e-5
@@ -269,7 +279,7 @@ def parts():
 
 def noisy():
     rng = np.random.default_rng(11)
-    x = rng.standard_normal((N, 16, 11, 12)).astype(np.float32)
+    x = rng.standard_normal((N, 8, 5, 12)).astype(np.float32)
     return x, np.array([1, 999, 500, 29, 953, 700], np.int32)
 
 
@@ -319,7 +329,7 @@ def test_cached_sampler_equals_the_uncached_loop():
     """condition() anew at every step, Eq. 11 and DDIM by hand in float64."""
     cfg, made, _ = tiny.base()
     condition, denoise = parts()
-    x = np.stack([jax.random.normal(key, (16, 11, 12)) for key in KEYS()])
+    x = np.stack([jax.random.normal(key, (8, 5, 12)) for key in KEYS()])
     abar = cfg.diffusion.schedule.alphas_cumprod.astype(np.float64)
     timesteps = [667, 334, 1]
     for i, t in enumerate(timesteps):
@@ -364,7 +374,7 @@ def test_branches_of_the_guidance(guidance, branches):
     made = Counting(cfg.model, cfg.diffusion, PixelAutoencoder(2))
     found = Sampler(made, cfg.diffusion.schedule, 35, "leading", guidance)
     image = jax.eval_shape(found.sample, params, {}, batch(), KEYS())
-    assert image.shape == (N, 32, 22, 3)
+    assert image.shape == (N, 16, 10, 3)
     assert seen[0] == "condition" and sorted(seen[1:]) == branches
 
 
@@ -386,28 +396,19 @@ def test_targets_per_source():
         loss, grads = gradient_of_pairs()(params, {**pairs, **weights, "target": broken}, KEYS())
         (want, _), want_grads = loss_of({**repeated, **weights})
         assert tiny.error(loss, want) < 1e-6
-        assert tiny.error(grads, want_grads) < 5e-5
+        tiny.check_gradients(grads, want_grads)
 
 
-def test_rematerialisation_and_bfloat16():
-    """remat: the same gradients. bfloat16: finite, close, parameters and gradients still float32."""
-
-    def gradient(**model):
-        cfg = tiny.config(tiny.ONE_LEVEL, {"model": model})
-        made = tiny.method(cfg)
-        call = tiny.jit(jax.value_and_grad(lambda p, b, k: made.loss(p, {}, b, k)[0]))
-        return call(tiny.params(made, cfg), tiny.batch(cfg, 1, targets=N), KEYS())
-
-    loss, grads = gradient()
-    remat_loss, remat_grads = gradient(remat=True)
-    assert tiny.error(remat_loss, loss) < 1e-6
-    assert tiny.error(remat_grads, grads) < 1e-5
-    half_loss, half_grads = gradient(dtype="bfloat16")
+def test_bfloat16():
+    """Finite and close to float32; parameters and gradients stay float32."""
+    made = tiny.method(tiny.config({"model": {"dtype": "bfloat16"}}))
+    call = tiny.jit(jax.value_and_grad(lambda p, b, k: made.loss(p, {}, b, k)[0]))
+    half_loss, half_grads = call(tiny.base()[2], batch(), KEYS())
+    (loss, _), grads = loss_of(batch())
     assert tiny.error(half_loss, loss) < 0.02
     flat, half = (np.concatenate([g.reshape(-1) for g in jax.tree.leaves(tree)]) for tree in (grads, half_grads))
     assert half.dtype == np.float32
-    cosine = flat @ half / np.linalg.norm(flat) / np.linalg.norm(half)
-    assert cosine > 0.99
+    assert flat @ half / np.linalg.norm(flat) / np.linalg.norm(half) > 0.99
 
 
 def test_three_uneven_levels():
@@ -418,6 +419,7 @@ def test_three_uneven_levels():
         "block_out_channels": (8, 8, 8),
         "down_block_types": ("CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D"),
         "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D"),
+        "attention_head_dim": (1, 2, 4),
     }
     cfg = tiny.config({"model": {"size": (64, 44), "pixel_factor": 4, "unet": unet}})
     made = tiny.method(cfg)
@@ -433,9 +435,10 @@ def test_three_uneven_levels():
 
 def test_init():
     """Twins start alike; what must start at zero does, so that HPFA and the pose add nothing at birth."""
-    cfg = tiny.config(tiny.ONE_LEVEL)
+    cfg = tiny.config()
+    # rbg keys: a third of the time to compile.
     init = tiny.jit(lambda key: tiny.method(cfg).init(key, tiny.spec(cfg)))
-    params = init(jax.random.key(0))
+    params = init(jax.random.key(0, impl="rbg"))
     flat = named(params)
     source, target = (
         {n.removeprefix(net) for n in flat if n.startswith(net) and "attn2" not in n}
@@ -448,4 +451,6 @@ def test_init():
     assert len(zero) == 2 + 3 + 2 * 3  # HPFA's; conv_out of both and of the pose encoder; the resnets' of both
     for name in flat:
         assert np.any(flat[name]) != (name in zero or name.endswith("/bias")), name
-    assert np.any(flat["target_net/conv_in/kernel"] != init(jax.random.key(1))["target_net"]["conv_in"]["kernel"])
+    assert np.any(
+        flat["target_net/conv_in/kernel"] != init(jax.random.key(1, impl="rbg"))["target_net"]["conv_in"]["kernel"]
+    )

@@ -53,9 +53,7 @@ def test_metadata_round_trip(tmp_path):
     config, params = make_config(seed=3), make_params()
     mesh = sharding.make_mesh(data=1, fsdp=1, tensor=1, devices=jax.devices()[:1])
     table = parameter_table(params)
-    write_metadata(
-        tmp_path, config=config, parameter_table=table, mesh=mesh, extra={"frozen": {"vae": "abc"}}
-    )
+    write_metadata(tmp_path, config=config, parameter_table=table, mesh=mesh, extra={"frozen": {"vae": "abc"}})
     assert read_config(tmp_path) == config
     record = read_metadata(tmp_path)
     assert record["parameters"]["networks"] == {"fusion": 15, "source_net": 64 * 48 + 48}

@@ -19,6 +19,7 @@ from truepose_jax import pipeline
 from truepose_jax.checkpoint import Checkpoints, parameter_table, write_metadata
 from truepose_jax.frozen import load_autoencoder
 from truepose_jax.methods import make_method
+from truepose_jax.pipeline import Pipeline
 from truepose_jax.region_tokens import make_encoder
 from truepose_jax.schema import Config, from_config_dict
 from truepose_jax.train_step import Trainer
@@ -98,6 +99,12 @@ _folder = tempfile.TemporaryDirectory(prefix="tiny_run_")
 def shared_run() -> pathlib.Path:
     """One such workdir for all tests, which leave it as it is."""
     return make_run(pathlib.Path(_folder.name) / "run", tiny_config())
+
+
+@functools.cache
+def shared_pipeline() -> Pipeline:
+    """That run, loaded."""
+    return Pipeline.load(shared_run())
 
 
 SETTINGS = {

@@ -70,6 +70,7 @@ def _synthetic(config: Config, split: str) -> tuple[ImageSet, str]:
         "size": config.model.size,
         "patterns": s.patterns,
         "background": s.background,
+        "framing": s.framing,
     }
     poses = load_real_poses(s.poses, split=split) if s.poses else None
     images = SyntheticPeople(**settings, pose_list=poses)

@@ -13,15 +13,13 @@ import dataclasses
 import json
 import math
 import pathlib
-import sys
 
 import jax
 import numpy as np
-from absl import app
-from configs.demo import get_config
 from PIL import Image
 
-from input_pipeline.poses import generated_pose
+from configs.demo import get_config
+from input_pipeline.poses import Pose, framed_pose
 from input_pipeline.synthetic import SyntheticPeople, render
 from truepose_jax import train
 from truepose_jax.checkpoint import Checkpoints
@@ -31,13 +29,13 @@ from truepose_jax.frozen import load_autoencoder
 from truepose_jax.methods import make_method
 from truepose_jax.metrics.regions import retrieval
 from truepose_jax.pictures import sheet, to_uint8
-from truepose_jax.programs import run_program
-from truepose_jax.region_tokens import make_encoder, token_table
+from truepose_jax.programs import run_with_config
+from truepose_jax.region_tokens import RegionEncoder, make_encoder, token_table
 from truepose_jax.schema import Config, ConfigError, from_config_dict
 
 PEOPLE, POSES = 16, 4
-FIRST_POSE = 101
-"""Number of the first pose; odd numbers are never trained on."""
+FIRST_POSE, POSE_STRIDE = 101, 10
+"""Numbers of the poses: odd ones are never trained on; the stride walks through the table of base poses."""
 
 MEAN_OF = 64
 """Training identities whose mean, in the target pose, is the second baseline."""
@@ -65,9 +63,14 @@ class Verdict:
         return self.beats_copy and self.retrieval >= LEAST_RETRIEVAL
 
 
-def shared_pose_people(config: Config, encoder) -> Dataset:
-    """PEOPLE held-out people in POSES target poses, one source pose for each; pairs ordered by target pose."""
-    poses = [generated_pose(FIRST_POSE + 2 * i) for i in range(2 * POSES)]
+def demo_poses(config: Config) -> list[Pose]:
+    """2 x POSES held-out poses of different kinds: people go from each even one to the odd one after it."""
+    return [framed_pose(FIRST_POSE + POSE_STRIDE * i, config.data.synthetic.framing) for i in range(2 * POSES)]
+
+
+def shared_pose_people(config: Config, encoder: RegionEncoder) -> Dataset:
+    """PEOPLE held-out people in POSES target poses; pairs ordered by target pose, then person."""
+    poses = demo_poses(config)
     people = SyntheticPeople(
         seed=config.seed + EVAL_SEED,
         split="heldout",
@@ -88,8 +91,7 @@ def shared_pose_people(config: Config, encoder) -> Dataset:
 def mean_training_people(config: Config) -> np.ndarray:
     """The mean picture of MEAN_OF training identities in each target pose, repeated per person: [n h w 3]."""
     means = []
-    for k in range(POSES):
-        pose = generated_pose(FIRST_POSE + 2 * (2 * k + 1))
+    for pose in demo_poses(config)[1::2]:
         pictures = [
             render(
                 seed=config.seed,
@@ -159,7 +161,7 @@ def report(verdict: Verdict, config: Config) -> str:
     """The verdict as a table and plain sentences."""
     regions = [r for r in ("face", "clothes", "person", "whole") if r in verdict.psnr["TruePose"]]
     lines = [
-        f"{PEOPLE * POSES} pairs: {PEOPLE} held-out people in {POSES} held-out poses; "
+        f"{PEOPLE * POSES} pairs: {PEOPLE} held-out people, from {POSES} held-out poses into {POSES} others; "
         f"{config.diffusion.steps} DDIM steps, guidance {config.diffusion.guidance:g}",
         "",
         "PSNR (dB)".ljust(22) + "".join(r.rjust(10) for r in regions),
@@ -212,4 +214,4 @@ def main(argv: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    app.run(lambda argv: sys.exit(run_program(main, argv)))
+    run_with_config(main)

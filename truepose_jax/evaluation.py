@@ -128,15 +128,14 @@ class Evaluator:
         self._sample = jax.jit(self.sampler.sample, out_shardings=whole)
         self._loss = jax.jit(method.loss, out_shardings=whole)
 
-    def run(
-        self, params: Params, frozen: Frozen, poll: Poll = lambda: None
-    ) -> tuple[dict[str, float], np.ndarray]:
+    def run(self, params: Params, frozen: Frozen, poll: Poll = lambda: None) -> tuple[dict[str, float], np.ndarray]:
         """(results, sample sheet uint8). Results: held-out loss, PSNR per region, what each swap costs inside the
         person, and each block's HPFA and CAA output norms."""
         name = "heldout" if self.dataset.heldout else "train"
         loss, norms = self._losses(params, frozen, poll)
         results = {f"{name}_loss": loss}
-        scores, images = swap_scores(self.pairs, self.sample_with(params, frozen), self.config.seed, self.batch_size, poll)
+        sample = self.sample_with(params, frozen)
+        scores, images = swap_scores(self.pairs, sample, self.config.seed, self.batch_size, poll)
         results |= {f"psnr_{region}": value for region, value in scores["intact"].items()}
         results |= {f"swap_cost_{swap}": cost for swap, cost in swap_costs(scores).items()}
         return results | norms, self.sheet(images)

@@ -56,7 +56,6 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _main(argv: Sequence[str]) -> None:
     flags = make_parser().parse_args(argv)
-    logging.basicConfig(format="%(levelname)s: %(message)s")
     if flags.labels:
         label_set(flags.labels)
     single = {name: getattr(flags, name) for name in COLUMNS}
@@ -226,24 +225,23 @@ def generate_list(flags: argparse.Namespace) -> None:
     todo = rows if flags.overwrite else [row for row in rows if not row.out.exists()]
     print(describe(run, steps, guidance, flags.seed), flush=True)
     print(f"{flags.pairs}: {len(rows)} pairs, {len(rows) - len(todo)} of them done before", flush=True)
-    bar = tqdm.tqdm(total=len(rows), initial=len(rows) - len(todo), unit="image", smoothing=0.1, disable=not todo)
     failed = []
 
     def report(line: int, why: object) -> None:
         failed.append(line)
-        bar.write(f"error: {flags.pairs}, line {line}: {why}", file=sys.stderr)
+        tqdm.tqdm.write(f"error: {flags.pairs}, line {line}: {why}", file=sys.stderr)
 
-    with bar:
-        for line, why in problems:
-            report(line, why)
-        if todo:
-            pipeline = Pipeline.of_run(run, vae=flags.vae, clip=flags.clip)
-            # Old pictures go first: a kill must not leave some that a second start takes for new ones.
-            for row in todo:
-                row.out.unlink(missing_ok=True)
-            text = json.dumps(settings, indent=1) + "\n"
-            _write_whole(out_dir / SETTINGS_FILE, lambda partial: partial.write_text(text))
-            size = min(flags.batch_size, len(todo))
+    for line, why in problems:
+        report(line, why)
+    if todo:
+        pipeline = Pipeline.of_run(run, vae=flags.vae, clip=flags.clip)
+        # Old pictures go first: a kill must not leave some that a second start takes for new ones.
+        for row in todo:
+            row.out.unlink(missing_ok=True)
+        text = json.dumps(settings, indent=1) + "\n"
+        _write_whole(out_dir / SETTINGS_FILE, lambda partial: partial.write_text(text))
+        size = min(flags.batch_size, len(todo))
+        with tqdm.tqdm(total=len(rows), initial=len(rows) - len(todo), unit="image", smoothing=0.1) as bar:
             for batch in _batches(todo, run, flags.seed, size, report):
                 fitted = [fitted for _, fitted in batch]
                 pictures = pipeline.sample(fitted, steps=steps, guidance=guidance, batch_size=size)
@@ -385,4 +383,5 @@ def check_settings(out_dir: pathlib.Path, settings: dict[str, Any]) -> None:
 
 
 if __name__ == "__main__":
+    logging.basicConfig(format="%(levelname)s: %(message)s", force=True)  # absl has put a handler of its own there
     sys.exit(main())

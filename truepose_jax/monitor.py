@@ -117,9 +117,9 @@ class Monitor:
         self._durations: collections.deque[float] = collections.deque(maxlen=RATE_WINDOW)
         self._window: dict[str, Any] = {}
         self._bar = self._metrics = self._tensorboard = None
+        self._folder = Path(workdir)
         if not is_writer:
             return
-        self._folder = Path(workdir)
         self._folder.mkdir(parents=True, exist_ok=True)
         for name in ("metrics.jsonl", "eval.jsonl"):
             _cut_after(self._folder / name, start_step)
@@ -191,14 +191,17 @@ class Monitor:
         record: dict[str, Any] = {"step": step, "eval": {k: _plain(v) for k, v in results.items()}}
         bad = [name for name, value in results.items() if not _is_finite(value)]
         with (self._folder / "eval.jsonl").open("a") as file:
-            file.write(
-                json.dumps({**record, **({"nonfinite": bad} if bad else {}), "time": time.time()}) + "\n"
-            )
+            file.write(json.dumps({**record, **({"nonfinite": bad} if bad else {}), "time": time.time()}) + "\n")
         for name, value in results.items():
             if np.ndim(value) == 0 and name not in bad:
                 self._tensorboard.add_scalar(f"eval/{name}", float(value), step)
         said = [f"{name} {float(value):.4g}" for name, value in results.items() if np.ndim(value) == 0]
         self.say(f"step {step}: " + ", ".join(said))
+
+    def evaluated(self, step: int) -> bool:
+        """Is there an evaluation of `step` in eval.jsonl?"""
+        path = self._folder / "eval.jsonl"
+        return path.exists() and any(json.loads(line)["step"] == step for line in path.read_text().splitlines())
 
     def image(self, step: int, name: str, picture: np.ndarray) -> Path | None:
         """workdir/samples/NAME_STEP.png of a uint8 [h w 3] picture, and TensorBoard. Returns the path."""
@@ -206,9 +209,7 @@ class Monitor:
             return None
         picture = np.asarray(picture)
         if picture.dtype != np.uint8 or picture.ndim != 3 or picture.shape[2] != 3:
-            raise ValueError(
-                f"image '{name}' is {picture.dtype}{list(picture.shape)}; expected uint8 [h, w, 3]"
-            )
+            raise ValueError(f"image '{name}' is {picture.dtype}{list(picture.shape)}; expected uint8 [h, w, 3]")
         path = self._folder / "samples" / f"{name}_{step:07d}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary = path.with_suffix(".tmp")

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from truepose_jax.schema import OptimConfig
@@ -30,25 +33,77 @@ def learning_rate(config: OptimConfig, total_steps: int) -> optax.Schedule:
     return optax.join_schedules(parts, boundaries)
 
 
-def decay_mask(params: Any, no_decay: str) -> Any:
-    """True where weight decay applies: matrices and convolutions, except those that `no_decay` matches."""
+@dataclasses.dataclass(frozen=True)
+class Packing:
+    """The form in which the optimizer sees the parameters, and back. decayed: 1 where weight decay applies, in that
+    form. first_bad(gradients): index (in jax.tree.leaves order) of the first parameter whose gradient is not finite,
+    or -1."""
+
+    pack: Callable[[Any], Any]
+    unpack: Callable[[Any], Any]
+    decayed: Any
+    first_bad: Callable[[Any], jax.Array]
+
+
+def is_decayed(params: Any, no_decay: str) -> list[bool]:
+    """Per leaf: matrices and convolutions decay, except those that `no_decay` matches."""
     pattern = re.compile(no_decay)
-    return jax.tree_util.tree_map_with_path(
-        lambda path, leaf: leaf.ndim > 1 and not pattern.search(path_of(path)), params
-    )
+    leaves = jax.tree_util.tree_leaves_with_path(params)
+    return [leaf.ndim > 1 and not pattern.search(path_of(path)) for path, leaf in leaves]
 
 
-def make_optimizer(config: OptimConfig, total_steps: int, no_decay: str) -> optax.GradientTransformation:
-    """clip by global norm -> AdamW (decay on matrices only, never on parameters without a gradient)."""
+def make_packing(layout: str, params: Any, no_decay: str) -> Packing:
+    """layout "tree": as they are. "flat": one vector, decayed leaves first. params: arrays or shapes.
+
+    The vector is for small networks on CPU, where an update of hundreds of small leaves is hundreds of kernels to
+    compile and to start; it cannot be sharded like the parameters.
+    """
+    leaves, structure = jax.tree.flatten(params)
+    decayed = is_decayed(params, no_decay)
+    if layout == "tree":
+        return Packing(
+            pack=lambda tree: tree,
+            unpack=lambda tree: tree,
+            decayed=jax.tree.unflatten(structure, [float(d) for d in decayed]),
+            first_bad=lambda grads: _first(jnp.stack([~jnp.isfinite(jnp.sum(g * g)) for g in jax.tree.leaves(grads)])),
+        )
+    order = np.argsort([not d for d in decayed], kind="stable")
+    sizes = np.array([leaves[i].size for i in order])
+    starts = np.concatenate([[0], np.cumsum(sizes)])
+
+    def pack(tree):
+        found = jax.tree.leaves(tree)
+        return jnp.concatenate([found[i].reshape(-1) for i in order])
+
+    def unpack(vector):
+        found: list[Any] = [None] * len(leaves)
+        for place, i in enumerate(order):
+            found[i] = vector[starts[place] : starts[place + 1]].reshape(leaves[i].shape)
+        return jax.tree.unflatten(structure, found)
+
+    def first_bad(vector):
+        place = jnp.searchsorted(jnp.asarray(starts), jnp.argmax(~jnp.isfinite(vector)), side="right") - 1
+        return jnp.where(jnp.all(jnp.isfinite(vector)), -1, jnp.asarray(order)[place])
+
+    decayed_size = int(sum(leaves[i].size for i in order if decayed[i]))
+    return Packing(pack, unpack, (jnp.arange(starts[-1]) < decayed_size).astype(jnp.float32), first_bad)
+
+
+def _first(bad: jax.Array) -> jax.Array:
+    return jnp.where(jnp.any(bad), jnp.argmax(bad), -1)
+
+
+def make_optimizer(config: OptimConfig, total_steps: int, decayed: Any) -> optax.GradientTransformation:
+    """clip by global norm -> AdamW. decayed: 1 or 0 per parameter, see Packing."""
+
+    def decay(updates, params):
+        return jax.tree.map(lambda u, p, d: u + config.weight_decay * d * p, updates, params, decayed)
+
     return optax.chain(
         optax.clip_by_global_norm(config.clip_norm),
-        optax.adamw(
-            learning_rate(config, total_steps),
-            b1=config.b1,
-            b2=config.b2,
-            weight_decay=config.weight_decay,
-            mask=lambda params: decay_mask(params, no_decay),
-        ),
+        optax.scale_by_adam(b1=config.b1, b2=config.b2),
+        optax.stateless(decay) if config.weight_decay else optax.identity(),
+        optax.scale_by_learning_rate(learning_rate(config, total_steps)),
     )
 
 

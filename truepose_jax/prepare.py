@@ -56,28 +56,14 @@ def add_inspect(commands) -> None:
     """The flags of `inspect`."""
     parser = commands.add_parser("inspect", help="draw labels, skeletons, region boxes and masks over photos")
     what = parser.add_mutually_exclusive_group(required=True)
-    what.add_argument(
-        "--root", help="folder with image/, parsing/ and keypoints/ (see input_pipeline/folder.py)"
-    )
-    what.add_argument(
-        "--synthetic", type=int, metavar="N", help="N synthetic people, two poses each, instead"
-    )
-    parser.add_argument(
-        "--labels", default="none", help=f"label set of the maps: {', '.join(LABEL_SETS)}, or none"
-    )
+    what.add_argument("--root", help="folder with image/, parsing/ and keypoints/ (see input_pipeline/folder.py)")
+    what.add_argument("--synthetic", type=int, metavar="N", help="N synthetic people, two poses each, instead")
+    parser.add_argument("--labels", default="none", help=f"label set of the maps: {', '.join(LABEL_SETS)}, or none")
     parser.add_argument("--keypoints", help="annotation CSV or folder of poses, in place of ROOT/keypoints")
-    parser.add_argument(
-        "--pose-frame", type=parse_size, metavar="HxW", help="size of the frame the poses are in"
-    )
-    parser.add_argument(
-        "--size", type=parse_size, default=(512, 352), metavar="HxW", help="size in training (512x352)"
-    )
-    parser.add_argument(
-        "--pose-from", choices=("own", "next"), default="next", help="whose pose the mask is for"
-    )
-    parser.add_argument(
-        "--count", type=int, default=12, help="photos on the sheet (12); the counts cover more"
-    )
+    parser.add_argument("--pose-frame", type=parse_size, metavar="HxW", help="size of the frame the poses are in")
+    parser.add_argument("--size", type=parse_size, default=(512, 352), metavar="HxW", help="size in training (512x352)")
+    parser.add_argument("--pose-from", choices=("own", "next"), default="next", help="whose pose the mask is for")
+    parser.add_argument("--count", type=int, default=12, help="photos on the sheet (12); the counts cover more")
     parser.add_argument("--out", required=True, help="the sheet, a PNG")
     parser.set_defaults(run=inspect)
 
@@ -158,9 +144,7 @@ def side_warnings(records: Sequence[ImageRecord], labels: LabelSet) -> list[str]
     noses = labels_under(records, labels, 0)
     face = next((name for name in ("Face", "Head") if labels.id_of(name)), None)
     if face and noses.total() >= 3 and noses[face] < noses.total() / 2:
-        warnings.append(
-            f"only {noses[face]} of {noses.total()} noses lie in {face}: is it another label set?"
-        )
+        warnings.append(f"only {noses[face]} of {noses.total()} noses lie in {face}: is it another label set?")
     for part, joints in (("arm", (3, 4)), ("leg", (9, 10))):
         own = other = 0
         for right in joints:
@@ -169,9 +153,7 @@ def side_warnings(records: Sequence[ImageRecord], labels: LabelSet) -> list[str]
                 own += under[f"{side}-{part}"]
                 other += under[f"{'Left' if side == 'Right' else 'Right'}-{part}"]
         if other > own:
-            warnings.append(
-                f"{other} joints lie in the other side's {part} and {own} in their own: are sides swapped?"
-            )
+            warnings.append(f"{other} joints lie in the other side's {part} and {own} in their own: are sides swapped?")
     return warnings
 
 
@@ -183,16 +165,12 @@ def contact_sheet(records: Sequence[ImageRecord], labels: LabelSet, *, pose_from
     h, w = records[0].image.shape[:2]
     panel = (PANEL_HEIGHT, round(PANEL_HEIGHT * w / h))
     whose = "the next photo's" if pose_from == "next" else "its own"
-    cells = [
-        f"{-(-h // LATENT_FACTOR // 2**level)}x{-(-w // LATENT_FACTOR // 2**level)}" for level in MASK_LEVELS
-    ]
+    cells = [f"{-(-h // LATENT_FACTOR // 2**level)}x{-(-w // LATENT_FACTOR // 2**level)}" for level in MASK_LEVELS]
     titles = ["photo", "parsing", "classes", "skeleton", "regions for CLIP"]
     titles += [f"mask M, {size}, {whose} pose" for size in cells]
     widths = [LEGEND_WIDTH if title == "classes" else panel[1] for title in titles]
     row_height = CAPTION + PANEL_HEIGHT + GAP
-    sheet = Image.new(
-        "RGB", (GAP + sum(width + GAP for width in widths), HEADER + row_height * len(records)), PAPER
-    )
+    sheet = Image.new("RGB", (GAP + sum(width + GAP for width in widths), HEADER + row_height * len(records)), PAPER)
     pen = ImageDraw.Draw(sheet)
     lefts = [GAP + sum(width + GAP for width in widths[:i]) for i in range(len(widths))]
     for left, title in zip(lefts, titles, strict=True):
@@ -211,15 +189,11 @@ def contact_sheet(records: Sequence[ImageRecord], labels: LabelSet, *, pose_from
     return np.asarray(sheet)
 
 
-def draw_row(
-    record: ImageRecord, target: ImageRecord, labels: LabelSet, panel: tuple[int, int]
-) -> list[Image.Image]:
+def draw_row(record: ImageRecord, target: ImageRecord, labels: LabelSet, panel: tuple[int, int]) -> list[Image.Image]:
     """The pictures of one photo, each `panel` (h, w) large but for the legend."""
     hw = record.image.shape[:2]
     photo = Image.fromarray(record.image).resize(panel[::-1], Image.Resampling.BICUBIC)
-    colours = Image.fromarray(colour_parsing(record.parsing, labels)).resize(
-        panel[::-1], Image.Resampling.NEAREST
-    )
+    colours = Image.fromarray(colour_parsing(record.parsing, labels)).resize(panel[::-1], Image.Resampling.NEAREST)
     skeleton = draw_skeleton_uint8(record.joints, joints_hw=hw, out_hw=panel, onto=dimmed(photo, 0.45))
     on = class_on(target.joints, labels, hw=target.image.shape[:2])
     return [
@@ -281,12 +255,8 @@ def latent_masks(parsing: np.ndarray, on: np.ndarray) -> list[np.ndarray]:
         parsing_mask,
     )
 
-    levels = coverage_levels(
-        parsing[None], num_classes=MAX_CLASSES, factor=LATENT_FACTOR, levels=max(MASK_LEVELS) + 1
-    )
-    masks = (
-        np.asarray(parsing_mask(levels[i], on[None])[0]).reshape(levels[i].shape[1:3]) for i in MASK_LEVELS
-    )
+    levels = coverage_levels(parsing[None], num_classes=MAX_CLASSES, factor=LATENT_FACTOR, levels=max(MASK_LEVELS) + 1)
+    masks = (np.asarray(parsing_mask(levels[i], on[None])[0]).reshape(levels[i].shape[1:3]) for i in MASK_LEVELS)
     return list(masks)
 
 
@@ -296,9 +266,7 @@ def draw_mask(photo: Image.Image, mask: np.ndarray, target: ImageRecord) -> Imag
     dark = (np.asarray(photo) * 0.22 + np.array([12, 18, 48])).astype(np.uint8)
     shown = np.where(np.asarray(cells)[..., None], np.asarray(photo), dark)
     hw = target.image.shape[:2]
-    return Image.fromarray(
-        draw_skeleton_uint8(target.joints, joints_hw=hw, out_hw=shown.shape[:2], onto=shown)
-    )
+    return Image.fromarray(draw_skeleton_uint8(target.joints, joints_hw=hw, out_hw=shown.shape[:2], onto=shown))
 
 
 def dimmed(photo: Image.Image, amount: float) -> np.ndarray:

@@ -39,6 +39,29 @@ def run_program(main: Callable[[Sequence[str]], int | None], argv: Sequence[str]
         return INTERRUPTED
 
 
+def run_with_config(main: Callable[[Sequence[str]], int | None]) -> NoReturn:
+    """run_program for programs whose settings are --config flags (ml_collections); exits.
+
+    A flag that is unknown or ill-typed, a config file that is missing: one line, exit code 2.
+    """
+    from absl import app, flags, logging
+
+    def parse(argv: Sequence[str]) -> Sequence[str]:
+        try:
+            return flags.FLAGS(argv)
+        except (flags.Error, AttributeError, KeyError, OSError, SyntaxError, TypeError, ValueError) as error:
+            text = " ".join(str(error).split()) or type(error).__name__
+            print(f"error: {text}", file=sys.stderr)
+            sys.exit(BAD_INPUT)
+
+    def run(argv: Sequence[str]) -> None:
+        if not flags.FLAGS["verbosity"].present:
+            logging.set_verbosity(logging.WARNING)  # orbax tells every step of every save otherwise
+        sys.exit(run_program(main, argv))
+
+    app.run(run, flags_parser=parse)
+
+
 def _is_for_people(error: ValueError) -> bool:
     if isinstance(error, InputError):
         return True

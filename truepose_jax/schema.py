@@ -51,7 +51,9 @@ class ClipConfig:
 class ModelConfig:
     """size: (height, width) in pixels. autoencoder "sd15": AutoencoderKL from the diffusers folder `vae`; "pixels":
     space-to-depth by `pixel_factor`, no weights. positions "sincos": fixed 2-D sinusoids after both networks' conv_in,
-    for training from nothing (SD1.5's networks have learned places and take "none"). dtype: compute dtype; parameters are float32."""
+    for training from nothing (SD1.5's networks have learned places and take "none"). source_parsing "coverage": the
+    source's parsing map is added there too, in SourceNet (not in the paper; "none"). dtype: compute dtype; parameters
+    are float32."""
 
     method: str
     size: tuple[int, int]
@@ -61,6 +63,7 @@ class ModelConfig:
     unet: UNetConfig
     fusion: FusionConfig
     positions: str
+    source_parsing: str
     clip: ClipConfig
     remat: bool
     dtype: str
@@ -69,6 +72,7 @@ class ModelConfig:
         _one_of("model.method", self.method, ("truepose",))
         _one_of("model.autoencoder", self.autoencoder, ("sd15", "pixels"))
         _one_of("model.positions", self.positions, ("none", "sincos"))
+        _one_of("model.source_parsing", self.source_parsing, ("none", "coverage"))
         _one_of("model.dtype", self.dtype, ("float32", "bfloat16"))
         _one_of("model.pixel_factor", self.pixel_factor, (2, 4, 8))
         _positive(model__size=min(self.size))
@@ -110,6 +114,7 @@ class SyntheticConfig:
     poses_per_identity: int
     patterns: str
     background: str
+    framing: str
     poses: str
     heldout_identities: int
     heldout_poses_per_identity: int
@@ -117,6 +122,7 @@ class SyntheticConfig:
     def __post_init__(self):
         _one_of("data.synthetic.patterns", self.patterns, ("all", "solid"))
         _one_of("data.synthetic.background", self.background, ("all", "plain"))
+        _one_of("data.synthetic.framing", self.framing, ("all", "close"))
         _positive(
             data__synthetic__identities=self.identities,
             data__synthetic__heldout_identities=self.heldout_identities,
@@ -156,7 +162,8 @@ class DataConfig:
 @dataclasses.dataclass(frozen=True)
 class OptimConfig:
     """AdamW. schedule "constant" or "cosine" (flat for `flat` of the run, then to `final` of the rate). accumulation:
-    micro-batches per step. max_skips: non-finite steps in a row before the run stops. ema_decay 0: no EMA."""
+    micro-batches per step. max_skips: non-finite steps in a row before the run stops. ema_decay 0: no EMA. layout
+    "tree", or "flat": the update runs on one vector (small networks on one CPU; optim.make_packing)."""
 
     learning_rate: float
     warmup_steps: int
@@ -170,9 +177,11 @@ class OptimConfig:
     accumulation: int
     ema_decay: float
     max_skips: int
+    layout: str
 
     def __post_init__(self):
         _one_of("optim.schedule", self.schedule, ("constant", "cosine"))
+        _one_of("optim.layout", self.layout, ("tree", "flat"))
         _positive(
             optim__learning_rate=self.learning_rate,
             optim__clip_norm=self.clip_norm,
@@ -240,6 +249,8 @@ class Config:
 
     def __post_init__(self):
         _positive(total_steps=self.total_steps, batch_size=self.batch_size, log_every=self.log_every)
+        if self.optim.layout == "flat" and (self.mesh.fsdp, self.mesh.tensor) != (1, 1):
+            raise ConfigError("config.optim.layout 'flat' cannot be sharded: mesh.fsdp and mesh.tensor must be 1")
         micro = self.optim.accumulation * self.data.targets_per_source
         if self.batch_size % micro:
             raise ConfigError(

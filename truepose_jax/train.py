@@ -8,12 +8,11 @@ from __future__ import annotations
 import logging
 import os
 import pathlib
-import sys
 from typing import Any
 
 import jax
 import numpy as np
-from absl import app, flags
+from absl import flags
 from jax.sharding import Mesh
 from ml_collections import config_flags
 
@@ -32,7 +31,7 @@ from truepose_jax.evaluation import Evaluator
 from truepose_jax.frozen import load_autoencoder
 from truepose_jax.methods import make_method
 from truepose_jax.monitor import Monitor
-from truepose_jax.programs import run_program
+from truepose_jax.programs import run_with_config
 from truepose_jax.region_tokens import make_encoder
 from truepose_jax.schema import Config, ConfigError, from_config_dict
 from truepose_jax.sharding import (
@@ -54,7 +53,7 @@ STOPPED = 143
 
 
 class Stopped(Exception):
-    """Raised inside an evaluation when the run was asked to end."""
+    """The run was asked to end, and has saved the step that this names."""
 
 
 def main_of(config: Config, workdir: str, *, profile: bool = False) -> int:
@@ -92,12 +91,16 @@ def main_of(config: Config, workdir: str, *, profile: bool = False) -> int:
             checkpoints = Checkpoints(workdir, keep=config.checkpoint.keep, every=config.checkpoint.every)
             state = _first_state(config, trainer, checkpoints, abstract)
             try:
-                return _loop(
+                _loop(
                     config, workdir, mesh, trainer, state, frozen, train_set,
                     Evaluator(config, method, eval_set, mesh), checkpoints, preemption, profile,
                 )  # fmt: skip
+            except Stopped as stopped:
+                print(f"asked to stop: saved step {stopped}; run the same command again to go on", flush=True)
+                return STOPPED
             finally:
                 checkpoints.close()
+    return 0
 
 
 def _loop(
@@ -112,7 +115,8 @@ def _loop(
     checkpoints: Checkpoints,
     preemption: Preemption,
     profile: bool,
-) -> int:
+) -> None:
+    """Steps from the state's on; raises Stopped once everything is saved."""
     start = int(state.step)
     loader = make_loader(
         data.images,
@@ -142,8 +146,9 @@ def _loop(
         checkpoints.save(step, parts, extra={"step": step, "seed": config.seed, "batch_size": config.batch_size})
 
     def poll() -> None:
-        if preemption.stop(step):
-            raise Stopped
+        if preemption.stop(int(state.step)):
+            save(int(state.step))
+            raise Stopped(int(state.step))
 
     with Monitor(
         workdir,
@@ -154,6 +159,18 @@ def _loop(
         max_skips=config.optim.max_skips,
         parameter_paths=[path_of(path) for path, _ in jax.tree_util.tree_leaves_with_path(state.params)],
     ) as monitor:
+
+        def evaluate(step: int) -> None:
+            with monitor.paused():
+                results, picture = evaluator.run(state.params if state.ema is None else state.ema, frozen, poll)
+            monitor.evaluation(step, results)
+            monitor.image(step, "sheet", picture)
+
+        def evaluation_due(step: int) -> bool:
+            return step == config.total_steps or (step > 0 and step % config.eval.every == 0)
+
+        if evaluation_due(start) and not monitor.evaluated(start):
+            evaluate(start)  # the run before was stopped or killed between saving this step and evaluating it
         for step in range(start + 1, config.total_steps + 1):
             if profile and step - start == PROFILED_STEPS.start:
                 jax.profiler.start_trace(os.path.join(workdir, "profile"))
@@ -163,26 +180,16 @@ def _loop(
             if profile and step - start == PROFILED_STEPS.stop:
                 jax.block_until_ready(state)
                 jax.profiler.stop_trace()
-                monitor.say(f"wrote a trace of steps {PROFILED_STEPS.start} to {PROFILED_STEPS.stop} to {workdir}/profile")
+                monitor.say(f"wrote a trace of {len(PROFILED_STEPS)} steps to {workdir}/profile")
 
-            last = step == config.total_steps
             stop = preemption.stop(step)
-            if stop or last or checkpoints.due(step):
+            if stop or step == config.total_steps or checkpoints.due(step):
                 with monitor.paused():
                     save(step)
-            if not stop and (last or step % config.eval.every == 0):
-                try:
-                    with monitor.paused():
-                        results, picture = evaluator.run(state.params if state.ema is None else state.ema, frozen, poll)
-                    monitor.evaluation(step, results)
-                    monitor.image(step, "sheet", picture)
-                except Stopped:
-                    stop = True
-                    save(step)
+            if evaluation_due(step) and not stop:
+                evaluate(step)
             if stop:
-                monitor.say(f"asked to stop: saved step {step}; run the same command again to go on")
-                return STOPPED
-    return 0
+                raise Stopped(step)
 
 
 def abstract_state(config: Config, trainer: Trainer, mesh: Mesh) -> TrainState:
@@ -257,4 +264,4 @@ def main(argv: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    app.run(lambda argv: sys.exit(run_program(main, argv)))
+    run_with_config(main)

@@ -181,9 +181,7 @@ class Checkpoints:
         self._check_fits(step, wanted, record["leaves"])
         restored = self._read(step, wanted, record["leaves"])
         state = {
-            name: jax.tree.unflatten(
-                jax.tree.structure(tree), [restored[name][path] for path in wanted[name]]
-            )
+            name: jax.tree.unflatten(jax.tree.structure(tree), [restored[name][path] for path in wanted[name]])
             for name, tree in trees.items()
         }
         return {name: state.get(name) for name in PARTS}, record["extra"], step

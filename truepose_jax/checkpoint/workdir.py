@@ -140,9 +140,7 @@ def check_same_config(workdir: str | os.PathLike[str], config: schema.Config) ->
     }
     differing = []
     for key in dict.fromkeys((*sides["is"], *sides["was"])):
-        old, new = (
-            json.dumps(side[key]) if key in side else "absent" for side in (sides["was"], sides["is"])
-        )
+        old, new = (json.dumps(side[key]) if key in side else "absent" for side in (sides["was"], sides["is"]))
         if old != new and not any(key == free or key.startswith(f"{free}.") for free in MAY_CHANGE):
             differing.append(f"config.{key} was {old} and is {new}")
     if differing:

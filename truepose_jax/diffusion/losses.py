@@ -29,4 +29,6 @@ def weighted_mean(values: Float[Array, " b"], weights: Float[Array, " b"]) -> Fl
 def timestep_bins(values: Float[Array, " b"], weights: Float[Array, " b"], t: Int[Array, " b"], total: int):
     """(sum of w v, sum of w) per timestep bin, each [NUM_BINS]."""
     bins = jax.nn.one_hot(t * NUM_BINS // total, NUM_BINS)
-    return jnp.where(weights > 0, values * weights, 0.0) @ bins, weights @ bins
+    # Masked, not multiplied: a NaN must stay in its own bin.
+    sums = jnp.sum(jnp.where((weights[:, None] > 0) & (bins > 0), (values * weights)[:, None], 0.0), axis=0)
+    return sums, weights @ bins

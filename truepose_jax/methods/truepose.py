@@ -14,7 +14,7 @@ from truepose_jax.methods.base import BatchSpec, Conditioning
 from truepose_jax.models.layers import position_sinusoids
 from truepose_jax.models.masks import coverage_levels, parsing_mask
 from truepose_jax.models.pose_encoder import PoseEncoder
-from truepose_jax.models.source_net import source_features, source_net, without_gradient
+from truepose_jax.models.source_net import ParsingEncoder, source_features, source_net, without_gradient
 from truepose_jax.models.target_net import Fusion, target_net
 from truepose_jax.models.vae import Autoencoder
 from truepose_jax.schema import DiffusionConfig, ModelConfig
@@ -31,7 +31,7 @@ TENSOR_RULES = (
 @dataclasses.dataclass(frozen=True)
 class TruePose:
     """The Method of TruePose. Parameters: source_net, target_net, fusion (the source side of HPFA and CAA),
-    pose_encoder. Frozen: autoencoder (empty for pixels)."""
+    pose_encoder; with model.source_parsing "coverage" also parsing_encoder. Frozen: autoencoder (empty for pixels)."""
 
     model: ModelConfig
     diffusion: DiffusionConfig
@@ -69,6 +69,10 @@ class TruePose:
             raise ValueError(f"image size {image_hw} is not divisible by the autoencoder's factor {factor}")
         return image_hw[0] // factor, image_hw[1] // factor, self.autoencoder.channels
 
+    @functools.cached_property
+    def parsing_encoder(self):
+        return ParsingEncoder(self.model.unet.block_out_channels[0], dtype=self.dtype)
+
     def init(self, key, batch_spec: BatchSpec):
         batch = {name: jnp.zeros(spec.shape, spec.dtype) for name, spec in batch_spec.items()}
         b = batch["target"].shape[0]
@@ -79,34 +83,39 @@ class TruePose:
         twin_key, fusion_key, pose_key = (rng.key(key, name) for name in ("twins", "fusion", "pose_encoder"))
         source_latents = jnp.zeros((batch["source"].shape[0], *latents.shape[1:]))
         context = batch["region_tokens"][:, -1:]
-        source_params = self.source_net.init(twin_key, source_latents, t[: source_latents.shape[0]], context)["params"]
-        inputs = self._fusion_inputs(source_params, source_latents, batch)
+        params = {
+            "source_net": self.source_net.init(twin_key, source_latents, t[: source_latents.shape[0]], context)[
+                "params"
+            ]
+        }
+        if self.model.source_parsing == "coverage":
+            coverage = jnp.zeros((*source_latents.shape[:3], batch["class_on"].shape[1]))
+            params["parsing_encoder"] = self.parsing_encoder.init(rng.key(key, "parsing_encoder"), coverage)["params"]
+        inputs = self._fusion_inputs(params, source_latents, batch)
         sites, fusion_params = self.fusion.init_with_output(fusion_key, *inputs)
         pose, pose_params = self.pose_encoder.init_with_output(pose_key, batch["target_pose"])
         target_params = self.target_net.init(twin_key, latents, t, None, features=sites, after_conv_in=pose)["params"]
-        return {
-            "source_net": source_params,
+        return params | {
             "target_net": target_params,
             "fusion": fusion_params["params"],
             "pose_encoder": pose_params["params"],
         }
 
-    def _fusion_inputs(self, source_params, source_latents, batch):
+    def _fusion_inputs(self, params, source_latents, batch):
         """F', masks, coverages, tokens and presence, one row per target: sources repeat for their targets."""
         b, s = batch["target_pose"].shape[0], batch["source"].shape[0]
         each = functools.partial(jnp.repeat, repeats=b // s, axis=0)
-        taps = source_features(
-            self.source_net,
-            source_params,
-            source_latents,
-            batch["region_tokens"][:, -1],
-            after_conv_in=self._positions(source_latents),
-        )
         coverages = coverage_levels(
             batch["source_parsing"],
             num_classes=batch["class_on"].shape[1],
             factor=self.autoencoder.factor,
             levels=len(self.model.unet.block_out_channels),
+        )
+        extra = self._positions(source_latents)
+        if self.model.source_parsing == "coverage":
+            extra = extra + self.parsing_encoder.apply({"params": params["parsing_encoder"]}, coverages[0])
+        taps = source_features(
+            self.source_net, params["source_net"], source_latents, batch["region_tokens"][:, -1], after_conv_in=extra
         )
         coverages = [each(c) for c in coverages]
         masks = [parsing_mask(c, batch["class_on"]) for c in coverages]
@@ -117,20 +126,17 @@ class TruePose:
     def _positions(self, latents):
         """What a network without pretrained weights is told of place; SD1.5's has learned it."""
         if self.model.positions == "none":
-            return None
+            return 0.0
         return position_sinusoids(*latents.shape[1:3], self.model.unet.block_out_channels[0])
 
     def condition(self, params, frozen, batch, *, keep=None) -> Conditioning:
         """keep [b]: 0 drops that sample's F' and region tokens together, at the features (A15)."""
         latents = self.autoencoder.encode_mean(frozen.get("autoencoder"), batch["source"])
         latents = constrain(latents, "batch", "height", "width", "channels")
-        inputs = self._fusion_inputs(params["source_net"], latents, batch)
+        inputs = self._fusion_inputs(params, latents, batch)
         sites = self.fusion.apply({"params": params["fusion"]}, *inputs, keep)
         pose = self.pose_encoder.apply({"params": params["pose_encoder"]}, batch["target_pose"])
-        positions = self._positions(latents)
-        if positions is not None:
-            pose = pose + positions.astype(pose.dtype)
-        return Conditioning(pose=pose, sites=sites)
+        return Conditioning(pose=pose + self._positions(latents), sites=sites)
 
     def null(self, conditioning: Conditioning) -> Conditioning:
         """No source at all; the pose stays (C of the paper does not list it)."""
@@ -188,5 +194,7 @@ def _zero_invalid(batch):
     valid = batch["valid"] > 0
     of_source = jnp.any(valid.reshape(batch["source"].shape[0], -1), axis=1)
     rows = {"target": valid, "target_pose": valid, "source": of_source, "region_tokens": of_source}
-    shown = {name: jnp.where(row[(..., *[None] * (batch[name].ndim - 1))], batch[name], 0) for name, row in rows.items()}
+    shown = {
+        name: jnp.where(row[(..., *[None] * (batch[name].ndim - 1))], batch[name], 0) for name, row in rows.items()
+    }
     return {**batch, **shown}

@@ -110,5 +110,3 @@ class Upsample2D(nn.Module):
                 raise ValueError(f"cannot upsample {h}x{w} to {size[0]}x{size[1]}: not a halving that rounds up")
             x = x[:, : size[0], : size[1]]
         return conv3x3(self.features, self.dtype, "conv")(x)
-
-

@@ -17,12 +17,26 @@ def source_net(config: UNetConfig, *, remat: bool = False, dtype=jnp.float32) ->
     return UNet2DCondition(config, functools.partial(plain_block, dtype=dtype), remat=remat, dtype=dtype)
 
 
+class ParsingEncoder(nn.Module):
+    """Which class covers each cell of the source, as features added after SourceNet's conv_in: a bias per class.
+
+    Not in the paper, whose SourceNet has learned to see bodies before; for networks trained from nothing.
+    """
+
+    features: int
+    dtype: jnp.dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, coverage: Float[Array, "b h w p"]) -> Float[Array, "b h w features"]:
+        return nn.Dense(self.features, use_bias=False, dtype=self.dtype, name="class_bias")(coverage)
+
+
 def source_features(
     net: nn.Module,
     params,
     latents: Float[Array, "b h w c"],
     whole_image_token: Float[Array, "b e"],
-    after_conv_in: Float[Array, "h w d"] | None = None,
+    after_conv_in: Float[Array, "*b h w d"] | None = None,
 ) -> dict[str, Float[Array, "b n c"]]:
     """F' of every site: norm1's output of each transformer block, at t = 0 (A6, A13).
 

@@ -88,9 +88,7 @@ def _rms(x: Float[Array, "b n c"]) -> Float[Array, " b"]:
     return jnp.sqrt(jnp.mean(jnp.square(x.astype(jnp.float32)), axis=(1, 2)))
 
 
-def target_net(
-    unet: UNetConfig, config: FusionConfig, *, remat: bool = False, dtype=jnp.float32
-) -> UNet2DCondition:
+def target_net(unet: UNetConfig, config: FusionConfig, *, remat: bool = False, dtype=jnp.float32) -> UNet2DCondition:
     """SD1.5's UNet with TruePose blocks. Its call's `features` are Fusion's result, or None where dropped; its taps
     are {"hpfa", "caa"} output norms."""
 

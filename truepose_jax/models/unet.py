@@ -211,7 +211,7 @@ class UNet2DCondition(nn.Module):
 
         x = conv3x3(width, self.dtype, "conv_in")(x)
         if after_conv_in is not None:
-            x = x + after_conv_in.astype(x.dtype)
+            x = x + jnp.asarray(after_conv_in, x.dtype)
         skips, taps = [x], {}
         for i in range(len(c.block_out_channels)):
             x, new_skips, new = DownBlock(level=i, name=f"down_blocks_{i}", **shared)(x, temb, context, features)

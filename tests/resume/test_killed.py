@@ -1,0 +1,160 @@
+"""A run killed with -9 on its way and started again equals the run that was left alone, bit for bit."""
+
+import json
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+
+from truepose_jax.checkpoint import Checkpoints
+
+ROOT = pathlib.Path(__file__).resolve().parents[2]
+STEPS, EVERY = 40, 8
+TINY = [
+    "--config=configs/demo.py",
+    f"--config.total_steps={STEPS}",
+    f"--config.checkpoint.every={EVERY}",
+    "--config.checkpoint.keep=2",
+    "--config.eval.every=1000",
+    "--config.eval.pairs=2",
+    "--config.eval.batch_size=2",
+    "--config.eval.steps=2",
+    "--config.batch_size=6",
+    "--config.model.size=(32, 24)",
+    "--config.model.unet.block_out_channels=(8,)",
+    "--config.model.unet.down_block_types=('CrossAttnDownBlock2D',)",
+    "--config.model.unet.up_block_types=('CrossAttnUpBlock2D',)",
+    "--config.model.unet.attention_head_dim=(2,)",
+    "--config.model.unet.norm_num_groups=4",
+    "--config.data.synthetic.identities=6",
+    "--config.data.synthetic.heldout_identities=2",
+]
+
+
+def command(workdir, *more):
+    return [sys.executable, "-m", "truepose_jax.train", f"--workdir={workdir}", *TINY, *more]
+
+
+@pytest.fixture(scope="module")
+def environment(tmp_path_factory):
+    """One compilation for all runs of this file."""
+    cache = tmp_path_factory.mktemp("compiled")
+    return os.environ | {
+        "JAX_COMPILATION_CACHE_DIR": str(cache),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+        "JAX_PLATFORMS": "cpu",
+    }
+
+
+def run(workdir, environment, *more):
+    done = subprocess.run(
+        command(workdir, *more), cwd=ROOT, env=environment, capture_output=True, text=True, timeout=400
+    )
+    return done.returncode, done.stdout, done.stderr
+
+
+def steps_of(workdir):
+    path = workdir / "metrics.jsonl"
+    if not path.exists():
+        return []
+    return [json.loads(line) for line in path.read_text().splitlines() if line.endswith("}")]
+
+
+def wait_for_step(process, workdir, step):
+    deadline = time.monotonic() + 300
+    while time.monotonic() < deadline:
+        if any(record["step"] >= step for record in steps_of(workdir)):
+            return
+        assert process.poll() is None, f"the run ended before step {step}"
+        time.sleep(0.02)
+    raise AssertionError(f"step {step} was never reached")
+
+
+@pytest.fixture(scope="module")
+def straight(tmp_path_factory, environment):
+    """The run that nobody disturbs."""
+    workdir = tmp_path_factory.mktemp("straight")
+    code, _, errors = run(workdir, environment)
+    assert code == 0, errors
+    return workdir
+
+
+def final_state(workdir):
+    store = Checkpoints(workdir, keep=2, every=EVERY, read_only=True)
+    assert store.latest_step() == STEPS
+    return {part: store.restore_part(part) for part in ("params", "ema")}
+
+
+def assert_same_run(workdir, straight):
+    mine, theirs = final_state(workdir), final_state(straight)
+    import jax
+
+    for a, b in zip(jax.tree.leaves(mine), jax.tree.leaves(theirs), strict=True):
+        np.testing.assert_array_equal(a, b)
+    ours, expected = steps_of(workdir), steps_of(straight)
+    assert [r["step"] for r in ours] == list(range(1, STEPS + 1))
+    assert [r["loss"] for r in ours] == [r["loss"] for r in expected]
+
+
+def test_straight_run_leaves_what_it_promises(straight):
+    records = steps_of(straight)
+    assert [r["step"] for r in records] == list(range(1, STEPS + 1))
+    assert all(np.isfinite(r["loss"]) for r in records)
+    assert (straight / "metadata.json").exists()
+    assert (straight / "samples" / f"sheet_{STEPS:07d}.png").exists()
+    results = json.loads((straight / "eval.jsonl").read_text().splitlines()[-1])["eval"]
+    assert {"heldout_loss", "psnr_person", "swap_cost_image_swapped", "swap_cost_tokens_swapped"} <= results.keys()
+    assert any(name.startswith("hpfa_rms/") for name in results)
+
+
+def test_killed_and_started_again_equals_straight(tmp_path, environment, straight):
+    process = subprocess.Popen(
+        command(tmp_path), cwd=ROOT, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
+    wait_for_step(process, tmp_path, 2 * EVERY + 3)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    code, out, errors = run(tmp_path, environment)
+    assert code == 0, errors
+    assert "resuming from step" in out
+    assert_same_run(tmp_path, straight)
+
+
+def test_asked_to_stop_saves_and_says_143(tmp_path, environment, straight):
+    process = subprocess.Popen(
+        command(tmp_path), cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+    )
+    wait_for_step(process, tmp_path, EVERY + 2)
+    process.send_signal(signal.SIGTERM)
+    out, _ = process.communicate(timeout=300)
+    assert process.returncode == 143
+    assert "run the same command again" in out
+    code, _, errors = run(tmp_path, environment)
+    assert code == 0, errors
+    assert_same_run(tmp_path, straight)
+
+
+def test_another_configuration_is_refused(environment, straight):
+    code, _, errors = run(straight, environment, "--config.optim.learning_rate=0.5")
+    assert code == 2
+    assert "learning_rate" in errors and len(errors.strip().splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("flag", "word"),
+    [
+        ("--config.modle.size=(64, 48)", "modle"),
+        ("--config.batch_size=many", "many"),
+        ("--config.mesh.data=3", "mesh"),
+        ("--config=configs/none.py", "none.py"),
+    ],
+)
+def test_bad_settings_get_one_line_and_code_2(tmp_path, environment, flag, word):
+    code, _, errors = run(tmp_path, environment, flag)
+    assert code == 2, errors
+    assert word in errors and len(errors.strip().splitlines()) == 1

@@ -1,0 +1,104 @@
+"""What test_sharding.py runs in a process of its own, on eight pretended devices; prints one JSON object."""
+
+import json
+
+import jax
+import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
+
+from tests import tiny
+from truepose_jax.sharding import (
+    batch_parts,
+    constrain,
+    like_params,
+    make_mesh,
+    param_specs,
+    path_of,
+    put_global_batch,
+    put_whole_batch,
+    replicate,
+)
+from truepose_jax.train_step import Trainer
+
+MESHES = {"data": (8, 1, 1), "fsdp": (2, 4, 1), "tensor": (2, 2, 2)}
+BATCH = 8
+RATE = 0.1
+
+
+def step(made):
+    """(params, batch, keys) -> loss, gradients, parameters after one step of SGD."""
+
+    def call(params, batch, keys):
+        loss, grads = jax.value_and_grad(lambda p: made.loss(p, {}, batch, keys)[0])(params)
+        return loss, grads, jax.tree.map(lambda p, g: p - RATE * g, params, grads)
+
+    return call
+
+
+def on_mesh(sizes, made, cfg, params, batch, keys, want):
+    mesh = make_mesh(**dict(zip(("data", "fsdp", "tensor"), sizes, strict=True)))
+    specs = param_specs(params, mesh, made.param_rules)
+    placed = jax.device_put(params, specs)
+    whole = NamedSharding(mesh, PartitionSpec())
+    with jax.set_mesh(mesh):
+        call = jax.jit(step(made), out_shardings=(whole, specs, specs), compiler_options=tiny.compiler_options())
+        lowered = call.lower(placed, put_global_batch(mesh, batch), replicate(mesh, keys))
+        loss, grads, moved = lowered.compile()(placed, put_global_batch(mesh, batch), replicate(mesh, keys))
+        trainer = Trainer(cfg, made)
+        state = jax.eval_shape(lambda: trainer.init_state(jax.random.key(0), tiny.spec(cfg)))
+        layout = like_params(state, params, specs, mesh)
+    tiny.check_gradients(grads, want[1])
+    tiny.check_gradients(moved, want[2])
+    cut = {axis: 0 for axis in ("fsdp", "tensor")}
+    shards_fit = True
+    for leaf, spec in zip(jax.tree.leaves(placed), jax.tree.leaves(specs), strict=True):
+        parts = 1
+        for axis in cut:
+            if axis in spec.spec and mesh.shape[axis] > 1:
+                cut[axis] += leaf.size
+                parts *= mesh.shape[axis]
+        shards_fit &= leaf.addressable_shards[0].data.size * parts == leaf.size
+    adam = [s for path, s in jax.tree_util.tree_leaves_with_path(layout.opt_state) if "/mu/" in path_of(path)]
+    return {
+        "loss": abs(float(loss) / float(want[0]) - 1),
+        "leaf": tiny.error(grads, want[1]),
+        "cut": {axis: size / sum(leaf.size for leaf in jax.tree.leaves(params)) for axis, size in cut.items()},
+        "shards_fit": bool(shards_fit),
+        "moments_like_params": adam == jax.tree.leaves(specs),
+        "ema_like_params": jax.tree.leaves(layout.ema) == jax.tree.leaves(specs),
+        "step_replicated": layout.step.spec == PartitionSpec(),
+        "constraints": lowered.as_text().count("sharding_constraint"),
+    }
+
+
+def batches():
+    mesh = make_mesh(data=2, fsdp=-1, tensor=2)
+    host = {"valid": np.arange(8, dtype=np.float32), "target": np.arange(96, dtype=np.float32).reshape(8, 4, 3)}
+    found = {}
+    for name, put in (("global", put_global_batch), ("whole", put_whole_batch)):
+        placed = put(mesh, host)
+        rows = {tuple(np.asarray(s.data).tolist()) for s in placed["valid"].addressable_shards}
+        found[name] = {
+            "equal": all(np.array_equal(placed[k], host[k]) for k in host),
+            "rows": sorted(rows),
+            "shape": placed["target"].addressable_shards[0].data.shape,
+        }
+    with jax.set_mesh(mesh):
+        x = jax.jit(lambda x: constrain(x, "batch", "tokens", "heads"))(np.zeros((8, 3, 4)))
+    return found | {"parts": batch_parts(mesh), "constrained": x.addressable_shards[0].data.shape}
+
+
+def main():
+    assert jax.device_count() == 8
+    cfg = tiny.config(tiny.MIDDLE_ONLY, {"batch_size": BATCH, "optim": {"ema_decay": 0.9}})
+    made = tiny.method(cfg)
+    params, batch = jax.device_get(tiny.params(made, cfg)), tiny.batch(cfg, 0, targets=BATCH)
+    batch["valid"][3] = 0
+    keys = tiny.keys(1, BATCH)
+    want = tiny.jit(step(made))(params, batch, keys)
+    found = {name: on_mesh(sizes, made, cfg, params, batch, keys, want) for name, sizes in MESHES.items()}
+    print(json.dumps(found | {"batches": batches()}))
+
+
+if __name__ == "__main__":
+    main()

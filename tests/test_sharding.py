@@ -1,0 +1,113 @@
+"""Meshes, logical axes and placement: rules in this process, numbers in one process with eight pretended devices."""
+
+import json
+import os
+import subprocess
+import sys
+
+import jax
+import numpy as np
+import pytest
+from jax.sharding import AbstractMesh, PartitionSpec
+
+from tests import tiny
+from tests.sharded import MESHES
+from truepose_jax.sharding import AXES, constrain, make_mesh, param_specs, path_of
+
+
+@pytest.fixture(scope="module")
+def sharded():
+    env = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=8", "JAX_PLATFORMS": "cpu"}
+    done = subprocess.run([sys.executable, "-m", "tests.sharded"], env=env, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+@pytest.mark.parametrize("mesh", MESHES)
+def test_every_mesh_gives_the_same(mesh, sharded):
+    """Loss, gradients and SGD-updated parameters of TruePose with all parameters random, against one device."""
+    found = sharded[mesh]
+    assert found["loss"] < 1e-6
+    assert found["leaf"] < 2e-4
+    assert found["constraints"] > 0, "no layout was pinned"
+
+
+@pytest.mark.parametrize("mesh", MESHES)
+def test_parameters_are_really_cut(mesh, sharded):
+    found = sharded[mesh]
+    assert found["shards_fit"] and found["moments_like_params"] and found["ema_like_params"]
+    assert found["step_replicated"]
+    want = {"data": (0, 0), "fsdp": (0.95, 0), "tensor": (0.95, 0.05)}[mesh]
+    assert found["cut"]["fsdp"] >= want[0] and found["cut"]["tensor"] >= want[1]
+    assert (found["cut"]["fsdp"] > 0, found["cut"]["tensor"] > 0) == (want[0] > 0, want[1] > 0)
+
+
+def test_batches_are_cut_over_data_and_fsdp(sharded):
+    found = sharded["batches"]
+    assert found["parts"] == 4
+    assert found["constrained"] == [2, 3, 2]
+    for put in ("global", "whole"):
+        assert found[put] == {"equal": True, "rows": [[0, 1], [2, 3], [4, 5], [6, 7]], "shape": [2, 4, 3]}
+
+
+def test_make_mesh():
+    for sizes in ((-1, 1, 1), (1, -1, 1), (1, 1, 1)):
+        mesh = make_mesh(**dict(zip(AXES, sizes, strict=True)), devices=jax.devices()[:1])
+        assert dict(mesh.shape) == {"data": 1, "fsdp": 1, "tensor": 1}
+    for sizes in ((2, 1, 1), (-1, -1, 1), (0, 1, 1), (-1, 2, 1), (-2, 1, 1), (1, -1, 0), (-1, -3, -3)):
+        with pytest.raises(ValueError, match="mesh sizes"):
+            make_mesh(**dict(zip(AXES, sizes, strict=True)), devices=jax.devices()[:1])
+
+
+def test_constrain_refuses_what_it_does_not_know():
+    x = np.zeros((2, 3))
+    assert constrain(x, "batch", "tokens") is x
+    with pytest.raises(KeyError, match="tokns"):
+        constrain(x, "batch", "tokns")
+    with pytest.raises(ValueError, match="dimensions"):
+        constrain(x, "batch")
+    with jax.set_mesh(make_mesh(data=1, fsdp=1, tensor=1, devices=jax.devices()[:1])), pytest.raises(KeyError):
+        jax.jit(lambda x: constrain(x, "batch", "tokns"))(x)
+
+
+RULES = ((r"/to_q/kernel$", (None, "tensor")), (r"/to_out/kernel$", ("tensor", None)), (r"to_q", ("tensor", None)))
+PLACED = {
+    # path, shape -> axes on a (2, 4, 2) mesh
+    ("a/to_q/kernel", (8, 16)): ("fsdp", "tensor"),
+    ("a/to_q/kernel", (8, 15)): ("fsdp", None),  # tensor does not divide 15
+    ("a/to_q/kernel", (6, 16)): (None, "tensor"),  # fsdp does not divide 6
+    ("a/to_out/kernel", (16, 8)): ("tensor", "fsdp"),
+    ("a/to_q/kernel", (3, 3, 8, 16)): (None, None, None, "fsdp"),  # rules name two dimensions
+    ("a/conv/kernel", (3, 3, 16, 8)): (None, None, "fsdp", None),
+    ("a/bias", (12,)): ("fsdp",),
+    ("a/bias", (5,)): (None,),
+    ("a/scalar", ()): (),
+}
+
+
+@pytest.mark.parametrize("path,shape", PLACED)
+def test_param_specs(path, shape):
+    tree = jax.ShapeDtypeStruct(shape, np.float32)
+    for name in reversed(path.split("/")):
+        tree = {name: tree}
+    (found,) = jax.tree.leaves(param_specs(tree, AbstractMesh((2, 4, 2), AXES), RULES))
+    assert tuple(found.spec) == PLACED[path, shape]
+
+
+def test_rules_of_truepose_name_what_exists():
+    """Every rule places some parameter over `tensor`, in both networks; the pairs cut and join the same dimension."""
+    _, made, params = tiny.base()
+    specs = param_specs(params, AbstractMesh((1, 1, 2), AXES), made.param_rules)
+    found = {path_of(p): s.spec for p, s in jax.tree_util.tree_leaves_with_path(specs)}
+    block = "mid_block/attentions_0/transformer_blocks_0"
+    for name in (f"{block}/attn1/to_q", f"{block}/attn2/to_k", f"{block}/ff/net_0/proj"):
+        assert found[f"source_net/{name}/kernel"] == PartitionSpec(None, "tensor")
+    for name in (f"{block}/attn1/to_out_0", f"{block}/ff/net_2", f"{block}/hpfa/to_out_0"):
+        assert found[f"target_net/{name}/kernel"] == PartitionSpec("tensor", None)
+    site = "fusion/mid_block_attentions_0_transformer_blocks_0"
+    for name in ("hpfa/source_to_q", "hpfa/to_v", "attn2/to_k"):
+        assert found[f"{site}/{name}/kernel"] == PartitionSpec(None, "tensor")
+    for name, spec in found.items():
+        assert ("tensor" in spec) == (
+            name.endswith("kernel") and ("/to_" in name or "/net_" in name or "source_to" in name)
+        )
