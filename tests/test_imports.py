@@ -77,7 +77,7 @@ def house_files():
         yield from sorted((ROOT / folder).rglob("*.py"))
 
 
-@pytest.mark.parametrize("path", house_files(), ids=lambda p: str(p.relative_to(ROOT)))
+@pytest.mark.parametrize("path", list(house_files()), ids=lambda p: str(p.relative_to(ROOT)))
 def test_import_table(path):
     room = room_of(path)
     for module, top_level in imports_of(path):

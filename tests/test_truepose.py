@@ -8,7 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tests import tiny
+from input_pipeline.schema import MAX_CLASSES, WHOLE_IMAGE
+from tests import oracle, tiny
+from tests.test_masks import brute_force, brute_force_mask
 from truepose_jax.methods.truepose import TruePose
 from truepose_jax.models.source_net import source_features, source_net, without_gradient
 from truepose_jax.models.unet import UNetConfig
@@ -281,6 +283,36 @@ def noisy():
     rng = np.random.default_rng(11)
     x = rng.standard_normal((N, 8, 5, 12)).astype(np.float32)
     return x, np.array([1, 999, 500, 29, 953, 700], np.int32)
+
+
+def test_conditioning_equals_the_oracle():
+    """From batch to keys and values of every block: F' at t = 0 under the whole image's token, M from the parsing map,
+    Eq. 6 and 7, and the K regions of lowest score among the valid ones."""
+    _, made, params = tiny.base()
+    got = parts()[0](batch(), np.ones(N))
+    latents = made.autoencoder.encode_mean({}, batch()["source"])
+    call = tiny.jit(lambda p, x, token: made.source_net.apply({"params": p}, x, jnp.zeros(N, jnp.int32), token)[1])
+    features = call(params["source_net"], latents, batch()["region_tokens"][:, WHOLE_IMAGE:])
+    chosen_rows = set()
+    for row in range(N):
+        cells = brute_force(batch()["source_parsing"][row], 2).reshape(-1, MAX_CLASSES)
+        mask = brute_force_mask(cells, batch()["class_on"][row])
+        for site in made.model.unet.sites:
+            f = features[site.name][row].astype(np.float64)
+            weights = {path: w.astype(np.float64) for path, w in named(params["fusion"][site.name]).items()}
+            q, k, v = (f @ weights[f"hpfa/source_to_{x}/kernel"] for x in "qkv")
+            settings = {"delta": 0.6, "sigma": 0.3, "reading": "printed", "mask_axis": "key"}
+            h = oracle.eq7(np, q, k, v, mask, heads=2, **settings)
+            average = oracle.average_scores(q, k, cells, heads=2)
+            regions = oracle.chosen_regions(average, batch()["region_valid"][row], 2)
+            tokens = batch()["region_tokens"][row, regions]
+            chosen_rows.add(tuple(regions))
+            for part, x, weight in (("hpfa", h, "hpfa/to_"), ("caa", tokens, "attn2/to_")):
+                kv = getattr(got.sites[site.name], part)
+                for name in "kv":
+                    want = x @ weights[f"{weight}{name}/kernel"]
+                    assert tiny.error(getattr(kv, name)[row].reshape(want.shape), want) < 5e-5, (row, site.name, part)
+    assert len(chosen_rows) > 3, "always the same regions: the test would see little"
 
 
 def test_dropped_equals_null_and_zero_features():

@@ -6,7 +6,7 @@
 --pose: OpenPose JSON (18 or 25 joints), COCO-17 JSON, 18 rows of text, or annotations.csv#image-name. --parsing=none:
 all of the photo is person. LIST.csv has columns source,parsing,pose,out and may have labels,pose_frame; its paths are
 relative to it, `out` (a .png) to D. Rows that are done are skipped: run the same command again after a kill.
-"""  # noqa: E501 (commands to copy)
+"""
 
 from __future__ import annotations
 

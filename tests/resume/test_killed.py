@@ -125,6 +125,7 @@ def test_killed_and_started_again_equals_straight(tmp_path, environment, straigh
     assert_same_run(tmp_path, straight)
 
 
+@pytest.mark.slow
 def test_asked_to_stop_saves_and_says_143(tmp_path, environment, straight):
     process = subprocess.Popen(
         command(tmp_path), cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
