@@ -17,6 +17,7 @@ from input_pipeline.schema import MAX_CLASSES, WHOLE_IMAGE, batch_shapes, check_
 from truepose_jax.methods.truepose import TruePose
 from truepose_jax.models.vae import PixelAutoencoder
 from truepose_jax.schema import Config, from_config_dict
+from truepose_jax.sharding import path_of
 
 TOKEN_WIDTH = 12
 LAST_CLASS = 17
@@ -182,6 +183,20 @@ def rows(made: Mapping[str, Any], chosen, *, sources=None) -> dict[str, Any]:
     of_source = {"source", "source_joints", "source_parsing", "region_tokens", "region_valid"}
     sources = chosen if sources is None else sources
     return {k: v[np.asarray(sources if k in of_source else chosen)] for k, v in made.items()}
+
+
+def with_rows(made: Mapping[str, Any], new: Mapping[str, Any], chosen, fields=None) -> dict[str, Any]:
+    """Rows `chosen` of `made`, one source per target, replaced by those of `new` (in these fields)."""
+    found = dict(made)
+    for name in made if fields is None else fields:
+        at = np.isin(np.arange(len(made[name])), chosen).reshape(-1, *[1] * (made[name].ndim - 1))
+        found[name] = np.where(at, new[name], made[name])
+    return found
+
+
+def named(tree: Any) -> dict[str, np.ndarray]:
+    """{'source_net/conv_in/kernel': array} in the order of the tree's leaves."""
+    return {path_of(path): np.asarray(leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
 
 
 def error(found: Any, expected: Any) -> float:

@@ -46,15 +46,14 @@ class Trainer:
     def init_state(self, key: jax.Array, batch_spec: BatchSpec) -> TrainState:
         params = self.method.init(key, batch_spec)
         packing = self.packing(params)
-        zero = jnp.zeros((), jnp.int32)
         return TrainState(
-            step=zero,
+            step=jnp.zeros((), jnp.int32),
             params=params,
-            # A copy: donated buffers must not alias.
+            # A copy, and three zeros: donated buffers must not alias.
             ema=jax.tree.map(jnp.copy, params) if self.config.optim.ema_decay else None,
             opt_state=self.optimizer(packing).init(packing.pack(params)),
-            skipped=zero,
-            skips_in_a_row=zero,
+            skipped=jnp.zeros((), jnp.int32),
+            skips_in_a_row=jnp.zeros((), jnp.int32),
         )
 
     def step(self, state: TrainState, frozen: Frozen, batch: Batch) -> tuple[TrainState, dict[str, jax.Array]]:

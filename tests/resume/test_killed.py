@@ -144,18 +144,3 @@ def test_another_configuration_is_refused(environment, straight):
     code, _, errors = run(straight, environment, "--config.optim.learning_rate=0.5")
     assert code == 2
     assert "learning_rate" in errors and len(errors.strip().splitlines()) == 1
-
-
-@pytest.mark.parametrize(
-    ("flag", "word"),
-    [
-        ("--config.modle.size=(64, 48)", "modle"),
-        ("--config.batch_size=many", "many"),
-        ("--config.mesh.data=3", "mesh"),
-        ("--config=configs/none.py", "none.py"),
-    ],
-)
-def test_bad_settings_get_one_line_and_code_2(tmp_path, environment, flag, word):
-    code, _, errors = run(tmp_path, environment, flag)
-    assert code == 2, errors
-    assert word in errors and len(errors.strip().splitlines()) == 1
