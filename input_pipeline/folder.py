@@ -74,6 +74,12 @@ class FolderImages:
     def __len__(self) -> int:
         return len(self.names)
 
+    @property
+    def files(self) -> dict[str, pathlib.Path]:
+        """The photos and maps of the set, by kind and name: what its pixels and region tokens depend on."""
+        found = {f"image/{name}": path for name, path in self._photos.items()}
+        return found | {f"parsing/{name}": path for name, path in (self._maps or {}).items()}
+
     def image(self, index: int) -> ImageRecord:
         """The photo with its map and joints at `size`.
 
