@@ -1,0 +1,271 @@
+"""Measures generated images against the true ones: SSIM, PSNR, LPIPS, FID, and what happens inside regions.
+
+    python -m truepose_jax.evaluate --generated=DIR --reference=DIR --protocol=cfld --size=256x176 --out=report.json
+    python -m truepose_jax.evaluate weights --pth=FILE.pth --out=FILE.safetensors
+    python -m truepose_jax.evaluate sheet --help        (rating by people; then: evaluate score)
+
+Images are paired by name: TARGET, SOURCE_2_TARGET_vis or SOURCE_to_TARGET, DeepFashion's in any spelling. The report
+states the protocol in full, each metric's image count and 95 % interval over images, and the hash of all weights; FID and
+LPIPS of unknown weights are not called so. Work is kept in --cache: run the same command again after a stop.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.metadata
+import json
+import os
+import pathlib
+import sys
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from input_pipeline.parsing import LABEL_SETS, label_set
+from input_pipeline.photo import one_line
+from input_pipeline.schema import InputError
+from truepose_jax.evaluate import pairing, rating
+from truepose_jax.evaluate.pairing import NAMED, Folder, Pairing, image_key
+from truepose_jax.evaluate.protocols import PROTOCOLS, Protocol, Size, check_size
+from truepose_jax.evaluate.report import summarise, table
+from truepose_jax.evaluate.scores import Maps, Scorer, plain, score_pairs
+from truepose_jax.evaluate.statistics import folder_statistics, reference_statistics
+from truepose_jax.evaluate.statistics import read as read_statistics
+from truepose_jax.evaluate.weights import PUBLISHED, Network, convert, load
+from truepose_jax.metrics.fid import FID_KINDS, frechet_distance
+from truepose_jax.programs import Parser, parse_size, run_program
+
+PACKAGES = ("truepose-jax", "jax", "flax", "numpy", "scipy", "pillow", "opencv-python-headless")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Returns the exit code: 2, and one line on stderr, for bad input."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    others = {"weights": _weights, "sheet": rating.make_sheet, "score": rating.score}
+    if argv and argv[0] in others:
+        return run_program(others[argv[0]], argv[1:])
+    return run_program(_main, argv)
+
+
+def make_parser() -> argparse.ArgumentParser:
+    usage, details = __doc__.split("\n\n", 1)
+    parser = Parser(
+        prog="python -m truepose_jax.evaluate",
+        description=usage,
+        epilog=details,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    add = parser.add_argument
+    add("--generated", required=True, metavar="DIR", help="folder of generated images")
+    add("--reference", required=True, metavar="DIR", help="folder of true images")
+    add("--protocol", required=True, choices=tuple(PROTOCOLS), help="how images are resized and compared")
+    add("--size", type=parse_size, metavar="HxW", help="at which size (not for plain)")
+    add("--out", required=True, metavar="JSON", help="the report")
+    add("--pairs", metavar="CSV", help="columns from,to: the pairs that should be there")
+    add("--allow-missing", action="store_true", help="evaluate what is there, and name what is not")
+    add("--fid-reference", action="append", default=[], metavar="DIR|FILE", help="images, or statistics of them")
+    add("--fid-names", metavar="LIST", help="take only these images of it (train.lst)")
+    add("--lpips-weights", metavar="FILE", help="AlexNet and linear layers; see: evaluate weights")
+    add("--fid-weights", metavar="FILE", help="torchvision's Inception-v3")
+    add("--clean-fid-weights", metavar="FILE", help="the Inception of 2015-12-05")
+    add("--parsing", metavar="DIR", help="parsing maps of the true images, for region metrics")
+    add("--labels", help=f"label set of the maps: {', '.join(LABEL_SETS)}")
+    add("--batch-size", type=int, default=32, help="of the networks (32)")
+    add("--cache", metavar="DIR", help="for work that is kept (OUT without its suffix, .cache)")
+    add("--overwrite", action="store_true", help="replace the report")
+    return parser
+
+
+def _main(argv: Sequence[str]) -> None:
+    flags = make_parser().parse_args(argv)
+    out = pathlib.Path(flags.out)
+    _check_flags(flags, out)
+    protocol, size = PROTOCOLS[flags.protocol], flags.size
+    generated, reference = (
+        Folder.read(flags.generated, flag="--generated"),
+        Folder.read(flags.reference, flag="--reference"),
+    )
+    wanted = pairing.read_pair_list(flags.pairs) if flags.pairs else None
+    paired = pairing.pair_folders(generated, reference, wanted)
+    paired.check(allow_missing=flags.allow_missing)
+    sizes = pairing.sizes(generated, reference, paired.pairs, equal=flags.protocol == "plain")
+    maps = Maps(Folder.read(flags.parsing, flag="--parsing"), label_set(flags.labels)) if flags.parsing else None
+    given = {"lpips": flags.lpips_weights, "fid": flags.fid_weights, "clean_fid": flags.clean_fid_weights}
+    not_computed = {
+        metric: f"give {PUBLISHED[metric].flag}=FILE: {PUBLISHED[metric].where}" for metric, f in given.items() if not f
+    }
+    sources = fid_sources(flags.fid_reference, flags.fid_names)
+    networks = {metric: load(metric, file) for metric, file in given.items() if file}
+    for source in (s for s in sources if isinstance(s, str)):
+        metric = _metric_of(source)
+        if metric in networks:
+            reference_statistics(source, networks[metric], protocol, size)
+    print(describe(flags, protocol, paired, generated), flush=True)
+
+    cache = pathlib.Path(flags.cache) if flags.cache else out.with_suffix(".cache")
+    settings = {
+        "protocol": protocol.describe(size),
+        "lpips": networks["lpips"].sha256 if "lpips" in networks else None,
+        "maps": [maps.folder.fingerprint(), maps.labels.name] if maps else None,
+    }
+    scorer = Scorer(generated, reference, protocol, size, maps, networks.get("lpips"))
+    rows = score_pairs(scorer, paired.pairs, settings=settings, cache=cache, batch_size=flags.batch_size)
+    lpips_name = networks["lpips"].name if "lpips" in networks else "lpips"
+    metrics, regions = summarise(rows, lpips_name=lpips_name)
+    for name in ("ssim", "ssim_256"):
+        if name not in metrics:
+            not_computed[name] = "the images are smaller than its window"
+    fid_facts = {}
+    made = generated.chosen([pair.generated for pair in paired.pairs])
+    for metric, network in ((m, n) for m, n in networks.items() if m in FID_KINDS):
+        found = measure_fid(network, made, sources, protocol, size, cache, flags.batch_size)
+        if isinstance(found, str):
+            not_computed[metric] = found
+        else:
+            metrics[network.name], fid_facts[metric] = found
+    report = {
+        "protocol": {"name": flags.protocol} | protocol.describe(size),
+        "generated": {"folder": flags.generated, "files": len(generated.names)} | generated.kinds() | {"sizes": sizes},
+        "reference": {"folder": flags.reference, "files": len(reference.names)} | reference.kinds(),
+        "pairs": facts_of(paired, flags.pairs),
+        "fid": fid_facts,
+        "weights": {metric: dict(network.facts) for metric, network in networks.items()},
+        "metrics": metrics,
+        "regions": regions,
+        "not_computed": not_computed,
+        "rows": str(rows.path),
+        "command": ["python", "-m", "truepose_jax.evaluate", *argv],
+        "versions": {package: _version(package) for package in PACKAGES},
+    }
+    _write(out, report)
+    print(table(report))
+    print(f"{out}: the report; {rows.path}: one line per pair")
+
+
+def _check_flags(flags: argparse.Namespace, out: pathlib.Path) -> None:
+    check_size(flags.protocol, flags.size)
+    if flags.batch_size < 1:
+        raise InputError(f"--batch-size is {flags.batch_size}; it must be 1 or more")
+    if out.suffix != ".json":
+        raise InputError(f"--out={out}: the report is JSON; give a name that ends in .json")
+    if out.is_dir() or (out.exists() and not flags.overwrite):
+        raise InputError(f"{out}: is there already; give another name, or --overwrite")
+    if bool(flags.parsing) != bool(flags.labels):
+        raise InputError("--parsing and --labels go together: maps, and whose labels they hold")
+    if flags.fid_names and not flags.fid_reference:
+        raise InputError("--fid-names chooses among the images of --fid-reference, which is missing")
+    if flags.fid_reference and not (flags.fid_weights or flags.clean_fid_weights):
+        raise InputError(f"--fid-reference needs --fid-weights=FILE: {PUBLISHED['fid'].where}")
+
+
+def fid_sources(given: Sequence[str], names: str | None) -> list[Folder | str]:
+    """Folders (only the images named) and statistics files. Raises InputError for what is neither."""
+    keys = pairing.read_names(names) if names else None
+    found: list[Folder | str] = []
+    for source in given:
+        if os.path.isfile(source):
+            found.append(source)
+            continue
+        folder = Folder.read(source, flag="--fid-reference")
+        if any(isinstance(other, Folder) for other in found):
+            raise InputError(f"--fid-reference={source}: one folder of images is enough; give the others' statistics")
+        if keys is not None:
+            chosen = [name for name in folder.names if image_key(name) in keys]
+            if len(chosen) != len(keys):
+                raise InputError(f"--fid-reference={source}: holds {len(chosen)} of the {len(keys)} images in {names}")
+            folder = folder.chosen(chosen)
+        found.append(folder)
+    return found
+
+
+def measure_fid(
+    network: Network,
+    generated: Folder,
+    sources: Sequence[Folder | str],
+    protocol: Protocol,
+    size: Size | None,
+    cache: pathlib.Path,
+    batch_size: int,
+) -> tuple[dict[str, Any], dict[str, Any]] | str:
+    """(the number, what it was computed from), or why it cannot be. Raises InputError."""
+    folders = [s for s in sources if isinstance(s, Folder)]
+    files = [s for s in sources if isinstance(s, str) and _metric_of(s) == network.metric]
+    if not folders and not files:
+        return f"give --fid-reference=DIR|FILE for {network.metric} (the field's: all 48,674 training images)"
+    how = {"cache": cache, "batch_size": batch_size}
+    if files:
+        reference, path = reference_statistics(files[0], network, protocol, size), files[0]
+    else:
+        title = f"{network.metric}, reference"
+        reference, path = folder_statistics(folders[0], network, protocol, size, role="truth", title=title, **how)
+    title = f"{network.metric}, generated"
+    made, _ = folder_statistics(generated, network, protocol, size, role="generated", title=title, **how)
+    if min(made.count, reference.count) < 2:
+        return f"{made.count} generated and {reference.count} reference images; a covariance needs 2"
+    facts = {
+        "reference": str(folders[0].root) if folders and not files else files[0],
+        "reference_count": reference.count,
+        "generated_count": made.count,
+        "statistics": str(path),
+        "input": FID_KINDS[network.metric].text,
+    }
+    facts |= folders[0].kinds() if folders and not files else {}
+    return {"mean": frechet_distance(made, reference), "count": made.count}, facts
+
+
+def _metric_of(path: str) -> str | None:
+    return read_statistics(pathlib.Path(path))[1].get("metric")
+
+
+def describe(flags: argparse.Namespace, protocol: Protocol, paired: Pairing, generated: Folder) -> str:
+    how = ", ".join(f"{count} by {rule}" for rule, count in paired.rules.items())
+    lines = [f"{flags.generated}: {len(generated.names)} images, {len(paired.pairs)} pairs ({how})"]
+    if paired.unmatched or paired.missing:
+        lines.append(f"without a reference: {len(paired.unmatched)}; not generated: {len(paired.missing)}")
+    size = "x".join(map(str, flags.size)) if flags.size else "each image's own size"
+    lines.append(f"protocol {flags.protocol} at {size}: {protocol.source}")
+    return "\n".join(lines)
+
+
+def facts_of(paired: Pairing, wanted: str | None) -> dict[str, Any]:
+    """How the files were paired, and what has no partner, by name up to NAMED of them."""
+    return {
+        "count": len(paired.pairs),
+        "by_rule": paired.rules,
+        "list": wanted,
+        "without_reference": {"count": len(paired.unmatched), "names": list(paired.unmatched[:NAMED])},
+        "not_generated": {"count": len(paired.missing), "names": list(paired.missing[:NAMED])},
+    }
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _write(out: pathlib.Path, report: Mapping[str, Any]) -> None:
+    partial = out.with_name(out.name + ".partial")
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        partial.write_text(json.dumps(plain(report), indent=1, allow_nan=False) + "\n", encoding="utf-8")
+        partial.replace(out)
+    except OSError as error:
+        raise InputError(f"{out}: cannot be written ({one_line(error)})") from error
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def _weights(argv: Sequence[str]) -> None:
+    parser = Parser(prog="python -m truepose_jax.evaluate weights", description=convert.__doc__, allow_abbrev=False)
+    parser.add_argument("--pth", action="append", required=True, metavar="FILE", help="may be given more than once")
+    parser.add_argument("--out", required=True, metavar="SAFETENSORS")
+    flags = parser.parse_args(argv)
+    for name, digest in convert(flags.pth, flags.out).items():
+        print(f"{name}: sha256 {digest}")
+    print(f"{flags.out}: written")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,265 @@
+"""Which generated image is to be compared with which reference: by name, in the spellings that are about.
+
+| rule | generated | reference |
+|---|---|---|
+| same name | `a/b.png` | `a/b.jpg`, or DeepFashion's image in any of its five spellings (CFLD's lists) |
+| SOURCE_2_TARGET | `SOURCE_2_TARGET_vis.png` (GFLA, PIDM, FPDM) | TARGET |
+| SOURCE_to_TARGET | `SOURCE_to_TARGET.png` (PCDM; ours) | TARGET |
+| SOURCE___TARGET | `SOURCE.jpg___TARGET.jpg_vis.png` (PATN) | TARGET |
+"""
+
+from __future__ import annotations
+
+import collections
+import csv
+import dataclasses
+import hashlib
+import pathlib
+import re
+from collections.abc import Iterator, Mapping, Sequence
+
+from PIL import Image
+
+from input_pipeline.keypoints import name_key
+from input_pipeline.photo import check_size, one_line
+from input_pipeline.schema import InputError
+
+SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
+SAME_NAME = "same name"
+SEPARATORS = {"SOURCE_2_TARGET": "_2_", "SOURCE_to_TARGET": "_to_", "SOURCE___TARGET": "___"}
+NAMED = 20
+"""Names that a report lists before it only counts."""
+
+_IMAGE_SUFFIX = re.compile(r"\.(png|jpe?g|webp|bmp)$", re.IGNORECASE)
+
+
+@dataclasses.dataclass(frozen=True)
+class Folder:
+    """The images of a folder and its sub-folders, sorted; names are relative, with forward slashes."""
+
+    root: pathlib.Path
+    names: tuple[str, ...]
+
+    @classmethod
+    def read(cls, root: str, *, flag: str) -> Folder:
+        """Raises InputError where there is no such folder, or no image in it."""
+        path = pathlib.Path(root)
+        if not path.is_dir():
+            raise InputError(f"{flag}={root}: no such folder")
+        files = (file for file in path.rglob("*") if file.suffix.lower() in SUFFIXES)
+        names = sorted(f.relative_to(path).as_posix() for f in files if f.is_file() and not f.name.startswith("."))
+        if not names:
+            raise InputError(f"{flag}={root}: holds no images ({', '.join(SUFFIXES)})")
+        return cls(path, tuple(names))
+
+    def path(self, name: str) -> pathlib.Path:
+        return self.root / name
+
+    def chosen(self, names: Sequence[str]) -> Folder:
+        return dataclasses.replace(self, names=tuple(names))
+
+    def fingerprint(self) -> str:
+        """sha256 over names, sizes and times of change: another one as soon as a file changes."""
+        digest = hashlib.sha256()
+        for name in self.names:
+            stat = self.path(name).stat()
+            digest.update(f"{name}\0{stat.st_size}\0{stat.st_mtime_ns}\n".encode())
+        return digest.hexdigest()
+
+    def by_key(self) -> dict[str, str]:
+        """{what all spellings of an image share: its name}; also by file name alone where that is unique.
+
+        Raises InputError where two files are one image.
+        """
+        found: dict[str, str] = {}
+        short: collections.Counter[str] = collections.Counter()
+        for name in self.names:
+            key = image_key(name)
+            if key in found:
+                raise InputError(f"{self.root}: {found[key]} and {name} are the same image twice; remove one")
+            found[key] = name
+            short[pathlib.PurePosixPath(name).stem] += 1
+        for name in self.names:
+            stem = pathlib.PurePosixPath(name).stem
+            if short[stem] == 1:
+                found.setdefault(stem, name)
+        return found
+
+    def kinds(self) -> dict[str, dict[str, int]]:
+        """{"formats": {"png": 3}} by suffix."""
+        return {"formats": dict(collections.Counter(pathlib.PurePosixPath(n).suffix[1:].lower() for n in self.names))}
+
+
+@dataclasses.dataclass(frozen=True)
+class Pair:
+    """Names in their folders, and the rule that joined them."""
+
+    generated: str
+    reference: str
+    rule: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Pairing:
+    """unmatched: generated images without a reference. missing: what should have been generated and was not: pairs of
+    the list as SOURCE > TARGET, or, without a list, reference images that no generated one names."""
+
+    pairs: tuple[Pair, ...]
+    unmatched: tuple[str, ...]
+    missing: tuple[str, ...]
+
+    @property
+    def rules(self) -> dict[str, int]:
+        return dict(collections.Counter(pair.rule for pair in self.pairs))
+
+    def check(self, *, allow_missing: bool) -> None:
+        """Raises InputError where there are no pairs, or where some image has no partner and that is not allowed."""
+        if not self.pairs:
+            shown = f"; {_some(self.unmatched)}" if self.unmatched else ""
+            raise InputError(
+                f"no generated image has a reference of its name{shown}; names are TARGET or SOURCE_2_TARGET_vis"
+            )
+        if allow_missing:
+            return
+        hint = "; complete the folders, or give --allow-missing (the report then names them)"
+        if self.unmatched:
+            raise InputError(f"{_some(self.unmatched)} of --generated without a reference{hint}")
+        if self.missing:
+            raise InputError(f"{_some(self.missing)} not among the generated images{hint}")
+
+
+def image_key(name: str) -> str:
+    """What all spellings of an image share, with or without a suffix."""
+    return name_key(_IMAGE_SUFFIX.sub("", name.strip()) + ".png")
+
+
+def _some(names: Sequence[str]) -> str:
+    shown = ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
+    return f"{len(names)} image{'s' if len(names) > 1 else ''} ({shown})"
+
+
+def pair_folders(generated: Folder, reference: Folder, wanted: Sequence[tuple[str, str]] | None = None) -> Pairing:
+    """Pairs in the order of the generated names.
+
+    wanted: (source, target) pairs that should be there, in any spelling; others are then unmatched.
+    """
+    references = reference.by_key()
+    listed = None if wanted is None else {(image_key(s), image_key(t)): f"{s} > {t}" for s, t in wanted}
+    pairs, unmatched, seen = [], [], set()
+    for name in generated.names:
+        rule, source, found = _partner(name, references)
+        if found is None:
+            unmatched.append(name)
+            continue
+        if listed is not None:
+            key = _listed_key(source, image_key(found), listed)
+            if key is None:
+                unmatched.append(name)
+                continue
+            seen.add(key)
+        else:
+            seen.add(found)
+        pairs.append(Pair(name, found, rule))
+    if listed is None:
+        missing = [name for name in reference.names if name not in seen]
+    else:
+        missing = [text for key, text in listed.items() if key not in seen]
+    return Pairing(tuple(pairs), tuple(unmatched), tuple(missing))
+
+
+def _partner(name: str, references: Mapping[str, str]) -> tuple[str, str | None, str | None]:
+    """(rule, source's key where the name tells it, reference's name); the last is None where there is none."""
+    exact = references.get(_IMAGE_SUFFIX.sub("", name))
+    if exact:
+        return SAME_NAME, None, exact
+    # Before other spellings are tried: DeepFashion's rule would read TARGET alone out of SOURCE_to_TARGET.
+    stem = re.sub(r"_vis$", "", _IMAGE_SUFFIX.sub("", name))
+    for rule, separator in SEPARATORS.items():
+        for cut in _cuts(stem, separator):
+            source, target = stem[:cut], stem[cut + len(separator) :]
+            found = references.get(image_key(target)) if source and target else None
+            if found:
+                return rule, image_key(source), found
+    short = pathlib.PurePosixPath(_IMAGE_SUFFIX.sub("", name)).name
+    return SAME_NAME, None, references.get(image_key(name)) or references.get(short)
+
+
+def _cuts(text: str, separator: str) -> Iterator[int]:
+    """Where the separator stands, the last first."""
+    cut = text.rfind(separator)
+    while cut >= 0:
+        yield cut
+        cut = text.rfind(separator, 0, cut + len(separator) - 1)
+
+
+def _listed_key(source: str | None, target: str, listed: Mapping[tuple[str, str], str]) -> tuple[str, str] | None:
+    if source is not None:
+        return (source, target) if (source, target) in listed else None
+    of_target = [key for key in listed if key[1] == target]
+    return of_target[0] if len(of_target) == 1 else None
+
+
+def read_pair_list(path: str) -> list[tuple[str, str]]:
+    """(from, to) of a CSV with those columns. Raises InputError."""
+    rows = _rows(path)
+    if not rows or rows[0][:2] != ["from", "to"]:
+        raise InputError(f"--pairs={path}: the first line must be from,to")
+    pairs = [(row[0], row[1]) for row in rows[1:] if len(row) > 1 and row[0] and row[1]]
+    if not pairs:
+        raise InputError(f"--pairs={path}: holds no pairs")
+    return pairs
+
+
+def read_names(path: str) -> set[str]:
+    """Keys of the images that a text file names, one a line, in any spelling. Raises InputError."""
+    keys = {image_key(row[0]) for row in _rows(path) if row and row[0]}
+    if not keys:
+        raise InputError(f"--fid-names={path}: names no image")
+    return keys
+
+
+def _rows(path: str) -> list[list[str]]:
+    try:
+        with open(path, newline="", encoding="utf-8-sig") as file:
+            return [[cell.strip() for cell in row] for row in csv.reader(file)]
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise InputError(f"{path}: cannot read the list ({one_line(error)})") from error
+
+
+def image_size(path: pathlib.Path) -> tuple[int, int]:
+    """(h, w) from the file's header. Raises InputError where it is not an image, or too large."""
+    try:
+        with Image.open(path) as image:
+            check_size(image, name=str(path))
+            return image.size[::-1]
+    except InputError:
+        raise
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        raise InputError(f"{path}: not a readable image ({one_line(error)})") from error
+
+
+def sizes(generated: Folder, reference: Folder, pairs: Sequence[Pair], *, equal: bool) -> dict[str, int]:
+    """{"256x176": 3} of the generated images, from the headers, so that broken files are found before long work.
+
+    equal: raises InputError where a pair's sizes differ, as it does for images that are none.
+    """
+    counts: collections.Counter[str] = collections.Counter()
+    known: dict[str, str] = {}
+    wrong = []
+    for pair in pairs:
+        size = _size_text(generated.path(pair.generated))
+        if pair.reference not in known:
+            known[pair.reference] = _size_text(reference.path(pair.reference))
+        counts[size] += 1
+        if size != known[pair.reference]:
+            wrong.append(f"{pair.generated} is {size} and {pair.reference} {known[pair.reference]}")
+    if wrong and equal:
+        raise InputError(
+            f"{len(wrong)} of {len(pairs)} pairs differ in size ({wrong[0]}); --protocol=plain resizes nothing, "
+            "the others do"
+        )
+    return dict(counts)
+
+
+def _size_text(path: pathlib.Path) -> str:
+    return "x".join(map(str, image_size(path)))

@@ -1,0 +1,206 @@
+"""Rating by people: a blinded sheet that needs no server, and the scorer of the answers.
+
+| number | question | better |
+|---|---|---|
+| R2G | share of real photos taken for generated | - |
+| G2R | share of a method's images taken for real | higher |
+| Jab | share of comparisons in which a method's image was chosen | higher |
+
+A sheet is a folder: `sheet.html` and `images/` go to the raters with `answers.csv`, which they fill in; `key.csv`
+tells which image is whose and stays here.
+"""
+
+from __future__ import annotations
+
+import collections
+import csv
+import html
+import json
+import pathlib
+import random
+from collections.abc import Mapping, Sequence
+
+from PIL import Image
+
+from input_pipeline.photo import one_line, read_photo
+from input_pipeline.schema import InputError
+from truepose_jax.evaluate.pairing import Folder, pair_folders
+from truepose_jax.programs import Parser, parse_size
+
+REAL = "real"
+TITLE = 'Rating of pictures: write "real" or "generated" for part 1, and a letter for part 2, into answers.csv'
+KEY_COLUMNS = ("question", "choice", "method", "name")
+ANSWER_COLUMNS = ("question", "answer")
+
+
+def make_sheet(argv: Sequence[str]) -> None:
+    """sheet: writes the folder. Raises InputError."""
+    parser = Parser(prog="python -m truepose_jax.evaluate sheet", description=__doc__, allow_abbrev=False)
+    add = parser.add_argument
+    add("--reference", required=True, metavar="DIR", help="true images")
+    add("--method", action="append", required=True, metavar="NAME=DIR", help="generated images, once per method")
+    add(
+        "--size",
+        type=parse_size,
+        required=True,
+        metavar="HxW",
+        help="at which all are shown, so that size tells nothing",
+    )
+    add("--count", type=int, default=30, help="real images, images per method, and comparisons (30)")
+    add("--seed", type=int, default=0)
+    add("--out", required=True, metavar="DIR", help="a new folder")
+    flags = parser.parse_args(argv)
+    out = pathlib.Path(flags.out)
+    if out.exists():
+        raise InputError(f"--out={out}: is there already; give the name of a new folder")
+    reference = Folder.read(flags.reference, flag="--reference")
+    methods = {}
+    for given in flags.method:
+        name, _, folder = given.partition("=")
+        if not folder or name in {*methods, REAL}:
+            raise InputError(f"--method={given}: give NAME=DIR, each name once, and not '{REAL}'")
+        methods[name] = Folder.read(folder, flag=f"--method={name}")
+    targets = _targets(methods, reference)
+    if not 1 <= flags.count <= len(targets):
+        raise InputError(f"--count is {flags.count}; all methods generated {len(targets)} images: 1 to that many")
+    questions, comparisons = _draw(methods, targets, flags.count, random.Random(flags.seed))
+    try:
+        _write_sheet(out, reference, methods, questions, comparisons, flags.size)
+    except OSError as error:
+        raise InputError(f"--out={out}: cannot be written ({one_line(error)})") from error
+    print(f"{out}: {len(questions)} single pictures and {len(comparisons)} comparisons; keep {out / 'key.csv'} back")
+
+
+def _targets(methods: Mapping[str, Folder], reference: Folder) -> dict[str, dict[str, str]]:
+    """{true image: {method: its image}} of those that all methods have."""
+    found: dict[str, dict[str, str]] = collections.defaultdict(dict)
+    for method, folder in methods.items():
+        for pair in pair_folders(folder, reference).pairs:
+            found[pair.reference].setdefault(method, pair.generated)
+    return {name: images for name, images in sorted(found.items()) if len(images) == len(methods)}
+
+
+def _draw(
+    methods: Mapping[str, Folder], targets: Mapping[str, Mapping[str, str]], count: int, dice: random.Random
+) -> tuple[list[tuple[str, str]], list[tuple[str, list[tuple[str, str]]]]]:
+    """([(method or REAL, name)] shuffled, [(true image, [(method, name)] shuffled)])."""
+    names = list(targets)
+    questions = [(REAL, name) for name in dice.sample(names, count)]
+    for method in methods:
+        questions += [(method, targets[name][method]) for name in dice.sample(names, count)]
+    dice.shuffle(questions)
+    comparisons = []
+    for name in dice.sample(names, count) if len(methods) > 1 else []:
+        choices = list(targets[name].items())
+        dice.shuffle(choices)
+        comparisons.append((name, choices))
+    return questions, comparisons
+
+
+def _write_sheet(
+    out: pathlib.Path,
+    reference: Folder,
+    methods: Mapping[str, Folder],
+    questions: Sequence[tuple[str, str]],
+    comparisons: Sequence[tuple[str, Sequence[tuple[str, str]]]],
+    size: tuple[int, int],
+) -> None:
+    (out / "images").mkdir(parents=True)
+    key, asked = [], []
+
+    def picture(method: str, name: str, file: str) -> str:
+        """A copy without its metadata and name; its HTML."""
+        folder = reference if method == REAL else methods[method]
+        image = Image.fromarray(read_photo(folder.path(name))).resize(size[::-1], Image.Resampling.BICUBIC)
+        image.save(out / "images" / f"{file}.png")
+        return f'<img src="images/{file}.png" alt="{file}">'
+
+    body = [f"<h1>{html.escape(TITLE)}</h1>", "<h2>1. Is it a photo (real) or generated?</h2>"]
+    for number, (method, name) in enumerate(questions, 1):
+        question = f"S{number:04d}"
+        body.append(f"<figure>{picture(method, name, question)}<figcaption>{question}</figcaption></figure>")
+        key.append((question, "", method, name))
+        asked.append(question)
+    body.append("<h2>2. Which picture shows the person of the first one best?</h2>" if comparisons else "")
+    for number, (name, choices) in enumerate(comparisons, 1):
+        question = f"C{number:04d}"
+        cells = [f"<figure>{picture(REAL, name, question)}<figcaption>{question}: true</figcaption></figure>"]
+        for index, (method, image) in enumerate(choices):
+            letter = chr(ord("A") + index)
+            cells.append(
+                f"<figure>{picture(method, image, question + letter)}<figcaption>{letter}</figcaption></figure>"
+            )
+            key.append((question, letter, method, image))
+        body.append(f"<section>{''.join(cells)}</section>")
+        asked.append(question)
+    style = "figure{display:inline-block;margin:8px;text-align:center;font-family:sans-serif}"
+    page = f'<!doctype html><meta charset="utf-8"><title>Rating</title><style>{style}</style>\n' + "\n".join(body)
+    (out / "sheet.html").write_text(page + "\n", encoding="utf-8")
+    _write_csv(out / "key.csv", KEY_COLUMNS, key)
+    _write_csv(out / "answers.csv", ANSWER_COLUMNS, [(question, "") for question in asked])
+
+
+def score(argv: Sequence[str]) -> None:
+    """score: R2G, G2R and Jab of one or more filled answers.csv. Raises InputError."""
+    parser = Parser(prog="python -m truepose_jax.evaluate score", description=__doc__, allow_abbrev=False)
+    parser.add_argument("--key", required=True, metavar="CSV", help="key.csv of the sheet")
+    parser.add_argument("--answers", action="append", required=True, metavar="CSV", help="once per rater")
+    flags = parser.parse_args(argv)
+    key: dict[str, dict[str, str]] = collections.defaultdict(dict)
+    for row in _read_csv(flags.key, KEY_COLUMNS):
+        key[row["question"]][row["choice"].upper()] = row["method"]
+    counts: dict[str, collections.Counter[str]] = collections.defaultdict(collections.Counter)
+    for path in flags.answers:
+        for line, row in enumerate(_read_csv(path, ANSWER_COLUMNS), 2):
+            question, answer = row["question"].strip(), row["answer"].strip()
+            if answer and question in key:
+                _count(counts, key[question], answer, f"{path}, line {line}")
+            elif answer:
+                raise InputError(f"{path}, line {line}: the key has no question '{question}'")
+    if not counts:
+        raise InputError(f"{', '.join(flags.answers)}: no question is answered")
+    print(json.dumps(_shares(counts), indent=1))
+
+
+def _count(counts: Mapping[str, collections.Counter[str]], choices: Mapping[str, str], answer: str, where: str) -> None:
+    if "" in choices:
+        if answer.lower() not in {REAL, "generated"}:
+            raise InputError(f"{where}: '{answer}'; write real or generated")
+        counts[choices[""]]["seen"] += 1
+        counts[choices[""]][answer.lower()] += 1
+        return
+    if answer.upper() not in choices:
+        raise InputError(f"{where}: '{answer}'; write one of {', '.join(choices)}")
+    for letter, method in choices.items():
+        counts[method]["compared"] += 1
+        counts[method]["chosen"] += letter == answer.upper()
+
+
+def _shares(counts: Mapping[str, Mapping[str, int]]) -> dict[str, dict[str, float]]:
+    """{method: {number: share, "answers": ...}}."""
+    found: dict[str, dict[str, float]] = {}
+    for method, n in sorted(counts.items()):
+        found[method] = {}
+        if n["seen"]:
+            mistaken = n["generated"] if method == REAL else n[REAL]
+            found[method]["R2G" if method == REAL else "G2R"] = mistaken / n["seen"]
+            found[method]["pictures"] = n["seen"]
+        if n["compared"]:
+            found[method] |= {"Jab": n["chosen"] / n["compared"], "comparisons": n["compared"]}
+    return found
+
+
+def _write_csv(path: pathlib.Path, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    with path.open("w", newline="", encoding="utf-8") as file:
+        csv.writer(file).writerows([columns, *rows])
+
+
+def _read_csv(path: str, columns: Sequence[str]) -> list[dict[str, str]]:
+    try:
+        with open(path, newline="", encoding="utf-8-sig") as file:
+            reader = csv.DictReader(file)
+            if list(reader.fieldnames or []) != list(columns):
+                raise InputError(f"{path}: the first line must be {','.join(columns)}")
+            return [{name: row[name] or "" for name in columns} for row in reader]
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise InputError(f"{path}: cannot be read ({one_line(error)})") from error

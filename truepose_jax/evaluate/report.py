@@ -1,0 +1,102 @@
+"""From rows and statistics to the report: means with intervals, and the table that is printed."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import numpy as np
+
+from input_pipeline.keypoints import DEEPFASHION_NAME
+from truepose_jax.evaluate.pairing import image_key
+from truepose_jax.evaluate.scores import Row
+from truepose_jax.metrics.garments import BINS, GALLERY, retrieval_rate
+
+Z95 = 1.96
+Summary = dict[str, Any]
+"""mean, ci95 (half its width; over images, nothing else), count; undefined: images that have no number."""
+
+METRICS = ("ssim", "ssim_256", "psnr", "lpips")
+
+
+def summarise(rows: Iterable[Row], *, lpips_name: str) -> tuple[dict[str, Summary], dict[str, dict[str, Summary]]]:
+    """({metric: summary}, {region: {"psnr", "ssim": summary}}); garment retrieval is a metric where there are clothes.
+
+    lpips_name: what LPIPS may be called.
+    """
+    values: dict[str, list[float]] = {name: [] for name in METRICS}
+    regions: dict[str, tuple[list[float], list[float]]] = {}
+    clothes: tuple[list[np.ndarray], list[np.ndarray]] = ([], [])
+    garments: list[str] = []
+    for row in rows:
+        for name in METRICS:
+            if name in row:
+                values[name].append(row[name])
+        for region, (decibels, similar) in row.get("regions", {}).items():
+            of_psnr, of_ssim = regions.setdefault(region, ([], []))
+            of_psnr.append(decibels)
+            of_ssim.append(similar)
+        if "clothes" in row:
+            garments.append(garment_of(row["reference"]))
+            for kept, sparse in zip(clothes, row["clothes"], strict=True):
+                kept.append(_dense(sparse))
+    metrics = {
+        (lpips_name if name == "lpips" else name): summary(numbers) for name, numbers in values.items() if numbers
+    }
+    if garments:
+        rate, asked = retrieval_rate(np.stack(clothes[0]), np.stack(clothes[1]), garments)
+        if asked:
+            error = Z95 * math.sqrt(rate * (1 - rate) / asked)
+            metrics[f"garment_retrieval_of_{GALLERY}"] = {"mean": rate, "ci95": error, "count": asked, "undefined": 0}
+    return metrics, {r: {"psnr": summary(p), "ssim_256": summary(s)} for r, (p, s) in sorted(regions.items())}
+
+
+def garment_of(name: str) -> str:
+    """What two photos of one person in one outfit share; of other names than DeepFashion's, the name itself."""
+    key = image_key(name)
+    return key.rsplit("_", 2)[0] if DEEPFASHION_NAME.search(key.replace("/", "").replace("_", "")) else key
+
+
+def _dense(sparse: Iterable[tuple[float, float]]) -> np.ndarray:
+    histogram = np.zeros(BINS**3, np.float32)
+    for index, share in sparse:
+        histogram[int(index)] = share
+    return histogram
+
+
+def summary(numbers: list[float]) -> Summary:
+    """The mean of those that are defined. One exact copy makes the mean PSNR inf."""
+    array = np.array(numbers, np.float64)
+    defined = array[~np.isnan(array)]
+    if not len(defined):
+        return {"mean": math.nan, "ci95": math.nan, "count": 0, "undefined": len(array)}
+    spread = defined.std(ddof=1) if len(defined) > 1 and np.isfinite(defined).all() else math.nan
+    return {
+        "mean": float(defined.mean()),
+        "ci95": float(Z95 * spread / math.sqrt(len(defined))),
+        "count": len(defined),
+        "undefined": int(len(array) - len(defined)),
+    }
+
+
+def table(report: Mapping[str, Any]) -> str:
+    """The report's numbers for people."""
+    lines = [f"{'metric':34}{'value':>12}{'+- 95 %':>12}{'images':>10}"]
+    for name, found in report["metrics"].items():
+        lines.append(_line(name, found))
+    if report.get("regions"):
+        lines.append(f"{'region':18}{'PSNR':>8}{'+- 95 %':>10}{'SSIM':>9}{'+- 95 %':>10}{'images':>10}")
+        for region, found in report["regions"].items():
+            psnr, similar = found["psnr"], found["ssim_256"]
+            lines.append(
+                f"{region:18}{psnr['mean']:8.3f}{psnr['ci95']:10.3f}{similar['mean']:9.4f}{similar['ci95']:10.4f}"
+                f"{psnr['count']:10}"
+            )
+    lines += [f"{name} not computed: {why}" for name, why in report["not_computed"].items()]
+    return "\n".join(lines)
+
+
+def _line(name: str, found: Summary) -> str:
+    interval = f"{found['ci95']:12.4f}" if "ci95" in found and not math.isnan(found["ci95"]) else " " * 12
+    return f"{name:34}{found['mean']:12.4f}{interval}{found['count']:10}"

@@ -1,0 +1,206 @@
+"""The metrics of every pair, one line of JSON each: streamed, and resumed where a run stopped."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import math
+import pathlib
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import tqdm
+from PIL import Image
+
+from input_pipeline.parsing import CLOTHES, LabelSet, read_parsing
+from input_pipeline.photo import read_photo
+from input_pipeline.schema import InputError
+from truepose_jax.evaluate.pairing import Folder, Pair, image_key, image_size
+from truepose_jax.evaluate.protocols import Protocol, Size
+from truepose_jax.evaluate.reading import read_ahead
+from truepose_jax.evaluate.weights import Network
+from truepose_jax.metrics.garments import colour_histogram
+from truepose_jax.metrics.lpips import LEAST_SIDE
+from truepose_jax.metrics.psnr import LEAST_PIXELS, psnr, psnr_inside
+from truepose_jax.metrics.regions import group_mask
+from truepose_jax.metrics.ssim import UNIFORM_51, gaussian_window, ssim_51, ssim_256
+
+Row = dict[str, Any]
+"""What is known of a pair; numbers that are not finite are written as strings (nan, inf)."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Maps:
+    """Parsing maps of the reference images, by name, in any spelling."""
+
+    folder: Folder
+    labels: LabelSet
+
+    def regions(self) -> dict[str, tuple[int, ...]]:
+        """{region: ids}: the groups of the label set, hair, background, and each garment."""
+        singles = {"Hair": "hair", "Background": "background"} | {c: c for c in CLOTHES}
+        found = dict(self.labels.groups)
+        return found | {singles[c]: (i,) for i, c in enumerate(self.labels.classes) if c in singles}
+
+    def names(self) -> dict[str, str]:
+        return self.folder.by_key()
+
+    def read(self, name: str, photo_hw: Size, hw: Size) -> np.ndarray:
+        """uint8 [hw]: the map, of the photo's size or of the frames', by nearest neighbour."""
+        path = self.folder.path(name)
+        own = image_size(path)
+        parsing = read_parsing(path, self.labels, own if own in {photo_hw, hw} else photo_hw)
+        return np.asarray(Image.fromarray(parsing).resize(hw[::-1], Image.Resampling.NEAREST))
+
+
+@dataclasses.dataclass(frozen=True)
+class Scorer:
+    """Computes the rows of pairs. maps, lpips: None where there are none."""
+
+    generated: Folder
+    reference: Folder
+    protocol: Protocol
+    size: Size | None
+    maps: Maps | None
+    lpips: Network | None
+
+    def read(self, pair: Pair, map_names: Mapping[str, str]) -> tuple[Row, np.ndarray, np.ndarray]:
+        """(row without LPIPS, LPIPS's two inputs). Raises InputError."""
+        photo = read_photo(self.reference.path(pair.reference))
+        made = self.protocol.frames(read_photo(self.generated.path(pair.generated)), "generated", self.size)
+        truth = self.protocol.frames(photo, "truth", self.size)
+        a, b = made.similarity, truth.similarity
+        row: Row = {"generated": pair.generated, "reference": pair.reference, "psnr": psnr(a, b, data_range=255.0)}
+        narrow = gaussian_window(self.protocol.sigma)
+        local = None
+        if min(a.shape[:2]) >= len(UNIFORM_51.weights):
+            row["ssim"] = float(ssim_51(a, b).mean())
+        if min(a.shape[:2]) >= len(narrow.weights):
+            local = ssim_256(a, b, sigma=self.protocol.sigma)
+            row["ssim_256"] = float(local.mean())
+        name = map_names.get(image_key(pair.reference))
+        if self.maps and name:
+            parsing = self.maps.read(name, photo.shape[:2], a.shape[:2])
+            row |= self._regions(a, b, parsing, local, narrow.margin)
+        return row, self.protocol.lpips_input(made.perceptual), self.protocol.lpips_input(truth.perceptual)
+
+    def _regions(self, a: np.ndarray, b: np.ndarray, parsing: np.ndarray, local: np.ndarray | None, margin: int) -> Row:
+        """{"regions": {name: [psnr, ssim]}}, and colours of the clothes where there are enough of them."""
+        found: Row = {"regions": {}}
+        for region, ids in self.maps.regions().items():
+            mask = group_mask(parsing, ids)
+            if np.count_nonzero(mask) < LEAST_PIXELS:
+                continue
+            inner = mask[margin:-margin, margin:-margin]
+            seen = local is not None and np.count_nonzero(inner) >= LEAST_PIXELS
+            similar = float(local[inner].mean()) if seen else math.nan
+            found["regions"][region] = [psnr_inside(a, b, mask, data_range=255.0), similar]
+            if region == "clothes":
+                found["clothes"] = [_sparse(colour_histogram(image, mask)) for image in (a, b)]
+        return found
+
+
+@dataclasses.dataclass(frozen=True)
+class Rows:
+    """The rows of a file, read one at a time, of images that have not changed since.
+
+    stamps: {generated image: what its row must bear}.
+    """
+
+    path: pathlib.Path
+    stamps: Mapping[str, str]
+
+    def __iter__(self) -> Iterator[Row]:
+        if not self.path.exists():
+            return
+        with self.path.open(encoding="utf-8") as lines:
+            for line in lines:
+                try:
+                    row = json.loads(line)
+                except ValueError:  # cut off by a kill, or empty
+                    continue
+                if row.pop("stamp", None) == self.stamps.get(row.get("generated"), ""):
+                    yield _numbers(row)
+
+
+def score_pairs(
+    scorer: Scorer, pairs: Sequence[Pair], *, settings: Mapping[str, Any], cache: pathlib.Path, batch_size: int
+) -> Rows:
+    """All rows, in a file. Pairs that it has are not computed again.
+
+    settings: what rows depend on besides the two files. Raises InputError for images that cannot be read; rows done by
+    then are kept.
+    """
+    stamps = {pair.generated: _stamp(scorer, pair) for pair in pairs}
+    key = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
+    kept = Rows(cache / f"pairs-{key}.jsonl", stamps)
+    done = {row["generated"] for row in kept}
+    todo = [pair for pair in pairs if pair.generated not in done]
+    map_names = scorer.maps.names() if scorer.maps else {}
+    if todo:
+        cache.mkdir(parents=True, exist_ok=True)
+        bar = tqdm.tqdm(total=len(pairs), initial=len(done), unit="pair", desc="pairs", smoothing=0.05)
+        with bar, kept.path.open("a", encoding="utf-8") as file:
+            file.write("\n")  # a kill may have cut the last line off
+            found = read_ahead(lambda pair: scorer.read(pair, map_names), todo, ahead=2 * batch_size)
+            for rows in _with_lpips(scorer.lpips, found, batch_size):
+                for row in rows:
+                    file.write(json.dumps(plain(row | {"stamp": stamps[row["generated"]]})) + "\n")
+                file.flush()
+                bar.update(len(rows))
+    return kept
+
+
+def _with_lpips(
+    network: Network | None, found: Iterator[tuple[Pair, tuple[Row, np.ndarray, np.ndarray]]], batch_size: int
+) -> Iterator[list[Row]]:
+    """Rows with their LPIPS, in lists of batch_size per image size; the last ones are padded."""
+    waiting: dict[tuple[int, ...], list[tuple[Row, np.ndarray, np.ndarray]]] = {}
+
+    def flush(batch: list[tuple[Row, np.ndarray, np.ndarray]]) -> list[Row]:
+        if network:
+            fill = batch + batch[-1:] * (batch_size - len(batch))
+            a, b = (np.stack([entry[i] for entry in fill]) for i in (1, 2))
+            for (row, _, _), value in zip(batch, np.asarray(network.apply(a, b)), strict=False):
+                row["lpips"] = float(value)
+        return [row for row, _, _ in batch]
+
+    for pair, (row, a, b) in found:
+        if network and min(a.shape[:2]) < LEAST_SIDE:
+            raise InputError(f"{pair.generated}: {a.shape[0]}x{a.shape[1]} pixels; LPIPS needs {LEAST_SIDE} a side")
+        batch = waiting.setdefault(a.shape, [])
+        batch.append((row, a, b))
+        if len(batch) == batch_size:
+            yield flush(waiting.pop(a.shape))
+    for batch in waiting.values():
+        yield flush(batch)
+
+
+def _sparse(histogram: np.ndarray) -> list[list[float]]:
+    """[[bin, share]] of the bins that are not empty."""
+    return [[int(i), round(float(histogram[i]), 5)] for i in np.flatnonzero(histogram)]
+
+
+def _stamp(scorer: Scorer, pair: Pair) -> str:
+    stats = scorer.generated.path(pair.generated).stat(), scorer.reference.path(pair.reference).stat()
+    return f"{pair.reference} " + " ".join(f"{s.st_size}-{s.st_mtime_ns}" for s in stats)
+
+
+def plain(value: Any) -> Any:
+    """JSON knows no nan and no inf: they become strings."""
+    if isinstance(value, Mapping):
+        return {name: plain(v) for name, v in value.items()}
+    if isinstance(value, list):
+        return [plain(v) for v in value]
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _numbers(value: Any) -> Any:
+    """The inverse of plain."""
+    if isinstance(value, Mapping):
+        return {name: _numbers(v) for name, v in value.items()}
+    if isinstance(value, list):
+        return [_numbers(v) for v in value]
+    return float(value) if value in {"nan", "inf", "-inf"} else value
