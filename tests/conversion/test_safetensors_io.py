@@ -118,6 +118,10 @@ def test_shards_that_do_not_fit_their_index(tmp_path):
     index.write_text(text.replace('"b.weight"', '"c.weight"'))
     with pytest.raises(io.ConversionError, match=r"\['c\.weight'\]"):
         io.open_source(tmp_path)
+    shard = sorted({*json.loads(text)["weight_map"].values()})[0]
+    index.write_text(text.replace(shard, f"../{shard}"))
+    with pytest.raises(io.ConversionError, match="outside its folder"):
+        io.open_source(tmp_path)
     index.write_text("{}")
     with pytest.raises(io.ConversionError, match="no index"):
         io.open_source(tmp_path)

@@ -142,6 +142,9 @@ def _files_of_index(index: Path) -> list[Path]:
         shard_of = json.loads(index.read_text())["weight_map"]
     except (json.JSONDecodeError, KeyError) as error:
         raise ConversionError(f"{index} is no index of safetensors shards: {error!r}") from error
+    outside = [name for name in shard_of.values() if Path(name).name != name]
+    if outside:
+        raise ConversionError(f"{index} names a shard outside its folder: {outside[0]}")
     files = [index.parent / name for name in sorted(set(shard_of.values()))]
     missing = [f.name for f in files if not f.is_file()]
     if missing:

@@ -28,6 +28,69 @@ from truepose_jax.models.layers import (
 DOWN_TYPES = ("CrossAttnDownBlock2D", "DownBlock2D")
 UP_TYPES = ("CrossAttnUpBlock2D", "UpBlock2D")
 
+# What diffusers means where a config.json leaves out a field that we read.
+_DIFFUSERS_DEFAULTS = {
+    "in_channels": 4,
+    "out_channels": 4,
+    "block_out_channels": (320, 640, 1280, 1280),
+    "down_block_types": ("CrossAttnDownBlock2D",) * 3 + ("DownBlock2D",),
+    "up_block_types": ("UpBlock2D",) + ("CrossAttnUpBlock2D",) * 3,
+    "layers_per_block": 2,
+    "attention_head_dim": 8,
+    "cross_attention_dim": 1280,
+    "transformer_layers_per_block": 1,
+    "use_linear_projection": False,
+    "norm_num_groups": 32,
+    "norm_eps": 1e-5,
+}
+
+# Fields of a diffusers config that would change the network, and the only value that this module has. Two more exist
+# that do not: sample_size (a hint) and upcast_attention (the softmax here is float32 always).
+_FIXED_FIELDS = {
+    "center_input_sample": False,
+    "flip_sin_to_cos": True,
+    "freq_shift": 0,
+    "mid_block_type": "UNetMidBlock2DCrossAttn",
+    "only_cross_attention": False,
+    "downsample_padding": 1,
+    "mid_block_scale_factor": 1,
+    "dropout": 0,
+    "act_fn": "silu",
+    "reverse_transformer_layers_per_block": None,
+    "encoder_hid_dim": None,
+    "encoder_hid_dim_type": None,
+    "num_attention_heads": None,
+    "dual_cross_attention": False,
+    "class_embed_type": None,
+    "addition_embed_type": None,
+    "addition_time_embed_dim": None,
+    "addition_embed_type_num_heads": 64,
+    "num_class_embeds": None,
+    "resnet_time_scale_shift": "default",
+    "resnet_skip_time_act": False,
+    "resnet_out_scale_factor": 1,
+    "time_embedding_type": "positional",
+    "time_embedding_dim": None,
+    "time_embedding_act_fn": None,
+    "timestep_post_act": None,
+    "time_cond_proj_dim": None,
+    "conv_in_kernel": 3,
+    "conv_out_kernel": 3,
+    "projection_class_embeddings_input_dim": None,
+    "attention_type": "default",
+    "class_embeddings_concat": False,
+    "mid_block_only_cross_attention": False,
+    "cross_attention_norm": None,
+}
+
+_ONE_FOR_ALL_LEVELS = (
+    "layers_per_block",
+    "cross_attention_dim",
+    "transformer_layers_per_block",
+    "only_cross_attention",
+)
+"""Fields that diffusers also takes as one value per level; here they must then all be the same."""
+
 
 @dataclasses.dataclass(frozen=True)
 class UNetConfig:
@@ -62,6 +125,27 @@ class UNetConfig:
                 raise ValueError(
                     f"UNet width {channels} is not divisible by {heads} heads and {self.norm_num_groups} norm groups"
                 )
+
+    @classmethod
+    def from_diffusers(cls, config: Mapping[str, Any]) -> UNetConfig:
+        """From a config.json; fields left out have diffusers' defaults. ValueError for what is not built here."""
+        kind = config.get("_class_name", "UNet2DConditionModel")
+        if kind != "UNet2DConditionModel":
+            raise ValueError(f"expected the config of a UNet2DConditionModel; _class_name is {kind!r}")
+        found = dict(config)
+        if found.get("mid_block_only_cross_attention") is None:
+            found["mid_block_only_cross_attention"] = False
+        for field in _ONE_FOR_ALL_LEVELS:
+            value = found.get(field)
+            if isinstance(value, list | tuple):
+                if not value or any(each != value[0] for each in value):
+                    raise ValueError(f"UNet {field} is {value}; levels that differ in it are not supported")
+                found[field] = value[0]
+        for field, only in _FIXED_FIELDS.items():
+            if found.get(field, only) != only:
+                raise ValueError(f"UNet {field} is {found[field]!r}; only {only!r} is supported (SD1.5's)")
+        fields = {name: found.get(name, default) for name, default in _DIFFUSERS_DEFAULTS.items()}
+        return cls(**{name: tuple(value) if isinstance(value, list) else value for name, value in fields.items()})
 
     @property
     def heads(self) -> tuple[int, ...]:

@@ -1,0 +1,97 @@
+"""Our configuration in diffusers' words: config.json of a UNet, scheduler_config.json, and truepose.json for the rest."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from truepose_jax import schema
+from truepose_jax.conversion.readers import SD15_FACTOR
+
+# Fields of a diffusers UNet that are the same in every network of ours (SD1.5's).
+_FIXED = {
+    "act_fn": "silu",
+    "center_input_sample": False,
+    "downsample_padding": 1,
+    "dual_cross_attention": False,
+    "flip_sin_to_cos": True,
+    "freq_shift": 0,
+    "mid_block_scale_factor": 1,
+    "mid_block_type": "UNetMidBlock2DCrossAttn",
+    "only_cross_attention": False,
+    "upcast_attention": False,
+}
+
+# squaredcos_cap_v2 is Nichol and Dhariwal's Eq. 17 with the cap of 0.999, as "cosine" is.
+_BETAS = {"scaled_linear": "scaled_linear", "linear": "linear", "cosine": "squaredcos_cap_v2"}
+_PREDICTIONS = {"eps": "epsilon", "v": "v_prediction", "x0": "sample"}
+
+
+def latent_factor(model: schema.ModelConfig) -> int:
+    return model.pixel_factor if model.autoencoder == "pixels" else SD15_FACTOR
+
+
+def unet_config(model: schema.ModelConfig) -> dict[str, Any]:
+    """config.json of a UNet2DConditionModel. attention_head_dim is the number of heads there too."""
+    unet, factor = schema.to_dict(model.unet), latent_factor(model)
+    return {
+        "_class_name": "UNet2DConditionModel",
+        "sample_size": [side // factor for side in model.size],
+        **unet,
+        "attention_head_dim": list(model.unet.heads),
+        **_FIXED,
+    }
+
+
+def scheduler_config(diffusion: schema.DiffusionConfig) -> dict[str, Any]:
+    """scheduler_config.json of a DDIMScheduler. Its abar_t are ours to float32's rounding (about 1e-6).
+
+    Where x0 is clipped ours lets eps follow: DDIMScheduler.step's use_clipped_model_output=True.
+    """
+    schedule = diffusion.schedule
+    return {
+        "_class_name": "DDIMScheduler",
+        "num_train_timesteps": schedule.steps,
+        "beta_schedule": _BETAS[schedule.betas],
+        "beta_start": schedule.beta_start,
+        "beta_end": schedule.beta_end,
+        "trained_betas": None,
+        "prediction_type": _PREDICTIONS[schedule.prediction],
+        "clip_sample": schedule.clip_x0 > 0,
+        "clip_sample_range": schedule.clip_x0 or 1.0,
+        "set_alpha_to_one": False,
+        "steps_offset": 1,
+        "timestep_spacing": diffusion.spacing,
+        "thresholding": False,
+        "rescale_betas_zero_snr": False,
+    }
+
+
+def settings(config: schema.Config, *, classes: int) -> dict[str, Any]:
+    """truepose.json: what a program needs beside the two UNets and the schedule to run the model.
+
+    classes: inputs of the parsing encoder; 0 where there is none.
+    """
+    model, fusion = config.model, config.model.fusion
+    return {
+        "method": model.method,
+        "image_size": list(model.size),
+        "autoencoder": {"kind": model.autoencoder, "factor": latent_factor(model)},
+        "prediction": config.diffusion.schedule.prediction,
+        "sampling": {
+            "steps": config.diffusion.steps,
+            "spacing": config.diffusion.spacing,
+            "guidance": config.diffusion.guidance,
+        },
+        "fusion": {
+            "regions": fusion.regions,
+            "delta": fusion.delta,
+            "sigma": fusion.sigma,
+            "reading": fusion.reading,
+            "mask_axis": fusion.mask_axis,
+        },
+        "pose_encoder": {"features": model.unet.block_out_channels[0], "stride": latent_factor(model)},
+        "positions": model.positions,
+        "source_parsing": model.source_parsing,
+        "classes": classes,
+        "labels": config.data.labels,
+    }

@@ -1,0 +1,114 @@
+"""The README.md of an export: what the weights are, where they come from, under which licence, how to load them."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from truepose_jax import schema
+from truepose_jax.conversion.origins import UNKNOWN_LICENCE
+
+OWN_LICENCE = "apache-2.0"
+"""Of a model that was trained from nothing: this program's."""
+
+_LICENCE_ID = re.compile(r"[a-z0-9][a-z0-9.\-]*")
+_REPOSITORY = re.compile(r"[\w.\-]+/[\w.\-]+")
+
+
+def model_card(config: schema.Config, origin: Mapping[str, Any] | None, run: Mapping[str, Any]) -> str:
+    """Markdown with YAML front matter. origin, run: as of export.write_export."""
+    return "\n".join([*_front_matter(origin), *_text(config, origin, run)]) + "\n"
+
+
+def _front_matter(origin: Mapping[str, Any] | None) -> list[str]:
+    licence = OWN_LICENCE if origin is None else _licence(origin)
+    lines = ["---", "library_name: diffusers"]
+    if licence == UNKNOWN_LICENCE:
+        lines.append("license: unknown")
+    elif _LICENCE_ID.fullmatch(licence):
+        lines.append(f"license: {licence}")
+    else:  # the hub knows only short names
+        lines += ["license: other", f"license_name: {re.sub(r'[^a-z0-9.]+', '-', licence.lower()).strip('-')}"]
+    if origin is not None and _REPOSITORY.fullmatch(origin["name"]):
+        lines.append(f"base_model: {origin['name']}")
+    return [*lines, "tags:", "- pose-guided-person-image-synthesis", "- image-to-image", "- truepose", "- jax", "---"]
+
+
+def _licence(origin: Mapping[str, Any]) -> str:
+    return origin.get("licence") or UNKNOWN_LICENCE
+
+
+def _text(config: schema.Config, origin: Mapping[str, Any] | None, run: Mapping[str, Any]) -> list[str]:
+    model, data = config.model, config.data
+    h, w = model.size
+    kind = {"ema": "the parameters' exponential moving average", "raw": "the parameters"}[run["weights"]]
+    dataset = "synthetic people" if data.dataset == "synthetic" else "a folder of photos"
+    frozen = [f"- {name}: `{fingerprint}`" for name, fingerprint in sorted(dict(run.get("frozen") or {}).items())]
+    if origin is None:
+        start = [
+            f"Trained from nothing: no other model's weights are in it. Licence: {OWN_LICENCE}, as the program that "
+            "trained it.",
+        ]
+    else:
+        start = [
+            f"Training started from `{origin['name']}`, whose licence is `{_licence(origin)}`; its terms hold for these "
+            "weights.",
+        ]
+        if "clip" in origin:
+            start += ["", f"CLIP came from `{origin['clip']['name']}`, whose licence is `{_licence(origin['clip'])}`."]
+        if origin.get("files"):
+            start += ["", "The files that were read (sha256):", ""]
+            start += [f"- {file}: `{digest}`" for file, digest in sorted(origin["files"].items())]
+    return [
+        "",
+        f"# TruePose, {h}x{w}",
+        "",
+        "Draws the person of a source photo in a target pose. Two UNets of Stable Diffusion's kind: SourceNet reads the "
+        "source photo, TargetNet denoises, and its blocks read SourceNet through HPFA (human-parsing-guided fusion "
+        f"attention) and {model.fusion.regions} regions of the source as CLIP sees them through CAA. Trained with "
+        "truepose_jax.",
+        "",
+        f"- Weights: {kind} at step {run['step']:,} (`{run['weights']}`).",
+        f"- Training: {dataset}, {h}x{w} pixels, batch {config.batch_size}, AdamW at {config.optim.learning_rate:g}, "
+        f"{config.optim.schedule} rate, dropping the source of {config.diffusion.drop_rate:.0%} of the samples.",
+        f"- Sampling it was set up for: DDIM, {config.diffusion.steps} steps, {config.diffusion.spacing} spacing, "
+        f"guidance {config.diffusion.guidance:g}; the network predicts {config.diffusion.schedule.prediction}.",
+        f"- Parsing labels: {data.labels}.",
+        "",
+        "## Where it comes from",
+        "",
+        *start,
+        "",
+        "Not in this folder, and needed to run it; with other ones the pictures differ:",
+        "",
+        *(frozen or ["- none recorded"]),
+        "",
+        "## Loading",
+        "",
+        "```python",
+        "from diffusers import DDIMScheduler, UNet2DConditionModel",
+        "",
+        'source_net = UNet2DConditionModel.from_pretrained(folder, subfolder="source_net")',
+        'target_net = UNet2DConditionModel.from_pretrained(folder, subfolder="target_net")  # attn2 is CAA',
+        'scheduler = DDIMScheduler.from_pretrained(folder, subfolder="scheduler")',
+        "```",
+        "",
+        "HPFA, the pose encoder and, where there is one, the parsing encoder are in `truepose.safetensors`; `truepose.json` "
+        "says how they are wired. The whole model in PyTorch (`benchmarks/torch_truepose.py` of truepose_jax):",
+        "",
+        "```python",
+        "from benchmarks.torch_truepose import TruePose",
+        "",
+        "model = TruePose.from_pretrained(folder)",
+        "```",
+        "",
+        "## Training configuration",
+        "",
+        "Also in `training_config.json`.",
+        "",
+        "```json",
+        json.dumps(schema.to_dict(config), indent=1),
+        "```",
+    ]

@@ -1,0 +1,230 @@
+"""Weights from PyTorch, and trained models to PyTorch.
+
+    python -m truepose_jax.convert from-torch --model=sd15 --src=DIR|FILE|HUB_NAME [--clip=DIR|HUB_NAME] --dst=DIR
+    python -m truepose_jax.convert to-torch --workdir=DIR [--weights=ema|raw] [--dtype=bfloat16] --dst=DIR
+
+from-torch makes a weights folder, which a run begins with: train --config.init_from=DIR. --model=sd15 reads a diffusers
+folder of Stable Diffusion 1.5 (unet/, vae/, scheduler/) or its original single file (.safetensors, .ckpt) and makes
+TruePose's starting point; --model=truepose reads what to-torch wrote. --clip is a transformers folder with CLIP's vision
+tower. A name such as openai/clip-vit-large-patch14 that is no path is fetched from the Hugging Face hub. Everything is
+checked before the first byte is written; --dry-run stops there and prints the table.
+
+to-torch exports a run's last checkpoint: SourceNet and TargetNet as folders that diffusers opens, HPFA and the pose encoder
+beside them, configs, the noise schedule and a model card.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import pathlib
+import pickle
+import re
+import resource
+import sys
+import zipfile
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+import tqdm
+from jax.sharding import SingleDeviceSharding
+
+from configs.base import get_config
+from truepose_jax.checkpoint import read_metadata
+from truepose_jax.conversion import readers, report, weights_folder
+from truepose_jax.conversion.export import write_export
+from truepose_jax.conversion.plan import Plan, Shapes, Tree
+from truepose_jax.conversion.safetensors_io import STEMS, ArraySource, ConversionError, open_source
+from truepose_jax.conversion.to_torch import DTYPES
+from truepose_jax.initial import batch_spec
+from truepose_jax.methods import make_method
+from truepose_jax.models.clip import CLIPVisionConfig, CLIPVisionModelWithProjection
+from truepose_jax.models.unet import UNetConfig
+from truepose_jax.models.vae import AutoencoderKLConfig, KLAutoencoder, PixelAutoencoder
+from truepose_jax.pipeline import WEIGHTS, Run
+from truepose_jax.programs import Parser, run_program
+from truepose_jax.schema import Config, from_config_dict, to_dict
+
+MODELS = ("sd15", "truepose")
+HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Returns the exit code: 2, and what is wrong on stderr, for bad input."""
+    return run_program(_main, sys.argv[1:] if argv is None else argv)
+
+
+def _main(argv: Sequence[str]) -> None:
+    flags = make_parser().parse_args(argv)
+    flags.run(flags)
+
+
+def make_parser() -> argparse.ArgumentParser:
+    summary, details = __doc__.split("\n\n", 1)
+    style = {"formatter_class": argparse.RawDescriptionHelpFormatter, "allow_abbrev": False}
+    parser = Parser(prog="python -m truepose_jax.convert", description=summary, epilog=details, **style)
+    commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
+    add = commands.add_parser("from-torch", help="a weights folder out of PyTorch's files", epilog=details, **style)
+    add.set_defaults(run=from_torch)
+    add = add.add_argument
+    add("--model", required=True, choices=MODELS, help="what --src is")
+    add("--src", required=True, help="folder, single file, or hub name")
+    add("--clip", metavar="DIR", help="folder or hub name of CLIP")
+    add("--dst", type=pathlib.Path, metavar="DIR", help="the weights folder, new or empty")
+    add("--variant", help="of --src: fp16, non_ema, ...")
+    add("--dry-run", action="store_true", help="check, print every tensor's name, shape and dtype, and write nothing")
+    add = commands.add_parser(
+        "to-torch", help="a trained model as a folder that diffusers opens", epilog=details, **style
+    )
+    add.set_defaults(run=to_torch)
+    add = add.add_argument
+    add("--workdir", required=True, help="the run; it may still be training")
+    add("--weights", choices=tuple(WEIGHTS), help="ema where the run keeps one, else raw")
+    add("--step", type=int, help="checkpoint (the last)")
+    add("--dtype", choices=tuple(DTYPES), help="of the tensors (float32, as they are trained)")
+    add("--dst", required=True, type=pathlib.Path, metavar="DIR", help="the folder, new or empty")
+    return parser
+
+
+def from_torch(flags: argparse.Namespace) -> None:
+    """Raises ConversionError before anything is written."""
+    if flags.dst is None and not flags.dry_run:
+        raise ConversionError("--dst is missing: name the folder for the weights, or --dry-run")
+    if flags.dst is not None:
+        weights_folder.check_destination(flags.dst, 0)
+    checked = make_plan(flags).check()
+    if flags.dry_run:
+        print("\n".join((*report.table(checked), *report.summary(checked))))
+        print(f"dry run: {weights_folder.gib(checked.bytes)} would be written")
+        return
+    print("\n".join(report.summary(checked)), flush=True)
+    total = weights_folder.work(checked)
+    with tqdm.tqdm(total=total, unit="B", unit_scale=True, unit_divisor=1024, desc="convert") as bar:
+        weights_folder.write(checked, flags.dst, progress=bar.update)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    print("\n".join(report.closing(checked, flags.dst, peak=peak)))
+
+
+def to_torch(flags: argparse.Namespace) -> None:
+    """Raises CheckpointError and ConversionError before anything is written."""
+    weights_folder.check_destination(flags.dst, 0)
+    run = Run.open(flags.workdir, weights=flags.weights, step=flags.step)
+    metadata = read_metadata(flags.workdir)
+    on_host = SingleDeviceSharding(jax.local_devices(backend="cpu")[0])
+    params = run.checkpoints.restore_part(WEIGHTS[run.weights], run.step, place=on_host)
+    about = {"step": run.step, "weights": run.weights, "frozen": metadata.get("frozen", {})}
+    written = write_export(
+        flags.dst, params, config=run.config, dtype=flags.dtype, origin=metadata.get("origin"), run=about
+    )
+    print(f"{flags.workdir}: step {run.step}, {run.weights} weights\n{written}")
+
+
+def make_plan(flags: argparse.Namespace) -> Plan:
+    shapes = Shapes(truepose_shapes, autoencoder_shapes, clip_shapes)
+    folders = ("unet", "vae") if flags.model == "sd15" else ("source_net", "target_net")
+    src, name = _locate(flags.src, [f"{folder}/{STEMS[0]}" for folder in folders], flags.variant)
+    if src.is_file():
+        if flags.model != "sd15" or flags.variant:
+            raise ConversionError(f"--src={src} is a file: --variant, and --model={MODELS[1]}, are for folders")
+        tensors, not_read = _open_ckpt(src) if src.suffix == ".ckpt" else (open_source(src), {})
+        plan = readers.sd15_file(src, tensors, shapes, name=name, not_read=not_read)
+    elif flags.model == "sd15":
+        plan = readers.sd15_folder(src, shapes, name=name, variant=flags.variant)
+    else:
+        if flags.variant:
+            raise ConversionError("--variant is for --model=sd15: an export has one set of weights")
+        plan = readers.truepose_export(src, shapes, name=name)
+    if flags.clip:
+        clip, name = _locate(flags.clip, [STEMS[1]], None)
+        plan = readers.with_clip(plan, clip, shapes, name=name)
+    return plan
+
+
+def truepose_shapes(unet: UNetConfig, source_parsing: str) -> Tree:
+    """The Method's parameters as shapes: the one list of what is wanted. No shape depends on the image size."""
+    values = get_config()
+    values.model.size = (64, 64)
+    values.model.source_parsing = source_parsing
+    if unet.in_channels != KLAutoencoder().channels:
+        values.model.autoencoder = "pixels"
+        values.model.pixel_factor = math.isqrt(unet.in_channels // 3)
+    with values.model.ignore_type():
+        values.model.unet = to_dict(unet)
+    config = from_config_dict(Config, values)
+    pixels = config.model.autoencoder == "pixels"
+    method = make_method(config, PixelAutoencoder(config.model.pixel_factor) if pixels else KLAutoencoder())
+    return jax.eval_shape(lambda: method.init(jax.random.key(0), batch_spec(config)))
+
+
+def autoencoder_shapes(config: Mapping[str, Any]) -> Tree:
+    """Of a diffusers config."""
+    return jax.eval_shape(KLAutoencoder(AutoencoderKLConfig.from_diffusers(config)).init, jax.random.key(0))
+
+
+def clip_shapes(config: Mapping[str, Any]) -> Tree:
+    """Of a transformers config."""
+    found = CLIPVisionConfig.from_transformers(config)
+    pixels = jax.ShapeDtypeStruct((1, found.image_size, found.image_size, found.num_channels), np.float32)
+    return jax.eval_shape(CLIPVisionModelWithProjection(found).init, jax.random.key(0), pixels)["params"]
+
+
+def _locate(src: str, weights: Sequence[str], variant: str | None) -> tuple[pathlib.Path, str]:
+    """(path, what to call it) of a path or of a hub name, whose files are fetched: those `weights`, configs, the card."""
+    path = pathlib.Path(src)
+    if path.exists():
+        return path, src
+    if not HUB_NAME.fullmatch(src):
+        raise ConversionError(f"{src} does not exist, and is no name on the hub such as openai/clip-vit-large-patch14")
+    mark = f".{variant}" if variant else ""
+    patterns = ["*.json", "README.md", "truepose.safetensors"]
+    for stem in weights:
+        for m in {mark, mark if stem == weights[0] else ""}:  # the autoencoder may lack the variant
+            patterns += [f"{stem}{m}.safetensors", f"{stem}{m}-*-of-*.safetensors"]
+    try:
+        from huggingface_hub import snapshot_download
+
+        found = pathlib.Path(snapshot_download(src, allow_patterns=patterns))
+    except ImportError as error:
+        raise ConversionError(
+            f"{src} does not exist; to fetch it from the hub pip install 'truepose-jax[torch]', or give a folder"
+        ) from error
+    except Exception as error:  # whatever the network brings; none of it is a bug here
+        why = " ".join(str(error).split())[:200] or type(error).__name__
+        raise ConversionError(f"{src} does not exist here and cannot be fetched from the hub ({why})") from error
+    if not any(found.glob(f"{weights[0]}{mark}*.safetensors")):
+        raise ConversionError(f"{src} on the hub has no {weights[0]}{mark}.safetensors; try --variant=fp16")
+    return found, f"{src}@{found.name}"
+
+
+def _open_ckpt(file: pathlib.Path) -> tuple[ArraySource, dict[str, int]]:
+    """(tensors, {why: how many other things}) of a PyTorch checkpoint, of which nothing but tensors is ever unpickled."""
+    try:
+        import torch
+    except ImportError as error:
+        raise ConversionError(f"{file}: .ckpt needs PyTorch: pip install 'truepose-jax[torch]'") from error
+    try:
+        # Only the newer format can be mapped instead of read into memory.
+        loaded = torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
+    except pickle.UnpicklingError as error:
+        raise ConversionError(
+            f"{file} holds pickled Python objects, which could run any code, and is not opened; take the .safetensors "
+            "file of the same model, or let somebody you trust save its state_dict alone"
+        ) from error
+    except Exception as error:  # its unpickler fails in any way on what is no checkpoint
+        raise ConversionError(f"{file} is no PyTorch checkpoint ({' '.join(repr(error).split())[:200]})") from error
+    if not isinstance(loaded, dict):
+        raise ConversionError(f"{file} holds a {type(loaded).__name__}; expected a state_dict")
+    state = loaded.get("state_dict", loaded)
+    arrays = {}
+    for name, value in state.items():
+        if isinstance(value, torch.Tensor):
+            bf16 = value.dtype == torch.bfloat16
+            arrays[name] = value.detach().view(torch.int16).numpy().view("bfloat16") if bf16 else value.detach().numpy()
+    others = len(state) - len(arrays) + (len(loaded) - 1 if state is not loaded else 0)
+    return ArraySource(arrays), {"what training kept (epochs, optimizer): no tensors": others} if others else {}
+
+
+if __name__ == "__main__":
+    sys.exit(main())
