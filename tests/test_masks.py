@@ -119,3 +119,14 @@ def test_nothing_on_is_an_empty_mask():
 def test_a_class_that_is_on_but_absent_marks_nothing():
     level = coverage_levels(np.full((1, 16, 16), 4, np.uint8), num_classes=CLASSES, factor=4, levels=1)[0]
     assert not np.any(parsing_mask(level, np.arange(CLASSES)[None] == 7))
+
+
+def test_a_cell_that_is_exactly_half_covered_is_on():
+    """Of 192 pixels, 32 for each of three classes: the rounded shares 1/6 sum to less than 0.5 in some order."""
+    coverage = np.zeros((1, 1, 2, CLASSES), np.float32)
+    for classes in range(1, 17):
+        coverage[0, 0, 0] = 0.0
+        coverage[0, 0, 0, 1 : classes + 1] = np.float32(0.5 / classes)
+        coverage[0, 0, 1, 1 : classes + 1] = 1.0  # the best cell of each class, on by the other rule
+        class_on = np.arange(CLASSES)[None] > 0
+        assert np.all(parsing_mask(coverage, class_on)), classes

@@ -1,13 +1,57 @@
-"""The one door to attention. Models call these two; which implementation answers is decided here."""
+"""The one door to attention. Models call these two; which implementation answers is decided here.
+
+`implementation` None takes what `default_implementation` names, else what suits the backend and the sizes, and says so in the log
+once for every size. An implementation that cannot take a call hands it to `xla`, and says so too: never a crash.
+"""
 
 from __future__ import annotations
 
+import contextlib
+import contextvars
+import functools
+import importlib
+import logging
+from collections.abc import Iterator
+from types import ModuleType
+
+import jax
+from jax.sharding import AxisType, PartitionSpec
 from jaxtyping import Array, Bool, Float
 
 from truepose_jax.kernels.attention import reference
+from truepose_jax.kernels.attention.key_rows import key_rows, plain_rows
+from truepose_jax.kernels.attention.reference import Slopes
+from truepose_jax.sharding import LOGICAL_AXES
 
 MASK_AXES = ("key", "query", "outer", "none")
 READINGS = ("printed", "prose")
+IMPLEMENTATIONS = ("reference", "xla", "pallas_tpu", "pallas_gpu", "cudnn")
+"""Modules of this folder. All but the first have attend(q, k, v, rows) with the rows of key_rows.py and refuses(...), which
+says what of a call they cannot take."""
+UNVERIFIED = ("pallas_gpu", "cudnn")
+"""Never run on the hardware they are for: only by name."""
+
+LEAST_LOGITS = 1_000_000
+"""Queries x keys from which `xla` is chosen over `reference` on CPU and GPU. Measured on one CPU core, 8 heads of 40, both in
+one run, `xla` / `reference` forward and with gradients: 48 tokens 0.9 and 0.9, 192: 1.05 and 1.15, 704: 1.3 and 0.65,
+2816: 0.75 and 0.7 (plain attention 0.7 and 0.7). So at 704 tokens it would help training and slow down sampling. On GPU not
+measured; below it the logits of one image's eight heads take under 32 MB."""
+LEAST_TPU_LENGTH = 128
+"""Queries and keys from which `pallas_tpu` is chosen: one tile of lanes. Not measured."""
+
+_log = logging.getLogger(__name__)
+_default: contextvars.ContextVar[str | None] = contextvars.ContextVar("default_implementation", default=None)
+
+
+@contextlib.contextmanager
+def default_implementation(name: str | None) -> Iterator[None]:
+    """Within it, calls that name no implementation take this one. Read while tracing: a compiled function keeps its own."""
+    _check(name)
+    token = _default.set(name)
+    try:
+        yield
+    finally:
+        _default.reset(token)
 
 
 def attention(
@@ -16,9 +60,13 @@ def attention(
     v: Float[Array, "b m g d"],
     *,
     key_mask: Bool[Array, "b m"] | None = None,
+    implementation: str | None = None,
 ) -> Float[Array, "b n g d"]:
     """softmax(q k^T / sqrt d) v; keys with key_mask False are left out, a row without keys gives 0."""
-    return reference.attention(q, k, v, key_mask=key_mask)
+    name = _choose("attention", implementation, q, k, v, key_mask is not None)
+    if name == "reference":
+        return reference.attention(q, k, v, key_mask=key_mask)
+    return _on_mesh(name, q, k, v, None if key_mask is None else plain_rows(key_mask, q.shape[-1]))
 
 
 def reweighted_attention(
@@ -31,18 +79,122 @@ def reweighted_attention(
     sigma: float = 0.3,
     reading: str = "printed",
     mask_axis: str = "key",
+    implementation: str | None = None,
 ) -> Float[Array, "b n g d"]:
-    """HPFA's attention, Eq. 6 and 7 of TruePose. key_mask: True = inside M.
+    """HPFA's attention, Eq. 6 and 7 of TruePose. key_mask: True = inside M; no gradient reaches it.
 
-    mask_axis (methods.md A1): what M_ij indexes. "query" and "outer" want n == m (source self-attention).
+    mask_axis (methods.md A1): what M_ij indexes. "query" and "outer" want n == m (source self-attention) and always run on
+    `reference`.
     """
     if mask_axis not in MASK_AXES:
         raise ValueError(f"mask_axis is {mask_axis!r}; choose one of {MASK_AXES}")
     if mask_axis == "none":
-        return reference.attention(q, k, v)
+        return attention(q, k, v, implementation=implementation)
     inside, outside = reference.eq6_slopes(delta, sigma, reading)
-    if mask_axis == "query":
-        every_key = key_mask | True
-        return reference.reweighted_attention(q, k, v, every_key, inside=inside, outside=outside, query_mask=key_mask)
-    query_mask = key_mask if mask_axis == "outer" else None
-    return reference.reweighted_attention(q, k, v, key_mask, inside=inside, outside=outside, query_mask=query_mask)
+    if mask_axis == "key":
+        return sloped_attention(q, k, v, key_mask, inside=inside, outside=outside, implementation=implementation)
+    _check(implementation)
+    keys, queries = (key_mask | True, key_mask) if mask_axis == "query" else (key_mask, key_mask)
+    return reference.reweighted_attention(q, k, v, keys, inside=inside, outside=outside, query_mask=queries)
+
+
+def sloped_attention(
+    q: Float[Array, "b n g d"],
+    k: Float[Array, "b m g d"],
+    v: Float[Array, "b m g d"],
+    key_mask: Bool[Array, "b m"],
+    *,
+    inside: Slopes,
+    outside: Slopes,
+    implementation: str | None = None,
+) -> Float[Array, "b n g d"]:
+    """The general form: softmax(slope * a + kink * max(a, 0)) v, a = q k^T / sqrt d, slope and kink by the key's bit."""
+    name = _choose("reweighted_attention", implementation, q, k, v, True)
+    if name == "reference":
+        return reference.reweighted_attention(q, k, v, key_mask, inside=inside, outside=outside)
+    return _on_mesh(name, q, k, v, key_rows(key_mask, inside, outside, q.shape[-1]))
+
+
+def platform() -> str:
+    """What the program is for: the platform of the mesh in use (it may be a description of devices that are not here),
+    else of the default backend."""
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    found = jax.default_backend() if device is None else device.platform
+    return "gpu" if found in ("cuda", "rocm") else found
+
+
+def _check(name: str | None) -> None:
+    if name is not None and name not in IMPLEMENTATIONS:
+        raise ValueError(f"attention implementation is {name!r}; choose one of {IMPLEMENTATIONS}")
+
+
+def _choose(operation: str, name: str | None, q: Array, k: Array, v: Array, has_rows: bool) -> str:
+    """The implementation that takes this call."""
+    _check(name)
+    name = _default.get() if name is None else name
+    n, m = q.shape[1], k.shape[1]
+    why = "asked for"
+    if name is None:
+        name, why = _suited(platform(), n, m), f"suits {n} x {m} on {platform()}"
+    while name != "reference" and (reason := _kernel(name).refuses(q, k, v, has_rows=has_rows, platform=platform())):
+        name, why = "reference" if name == "xla" else "xla", f"{name} does not take {reason}"
+    _say(operation, tuple(q.shape[1:]), m, str(q.dtype), name, why)
+    return name
+
+
+def _kernel(name: str) -> ModuleType:
+    """Imported when first used: Pallas takes 1.5 s to import."""
+    return importlib.import_module(f"{__package__}.{name}")
+
+
+def _suited(backend: str, n: int, m: int) -> str:
+    if backend == "tpu":
+        return "pallas_tpu" if min(n, m) >= LEAST_TPU_LENGTH else "reference"
+    return "xla" if n * m >= LEAST_LOGITS else "reference"
+
+
+@functools.cache
+def _say(operation: str, shape: tuple[int, int, int], keys: int, dtype: str, name: str, why: str) -> None:
+    n, g, d = shape
+    note = "; UNVERIFIED on the hardware it is for" if name in UNVERIFIED else ""
+    _log.info(
+        "%s of %d queries, %d keys, %d heads of %d, %s: %s (%s)%s", operation, n, keys, g, d, dtype, name, why, note
+    )
+
+
+def _on_mesh(name: str, q: Array, k: Array, v: Array, rows: Array | None) -> Array:
+    """The kernel on every device's own part of the batch and the heads; on one device, just the kernel.
+
+    A mesh axis that does not divide its dimension is left out: its devices repeat the work.
+    """
+    attend = functools.partial(_kernel(name).attend, **_interpreted(name))
+    mesh = jax.sharding.get_abstract_mesh()
+    free = {axis for axis, kind in zip(mesh.axis_names, mesh.axis_types, strict=True) if kind != AxisType.Manual}
+    if not any(mesh.shape[axis] > 1 for axis in free):
+        return attend(q, k, v, rows)
+
+    def cut(logical: str, size: int) -> tuple[str, ...]:
+        taken, parts = [], 1
+        for axis in LOGICAL_AXES[logical]:
+            if axis in free and size % (parts * mesh.shape[axis]) == 0:
+                taken.append(axis)
+                parts *= mesh.shape[axis]
+        return tuple(taken)
+
+    batch, heads = cut("batch", q.shape[0]), cut("heads", q.shape[2])
+    of_array = PartitionSpec(batch or None, None, heads or None, None)
+    specs = (of_array,) * 3 + (() if rows is None else (PartitionSpec(batch or None, None, None),))
+    # check_vma: Pallas calls do not say along which axes their outputs vary
+    call = jax.shard_map(
+        lambda q, k, v, rows=None: attend(q, k, v, rows),
+        in_specs=specs,
+        out_specs=of_array,
+        axis_names=free,
+        check_vma=False,
+    )
+    return call(q, k, v) if rows is None else call(q, k, v, rows)
+
+
+def _interpreted(name: str) -> dict[str, bool]:
+    """Pallas kernels asked for by name where their hardware is not are interpreted: slow, for tests."""
+    return {"interpret": platform() != name.removeprefix("pallas_")} if name.startswith("pallas_") else {}

@@ -36,10 +36,10 @@ def _heads_first(x: Float[Array, "b n g d"]) -> Float[Array, "bg n d"]:
     return x.transpose(0, 2, 1, 3).reshape(b * g, n, d)
 
 
-def _weighted_values(weights: Array, v: Float[Array, "b m g d"], dtype) -> Float[Array, "b n g d"]:
-    b, _, g, d = v.shape
-    out = jnp.matmul(weights.astype(dtype), _heads_first(v).astype(dtype))
-    return out.reshape(b, g, -1, d).transpose(0, 2, 1, 3)
+def _weighted_values(weights: Float[Array, "b g n m"], v: Float[Array, "b m g d"], dtype) -> Float[Array, "b n g d"]:
+    b, g, n, m = weights.shape
+    out = jnp.matmul(weights.reshape(b * g, n, m).astype(dtype), _heads_first(v).astype(dtype))
+    return out.reshape(b, g, n, v.shape[3]).transpose(0, 2, 1, 3)
 
 
 def _logits(q: Float[Array, "b n g d"], k: Float[Array, "b m g d"]) -> Float[Array, "b g n m"]:
@@ -47,7 +47,7 @@ def _logits(q: Float[Array, "b n g d"], k: Float[Array, "b m g d"]) -> Float[Arr
     # q is scaled, not the n x m logits: on CPU the division and its broadcast were 4 ms of a 20 ms attention.
     q = _heads_first(q).astype(jnp.float32) * jnp.float32(d**-0.5)
     a = jnp.matmul(q.astype(k.dtype), _heads_first(k).swapaxes(1, 2), preferred_element_type=jnp.float32)
-    return a.reshape(b, g, n, -1)
+    return a.reshape(b, g, n, k.shape[1])
 
 
 def attention(
@@ -68,7 +68,7 @@ def attention(
         weights = e / jnp.maximum(jnp.sum(e, axis=-1, keepdims=True), jnp.finfo(jnp.float32).tiny)
     else:
         weights = jax.nn.softmax(a, axis=-1)
-    return _weighted_values(weights.reshape(-1, *a.shape[2:]), v, q.dtype)
+    return _weighted_values(weights, v, q.dtype)
 
 
 def reweighted_attention(
@@ -92,4 +92,4 @@ def reweighted_attention(
     slope = jnp.where(m, inside.slope, outside.slope).astype(jnp.float32)
     kink = jnp.where(m, inside.kink, outside.kink).astype(jnp.float32)
     weights = jax.nn.softmax(slope * a + kink * jnp.maximum(a, 0.0), axis=-1)
-    return _weighted_values(weights.reshape(-1, *a.shape[2:]), v, q.dtype)
+    return _weighted_values(weights, v, q.dtype)

@@ -1,0 +1,260 @@
+"""What the attention costs on TPUs, from programs compiled for them without one. Writes JSON and Markdown.
+
+    python benchmarks/tpu_aot.py --setup=FOLDER [--chips=v5e,v5p,v6e] [--sizes=2816x40,...] [--out=benchmarks/results]
+
+--setup makes a virtual environment with jax[tpu] in FOLDER (once) and runs there; without it this Python must have libtpu.
+A program is compiled for one chip: two images, 8 heads, bfloat16; q, k and v are [b n 8*d] in row-major order, as projections
+leave them.
+
+`temporaries` is XLA's own plan of memory (memory_analysis), in HBM. `HBM bytes`:
+- of `reference`, what XLA's cost analysis says it accesses. It counts every buffer as HBM, also one that XLA keeps in VMEM,
+  as it does with all intermediates of the small sizes on v5e and v6e;
+- of `pallas_tpu`, the blocks its kernels move, plus XLA's count of everything around them (its cost analysis counts nothing
+  for a Pallas call). A kernel walks its grid in order, fetches a block where the block's index differs from the step before,
+  and writes one where it changes:
+      bytes = sum over operands of (changes of index along the grid) x (bytes of a block),
+  a block's last two dimensions padded to whole tiles of (8 x 4 bytes) x 128. The plans are the very ones that the kernels
+  are launched with (pallas_tpu.forward_plan, dq_plan, dkv_plan);
+- of `xla`, nothing is given: the cost analysis counts a loop's body once.
+
+Nothing here was timed: these are counts, no TPU was at hand.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.metadata
+import itertools
+import json
+import math
+import os
+import pathlib
+import platform
+import subprocess
+import sys
+import time
+import venv
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+os.environ["JAX_PLATFORMS"] = "cpu"
+os.environ["TPU_SKIP_MDS_QUERY"] = "1"  # else libtpu asks a cloud's metadata server which machine this is
+os.environ["ALLOW_MULTIPLE_LIBTPU_LOAD"] = "1"  # nothing here holds a TPU that another process could want
+
+TOPOLOGIES = {"v5e": "v5e:2x2", "v5p": "v5p:2x2x1", "v6e": "v6e:2x2"}
+SIZES = ((2816, 40), (704, 80), (176, 160), (48, 160))
+"""(tokens, head width) of SD1.5's levels at 512x352."""
+FORMS = ("reference", "xla", "pallas_tpu")
+IMAGES, HEADS = 2, 8
+NO_PIP = 3
+"""Exit code where pip cannot set up the environment."""
+
+
+def set_up(folder: pathlib.Path) -> pathlib.Path:
+    """The Python of a virtual environment with jax[tpu] of this JAX's version; made where it is not there yet.
+
+    Raises SystemExit(NO_PIP) where pip fails.
+    """
+    python, done = folder / "bin" / "python", folder / ".done"
+    if not done.exists():
+        venv.create(folder, with_pip=True)
+        wanted = [f"jax[tpu]=={importlib.metadata.version('jax')}", "jaxtyping"]
+        call = subprocess.run([python, "-m", "pip", "install", "--quiet", *wanted], capture_output=True, text=True)
+        if call.returncode:
+            print(f"pip cannot install {' '.join(wanted)}: {call.stderr.strip().splitlines()[-1]}", file=sys.stderr)
+            raise SystemExit(NO_PIP)
+        done.touch()
+    return python
+
+
+# --- bytes by formula ------------------------------------------------------------------------------------------------
+
+
+def block_bytes(operand) -> int:
+    """Of one block in HBM, in whole tiles of 128 lanes and 8 rows of 4 bytes."""
+    size = operand.array.dtype.itemsize
+    *outer, rows, lanes = (1 if side is None else side for side in operand.spec.block_shape)
+    unit = 8 * 4 // size
+    rows = rows if rows < unit else -(-rows // unit) * unit
+    return math.prod(outer) * rows * -(-lanes // 128) * 128 * size
+
+
+def plan_bytes(plan) -> int:
+    """What one kernel moves between HBM and VMEM."""
+    total = 0
+    for operand in (*plan.operands.values(), *plan.outputs.values()):
+        before, changes = None, 0
+        for at in itertools.product(*map(range, plan.grid)):
+            index = operand.spec.index_map(*at)
+            changes += index != before
+            before = index
+        total += changes * block_bytes(operand)
+    return total
+
+
+def kernel_bytes(n: int, d: int, direction: str) -> int:
+    """Of the fused form's kernels."""
+    import jax.numpy as jnp
+
+    from truepose_jax.kernels.attention import pallas_tpu
+
+    sizes = pallas_tpu.sizes(IMAGES, n, n, HEADS, d, jnp.bfloat16, has_rows=True)
+    plans = [pallas_tpu.forward_plan(sizes)]
+    if direction == "forward+backward":
+        plans += [pallas_tpu.dq_plan(sizes), pallas_tpu.dkv_plan(sizes)]
+    return sum(map(plan_bytes, plans))
+
+
+# --- compilation -----------------------------------------------------------------------------------------------------
+
+
+def operation(form: str, n: int, d: int, direction: str):
+    """(function, shapes and dtypes of its arguments) of one reweighted attention."""
+    import jax
+    import jax.numpy as jnp
+
+    from truepose_jax.kernels.attention import api
+
+    def forward(q, k, v, bits):
+        q, k, v = (x.reshape(IMAGES, n, HEADS, d) for x in (q, k, v))
+        return api.reweighted_attention(q, k, v, bits, implementation=form).reshape(IMAGES, n, HEADS * d)
+
+    def both(q, k, v, bits, d_out):
+        out, pull = jax.vjp(lambda q, k, v: forward(q, k, v, bits), q, k, v)
+        return out, *pull(d_out)
+
+    array, bits = ((IMAGES, n, HEADS * d), jnp.bfloat16), ((IMAGES, n), jnp.bool_)
+    if direction == "forward":
+        return forward, [array, array, array, bits], 1
+    return both, [array, array, array, bits, array], 4
+
+
+def compile_for(chip: str, function, arguments: list, outputs: int):
+    """The program for one chip; every array in row-major order."""
+    import jax
+    import numpy as np
+    from jax.experimental import topologies
+    from jax.experimental.layout import Format, Layout
+    from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+    from truepose_jax.sharding import AXES
+
+    devices = topologies.get_topology_desc(platform="tpu", topology_name=TOPOLOGIES[chip]).devices
+    mesh = Mesh(np.array(devices[:1]).reshape(1, 1, 1), AXES, axis_types=(AxisType.Auto,) * len(AXES))
+    whole = NamedSharding(mesh, PartitionSpec())
+
+    def row_major(rank: int) -> Format:
+        return Format(Layout(tuple(range(rank))), whole)
+
+    shapes = [jax.ShapeDtypeStruct(*argument, sharding=row_major(len(argument[0]))) for argument in arguments]
+    out = row_major(3) if outputs == 1 else (row_major(3),) * outputs
+    with jax.set_mesh(mesh):
+        return jax.jit(function, out_shardings=out).lower(*shapes).compile()
+
+
+def measure(chip: str, n: int, d: int, direction: str, form: str) -> dict:
+    """One line of the table."""
+    start = time.perf_counter()
+    compiled = compile_for(chip, *operation(form, n, d, direction))
+    seconds = time.perf_counter() - start
+    accessed = int(compiled.cost_analysis()["bytes accessed"])
+    by_kernels = kernel_bytes(n, d, direction) if form == "pallas_tpu" else 0
+    return {
+        "chip": chip,
+        "tokens": n,
+        "head_width": d,
+        "direction": direction,
+        "form": form,
+        "temporaries_bytes": compiled.memory_analysis().temp_size_in_bytes,
+        "hbm_bytes": None if form == "xla" else accessed + by_kernels,
+        "of_it_by_kernels": by_kernels,
+        "logits_bytes": IMAGES * HEADS * n * n * 4,
+        "compile_seconds": round(seconds, 1),
+    }
+
+
+def attention_section(chips: list[str], sizes: list[tuple[int, int]]) -> list[dict]:
+    rows = []
+    cells = itertools.product(chips, sizes, ("forward", "forward+backward"), FORMS)
+    for chip, (n, d), direction, form in cells:
+        rows.append(measure(chip, n, d, direction, form))
+        print(json.dumps(rows[-1]), file=sys.stderr, flush=True)
+    return rows
+
+
+# --- the report ------------------------------------------------------------------------------------------------------
+
+
+def attention_table(rows: list[dict]) -> list[str]:
+    """One line per chip, size and direction: the three forms side by side."""
+
+    def mega(count: int | None) -> str:
+        return "-" if count is None else f"{count / 1e6:,.1f}"
+
+    lines = [
+        "| chip | tokens x width | direction | logits MB | temporaries MB: reference | xla | fused | "
+        "HBM MB: reference | fused | fewer | compile s: reference | xla | fused |",
+        "|---" * 13 + "|",
+    ]
+    for i in range(0, len(rows), len(FORMS)):
+        plain, blocks, fused = rows[i : i + len(FORMS)]
+        cells = [
+            plain["chip"],
+            f"{plain['tokens']} x {plain['head_width']}",
+            plain["direction"],
+            mega(plain["logits_bytes"]),
+        ]
+        cells += [mega(row["temporaries_bytes"]) for row in (plain, blocks, fused)]
+        cells += [mega(plain["hbm_bytes"]), mega(fused["hbm_bytes"]), f"{plain['hbm_bytes'] / fused['hbm_bytes']:.1f}x"]
+        cells += [f"{row['compile_seconds']:.0f}" for row in (plain, blocks, fused)]
+        lines.append("| " + " | ".join(cells) + " |")
+    return lines
+
+
+def report(found: dict) -> str:
+    about = found["about"]
+    return "\n".join(
+        [
+            "# TPU programs, compiled without a TPU",
+            "",
+            f"`python benchmarks/tpu_aot.py --setup=FOLDER`; jax {about['jax']}, libtpu {about['libtpu']}; compiled on "
+            f"{about['machine']}. Counts, not timings: no TPU was at hand. benchmarks/tpu_aot.py says what is counted how. "
+            "The compile times are rough, of one core of a machine that others used too.",
+            "",
+            f"## The reweighted attention, {IMAGES} images, {HEADS} heads, bfloat16, one chip",
+            "",
+            *attention_table(found["attention"]),
+            "",
+        ]
+    )
+
+
+def sizes_of(text: str) -> list[tuple[int, int]]:
+    return [(int(n), int(d)) for n, d in (size.split("x") for size in text.split(","))]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--setup", type=pathlib.Path, help="folder of the virtual environment to make and run in")
+    parser.add_argument("--chips", default=",".join(TOPOLOGIES))
+    parser.add_argument("--sizes", default=",".join(f"{n}x{d}" for n, d in SIZES), help="tokens x head width, ...")
+    parser.add_argument("--out", type=pathlib.Path, default=ROOT / "benchmarks" / "results")
+    flags = parser.parse_args()
+    if flags.setup is not None:
+        wanted = [f"--chips={flags.chips}", f"--sizes={flags.sizes}", f"--out={flags.out.resolve()}"]
+        raise SystemExit(subprocess.run([set_up(flags.setup), __file__, *wanted]).returncode)
+    found = {
+        "about": {
+            "machine": f"{os.cpu_count()} cores, {platform.system()} {platform.machine()}",
+            **{name: importlib.metadata.version(name) for name in ("jax", "libtpu")},
+        },
+        "attention": attention_section(flags.chips.split(","), sizes_of(flags.sizes)),
+    }
+    flags.out.mkdir(parents=True, exist_ok=True)
+    (flags.out / "tpu_aot.json").write_text(json.dumps(found, indent=1) + "\n")
+    (flags.out / "tpu_aot.md").write_text(report(found))
+    print(report(found))
+
+
+if __name__ == "__main__":
+    main()

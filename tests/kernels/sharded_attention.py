@@ -1,0 +1,77 @@
+"""What test_attention.py runs in a process of its own, on eight pretended devices; prints one JSON object."""
+
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
+
+from tests.kernels import oracle64
+from tests.kernels.test_attention import SIDES, case, worst
+from truepose_jax.kernels.attention import api, xla
+from truepose_jax.sharding import BATCH_AXES, make_mesh
+
+MESHES = {"data": (8, 1, 1), "all": (2, 2, 2)}
+
+
+def placed(mesh, arrays):
+    """Images over data and fsdp, heads over tensor, where they divide."""
+
+    def put(x):
+        axes = [BATCH_AXES, None, "tensor", None][: x.ndim]
+        sizes = [4 if mesh.shape["tensor"] == 2 else 8, 1, mesh.shape["tensor"], 1]
+        spec = [axis if size % parts == 0 else None for axis, size, parts in zip(axes, x.shape, sizes, strict=False)]
+        return jax.device_put(x, NamedSharding(mesh, PartitionSpec(*spec)))
+
+    floats = (jnp.asarray(x, jnp.float32) for x in (arrays.q, arrays.k, arrays.v, arrays.d_out))
+    q, k, v, d_out = map(put, floats)
+    return q, k, v, put(arrays.mask), d_out
+
+
+def run(name, mesh_name, b, g):
+    """(error of output and gradients, the output)."""
+    arrays = case(b + g, 37, 19, b=b, g=g)
+    mesh = make_mesh(**dict(zip(("data", "fsdp", "tensor"), MESHES[mesh_name], strict=True)))
+    with jax.set_mesh(mesh):
+
+        @jax.jit
+        def step(q, k, v, bits, d_out):
+            def attend(q, k, v):
+                return api.reweighted_attention(q, k, v, bits, implementation=name)
+
+            out, pull = jax.vjp(attend, q, k, v)
+            return out, *pull(d_out)
+
+        found = step(*placed(mesh, arrays))
+    return worst(found, oracle64.answer(arrays, *SIDES)), found[0]
+
+
+def main():
+    assert jax.device_count() == 8
+    errors, parts, seen = {}, {}, []
+    attend = xla.attend
+
+    def watched(q, k, v, rows):
+        seen.append(k.shape)
+        return attend(q, k, v, rows)
+
+    xla.attend = watched
+    for name, mesh, b, g in (
+        ("reference", "all", 4, 4),
+        ("xla", "data", 8, 1),
+        ("xla", "all", 4, 4),
+        ("xla", "all", 3, 4),
+        ("xla", "all", 2, 3),
+        ("pallas_tpu", "all", 4, 4),
+        ("pallas_tpu", "all", 3, 3),
+    ):
+        errors[f"{name} {mesh} {b}x{g}"], out = run(name, mesh, b, g)
+        if name == "xla" and mesh == "all":
+            parts[f"{b}x{g}"] = out.addressable_shards[0].data.shape
+    assert np.all([len(shape) == 4 for shape in seen])
+    print(json.dumps({"errors": errors, "parts": parts, "kernel_sees": seen[1]}))
+
+
+if __name__ == "__main__":
+    main()
