@@ -80,6 +80,10 @@ class FolderImages:
         found = {f"image/{name}": path for name, path in self._photos.items()}
         return found | {f"parsing/{name}": path for name, path in (self._maps or {}).items()}
 
+    def pose(self, index: int) -> Pose:
+        """The pose as its file gives it; a frame of None means the photo's own pixels."""
+        return self._poses[index]
+
     def image(self, index: int) -> ImageRecord:
         """The photo with its map and joints at `size`.
 

@@ -48,6 +48,7 @@ DEEPFASHION_PADDING = 40
 MARKET_HW = (128, 64)
 
 DEEPFASHION_NAME = re.compile(r"(WOMEN|MEN)([A-Z][A-Za-z]*?)id(\d{8})(\d{2})(\d)([a-z]+)(\.\w+)?$")
+CANONICAL_NAME = re.compile(r"(WOMEN|MEN)/(\w+)/id_(\d{8})/(\d{2})_(\d)_([a-z]+)")
 POSE_GAN_NAME = re.compile(r"fasion(WOMEN|MEN)")
 MARKET_NAME = re.compile(r"-?\d+_c\d+s\d+_\d+_\d+(\.\w+)+$")
 
@@ -138,6 +139,13 @@ def canonical_name(name: str) -> str:
         category = re.sub(r"(?<=[a-z])(?=[A-Z])", "_", category)
         return f"{gender}/{category}/id_{garment}/{colour}_{pose}_{view}{suffix or ''}"
     return path.removeprefix("./")
+
+
+def patn_name(name: str) -> str:
+    """DeepFashion's images as PATN's lists and the projects after it spell them, without a suffix
+    (fashionWOMENBlouses_Shirtsid0000337203_3back); other names as they are."""
+    match = CANONICAL_NAME.fullmatch(canonical_name(name))
+    return "fashion{}{}id{}{}_{}{}".format(*match.groups()) if match else name
 
 
 def name_key(name: str) -> str:
@@ -300,12 +308,13 @@ def _coco_people(content, member: str, path: str) -> tuple[list[np.ndarray], tup
         numbers = np.array(row["keypoints"], np.float32)
         if numbers.size != 51:
             raise InputError(f"{path}: {numbers.size} numbers in 'keypoints'; expected 51 (COCO's 17 joints)")
-        people.append(_from_coco(_scored(numbers.reshape(17, 3))))
+        people.append(from_coco(_scored(numbers.reshape(17, 3))))
     sizes = [(int(i["height"]), int(i["width"])) for i in images if "height" in i and "width" in i]
     return people, sizes[0] if len(sizes) == 1 else None
 
 
-def _from_coco(coco: np.ndarray) -> np.ndarray:
+def from_coco(coco: np.ndarray) -> np.ndarray:
+    """COCO-17 [17 3] of x, y, visible 0/1 (missing: zeros) -> [18 3]; the neck is between two visible shoulders."""
     joints = coco[FROM_COCO]
     shoulders = joints[[2, 5]]
     joints[1] = shoulders.mean(0) if shoulders[:, 2].all() else 0

@@ -9,14 +9,15 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import grain
 import numpy as np
 
-from input_pipeline.parsing import LabelSet, label_set
-from input_pipeline.schema import MAX_CLASSES, ImageRecord, ImageSet, InputError
-from input_pipeline.transforms import TokenTable, empty_batch, flip_record, write_source, write_target
+from input_pipeline.readers import Reader, RecordTokens, make_reader
+from input_pipeline.schema import ImageRecord, ImageSet, InputError
+from input_pipeline.transforms import TokenTable, empty_batch, write_source, write_target
 
 Batch = dict[str, np.ndarray]
 
@@ -100,10 +101,8 @@ class BatchWriter:
     A record that cannot be read keeps its slot: zeros, valid = 0, and one line in the log.
     """
 
-    images: ImageSet
-    tokens: TokenTable
-    labels: LabelSet
-    size: tuple[int, int]
+    reader: Reader
+    form: str = "floats"
     complained: set[int] = dataclasses.field(default_factory=set)
 
     def __call__(self, groups: Sequence[Group], *, targets_per_source: int, rows: int | None = None) -> Batch:
@@ -112,34 +111,36 @@ class BatchWriter:
         batch = empty_batch(
             batch_size=(rows or len(groups)) * k,
             targets_per_source=k,
-            size=self.size,
-            token_width=self.tokens.width,
+            size=self.reader.size,
+            token_width=self.reader.token_width,
+            form=self.form,
         )
         for row, group in enumerate(groups):
-            source = self._read(group.source, flip=group.flip)
-            if source is None:
+            found = self._read(self.reader.source, group.source, flip=group.flip)
+            if found is None:
                 continue
-            write_source(batch, row, source, *self.tokens.of(group.source, flip=group.flip))
+            source, tokens = found
+            write_source(batch, row, source, *tokens)
             for i, index in enumerate(group.targets):
-                target = source if index == group.source else self._read(index, flip=group.flip)
+                own = index == group.source
+                target = source if own else self._read(self.reader.target, index, flip=group.flip)
                 if target is not None:
-                    write_target(batch, row * k + i, target, self.labels)
+                    write_target(batch, row * k + i, target, self.reader.labels)
         return batch
 
-    def _read(self, index: int, *, flip: bool) -> ImageRecord | None:
+    def _read(self, read: Callable[..., Any], index: int, *, flip: bool) -> Any:
         try:
-            record = self.images.image(index)
+            return read(index, flip=flip)
         except InputError as error:
             if index not in self.complained:
                 self.complained.add(index)
                 logging.warning("%s (its rows weigh nothing)", error)
             return None
-        return flip_record(record, self.labels) if flip else record
 
 
 def make_loader(
     images: ImageSet,
-    tokens: TokenTable,
+    tokens: TokenTable | RecordTokens,
     *,
     seed: int,
     batch_size: int,
@@ -150,23 +151,26 @@ def make_loader(
     host_index: int = 0,
     host_count: int = 1,
     threads: int = 2,
+    workers: int = 0,
     shuffle: bool = True,
+    form: str = "floats",
 ) -> Iterator[Batch]:
-    """Endless batches of schema.BATCH_FIELDS, as NumPy arrays, from `start_step` on.
+    """Endless batches of schema.FORMS[form], as NumPy arrays, from `start_step` on.
 
     batch_size: global, in targets. targets_per_source: rows that share a source; source arrays have
     batch_size / targets_per_source rows. self_pair: probability that a target is its own source. Each host
     gets its contiguous rows of the one global batch. threads: batches filled at once ahead of use; 0 fills in
-    the caller. Raises InputError where the sizes do not divide, the set has no pairs, or flips lack their
-    tokens.
+    the caller. workers: processes that fill them, with `threads` each (0: this one; on few cores threads are faster);
+    outside programs of absl, absl.flags.FLAGS.mark_as_parsed() must come first. Neither changes a batch. Raises
+    InputError where the sizes do not divide, the set has no pairs, or flips lack their tokens.
     """
     if batch_size % (targets_per_source * host_count):
         raise InputError(
             f"batch_size {batch_size} is not a multiple of targets_per_source {targets_per_source} x {host_count} hosts"
         )
-    if flip and tokens.flipped_tokens is None:
+    if flip and not tokens.has_flipped:
         raise InputError("flip needs the region tokens of the mirrored photos (TokenTable.flipped_tokens)")
-    writer = _writer(images, tokens)
+    writer = BatchWriter(make_reader(images, tokens, form), form)
     pairs = check_pairs(images.pairs, len(images))
     plan = GroupPlan(pairs, seed, targets_per_source, flip, self_pair)
 
@@ -177,12 +181,17 @@ def make_loader(
     batches = groups.batch(local, batch_fn=tuple)
     batches = batches.slice(slice(start_step * host_count + host_index, None, host_count))
     batches = batches.map(lambda chosen: writer(chosen, targets_per_source=targets_per_source))
-    return iter(batches.to_iter_dataset(grain.ReadOptions(num_threads=threads, prefetch_buffer_size=2 * threads)))
+    filled = batches.to_iter_dataset(grain.ReadOptions(num_threads=threads, prefetch_buffer_size=2 * threads))
+    if workers:
+        filled = filled.mp_prefetch(grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=2))
+    return iter(filled)
 
 
-def eval_batches(images: ImageSet, tokens: TokenTable, pairs: np.ndarray, batch_size: int) -> Iterator[Batch]:
+def eval_batches(
+    images: ImageSet, tokens: TokenTable | RecordTokens, pairs: np.ndarray, batch_size: int
+) -> Iterator[Batch]:
     """The pairs int [n 2] in order, not flipped; the last batch is filled up with valid = 0."""
-    writer = _writer(images, tokens)
+    writer = BatchWriter(make_reader(images, tokens, "floats"))
     pairs = check_pairs(pairs, len(images))
     for start in range(0, len(pairs), batch_size):
         chosen = [
@@ -199,21 +208,3 @@ def check_pairs(pairs: np.ndarray, images: int) -> np.ndarray:
     if pairs.min() < 0 or pairs.max() >= images:
         raise InputError(f"pairs name image {pairs.max()}, but the set has {images}")
     return pairs
-
-
-def _writer(images: ImageSet, tokens: TokenTable) -> BatchWriter:
-    """The writer, with the size of the pictures taken from the first image that can be read."""
-    want = (len(images), MAX_CLASSES + 1)
-    if tokens.tokens.shape[:2] != want or tokens.valid.shape != want:
-        raise InputError(
-            f"token table of shape {tokens.tokens.shape} with valid {tokens.valid.shape}; "
-            f"expected {want} for this image set"
-        )
-    for index in range(len(images)):
-        try:
-            size = images.image(index).image.shape[:2]
-        except InputError as error:
-            first = error
-            continue
-        return BatchWriter(images, tokens, label_set(images.labels), size)
-    raise InputError(f"no image of the set can be read; the last error: {first}")

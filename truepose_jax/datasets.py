@@ -10,15 +10,24 @@ import numpy as np
 
 from input_pipeline.folder import FolderImages
 from input_pipeline.loader import RecordCache
+from input_pipeline.parsing import label_set
 from input_pipeline.poses import load_real_poses
-from input_pipeline.schema import ImageSet
+from input_pipeline.readers import RecordTokens
+from input_pipeline.records import RecordImages, split_names
+from input_pipeline.schema import ImageSet, InputError
 from input_pipeline.synthetic import SyntheticPeople
 from input_pipeline.transforms import TokenTable
-from truepose_jax.region_tokens import RegionEncoder, token_table
-from truepose_jax.schema import Config
+from truepose_jax.region_tokens import LazyEncoder, RegionEncoder, token_table
+from truepose_jax.schema import Config, ConfigError
+from truepose_jax.stored import stored_tokens
 
 CACHE_BYTES = 4 << 30
 """Decoded or rendered images kept in memory; 64x48 pools fit whole, larger sets in part."""
+
+TRAIN_SPLIT, TEST_SPLIT = "train", "test"
+"""Splits of a built dataset where the config names none."""
+
+Encoder = RegionEncoder | LazyEncoder
 
 EVAL_SEED = 1
 """Added to the run's seed for held-out people."""
@@ -26,30 +35,40 @@ EVAL_SEED = 1
 
 @dataclasses.dataclass(frozen=True)
 class Dataset:
-    """images with their tokens; pairs int32 [n 2] to train or evaluate on; heldout: unseen in training."""
+    """images with their tokens; pairs int32 [n 2] to train or evaluate on; heldout: unseen in training. clip:
+    fingerprint of the CLIP that made the tokens, where it is known."""
 
     images: ImageSet
-    tokens: TokenTable
+    tokens: TokenTable | RecordTokens
     pairs: np.ndarray
     heldout: bool
+    clip: str = ""
 
 
-def training_set(config: Config, encoder: RegionEncoder, cache: str | None) -> Dataset:
-    images, name = _synthetic(config, "train") if config.data.dataset == "synthetic" else _folder(config, "pairs")
-    tokens = token_table(images, encoder, flip=config.data.flip, cache=cache, fingerprint=name)
-    return Dataset(images, tokens, images.pairs, heldout=False)
+def training_set(config: Config, encoder: Encoder, cache: str | None) -> Dataset:
+    """Raises InputError and ConfigError where the data are not what the config says."""
+    images, name = _OPEN[config.data.dataset](config, "train")
+    tokens, clip = _tokens(config, images, encoder, config.data.flip, cache, name)
+    return Dataset(images, tokens, images.pairs, heldout=False, clip=clip)
 
 
-def evaluation_set(config: Config, encoder: RegionEncoder, cache: str | None) -> Dataset:
-    """Held-out people, or the folder's `eval_pairs`. Pairs are spread over the identities: one of each first."""
-    if config.data.dataset == "synthetic":
-        images, name = _synthetic(config, "heldout")
-        heldout = True
-    else:
-        images, name = _folder(config, "eval_pairs" if config.data.eval_pairs else "pairs")
-        heldout = bool(config.data.eval_pairs)
-    tokens = token_table(images, encoder, flip=False, cache=cache, fingerprint=name)
-    return Dataset(images, tokens, spread(images.pairs, config.eval.pairs), heldout)
+def _tokens(
+    config: Config, images: ImageSet, encoder: Encoder, flip: bool, cache: str | None, name: str
+) -> tuple[TokenTable | RecordTokens, str]:
+    """(tokens, fingerprint of their CLIP): those of the records where they serve, else from the cache or CLIP."""
+    stored = stored_tokens(config, images, encoder) if isinstance(images, RecordImages) else None
+    if stored is not None:
+        return stored
+    return token_table(images, encoder, flip=flip, cache=cache, fingerprint=name), encoder.fingerprint
+
+
+def evaluation_set(config: Config, encoder: Encoder, cache: str | None) -> Dataset:
+    """Held-out people, the folder's `eval_pairs`, or the records' test split. Pairs are spread over the identities:
+    one of each first."""
+    heldout = config.data.dataset == "synthetic" or bool(_evaluation_split(config))
+    images, name = _OPEN[config.data.dataset](config, "heldout" if heldout else "train")
+    tokens, clip = _tokens(config, images, encoder, False, cache, name)
+    return Dataset(images, tokens, spread(images.pairs, config.eval.pairs), heldout, clip)
 
 
 def spread(pairs: np.ndarray, count: int) -> np.ndarray:
@@ -77,13 +96,33 @@ def _synthetic(config: Config, split: str) -> tuple[ImageSet, str]:
     return RecordCache(images, max_bytes=CACHE_BYTES), json.dumps(settings | {"poses": s.poses}, sort_keys=True)
 
 
-def _folder(config: Config, which: str) -> tuple[ImageSet, str]:
+def _evaluation_split(config: Config) -> str:
+    """What config.data.eval_pairs comes to: "" where evaluation uses the training pairs."""
+    d = config.data
+    if d.dataset == "records" and not d.eval_pairs and TEST_SPLIT in split_names(d.root):
+        return TEST_SPLIT
+    return d.eval_pairs
+
+
+def _records(config: Config, split: str) -> tuple[ImageSet, str]:
+    d = config.data
+    name = (TRAIN_SPLIT if d.pairs == "self" else d.pairs) if split == "train" else _evaluation_split(config)
+    images = RecordImages(d.root, name, size=config.model.size)
+    if d.labels and label_set(d.labels).name != images.labels:
+        raise ConfigError(f"config.data.labels is {d.labels!r}; the maps in {d.root} are {images.labels!r} (or say '')")
+    if len(images.pairs) == 0:
+        why = "no photo has a visible joint" if not images.joint_counts.any() else "it has no pairs"
+        raise InputError(f"{d.root}: its split '{name}' cannot be trained or evaluated on: {why}")
+    return images, f"records|{images.digest}|{name}|{config.model.size}"
+
+
+def _folder(config: Config, split: str) -> tuple[ImageSet, str]:
     d = config.data
     images = FolderImages(
         d.root,
         labels=d.labels,
         size=config.model.size,
-        pairs=getattr(d, which),
+        pairs=d.pairs if split == "train" else d.eval_pairs,
         keypoints=d.keypoints or None,
     )
     files = hashlib.sha256()
@@ -91,3 +130,7 @@ def _folder(config: Config, which: str) -> tuple[ImageSet, str]:
         stat = path.stat()
         files.update(f"{name}|{stat.st_size}|{stat.st_mtime_ns}".encode())
     return RecordCache(images, max_bytes=CACHE_BYTES), f"{d.root}|{d.labels}|{config.model.size}|{files.hexdigest()}"
+
+
+_OPEN = {"synthetic": _synthetic, "folder": _folder, "records": _records}
+"""config.data.dataset -> function of (config, "train" | "heldout") that gives the images and names them for caches."""

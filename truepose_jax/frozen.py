@@ -67,16 +67,31 @@ def load_autoencoder(config: ModelConfig) -> tuple[Autoencoder, dict[str, Any], 
     kind = KINDS["vae"]
     if not config.vae:
         raise ConfigError(f"{kind.setting} is empty and autoencoder 'sd15' needs weights; {kind.advice}")
-    found = read_torch_config(config.vae, AutoencoderKLConfig.from_diffusers, "vae")
-    if (found.factor, found.latent_channels) != (8, config.unet.in_channels):
+    return load_vae(config.vae, channels=config.unet.in_channels, dtype=config.dtype)
+
+
+def load_vae(folder: str, *, channels: int = 4, dtype: str = "float32") -> tuple[KLAutoencoder, dict[str, Any], str]:
+    """(autoencoder, its parameters, fingerprint) of a diffusers folder. channels: of a latent. Raises ConfigError."""
+    kind = KINDS["vae"]
+    found = read_torch_config(folder, AutoencoderKLConfig.from_diffusers, "vae")
+    if (found.factor, found.latent_channels) != (8, channels):
         raise ConfigError(
-            f"{kind.setting}={config.vae}: {found.latent_channels} latent channels at 1/{found.factor} of the "
-            f"size; this model needs {config.unet.in_channels} at 1/8; {kind.advice}"
+            f"{kind.setting}={folder}: {found.latent_channels} latent channels at 1/{found.factor} of the "
+            f"size; this model needs {channels} at 1/8; {kind.advice}"
         )
-    autoencoder = KLAutoencoder(found, dtype=jnp.dtype(config.dtype))
+    autoencoder = KLAutoencoder(found, dtype=jnp.dtype(dtype))
     shapes = jax.eval_shape(autoencoder.init, jax.random.key(0))
-    params, fingerprint = load_torch_folder(config.vae, shapes, "vae")
+    params, fingerprint = load_torch_folder(folder, shapes, "vae")
     return autoencoder, params, fingerprint
+
+
+def autoencoder_shapes(config: ModelConfig) -> tuple[Autoencoder, dict[str, Any]]:
+    """(autoencoder, the shapes of its parameters) without any weights: SD1.5's where config.vae is empty."""
+    if config.autoencoder == "pixels":
+        return PixelAutoencoder(config.pixel_factor), {}
+    found = read_torch_config(config.vae, AutoencoderKLConfig.from_diffusers, "vae") if config.vae else None
+    autoencoder = KLAutoencoder(*([found] if found else []), dtype=jnp.dtype(config.dtype))
+    return autoencoder, jax.eval_shape(autoencoder.init, jax.random.key(0))
 
 
 def read_torch_config(folder: str, parse: Callable[[Mapping[str, Any]], T], kind: str) -> T:
@@ -104,6 +119,14 @@ def load_torch_folder(folder: str, abstract_params: Mapping[str, Any], kind: str
     except (OSError, ConversionError) as error:
         raise _refusal(folder, kind, _one_line(error)) from error
     return jax.tree.map(jnp.asarray, params), fingerprint
+
+
+def folder_fingerprint(folder: str, kind: str) -> str:
+    """The fingerprint of a folder's weights, which are hashed and not loaded. Raises ConfigError."""
+    try:
+        return _sha256(weight_files(_folder(folder, kind)))
+    except (OSError, ConversionError) as error:
+        raise _refusal(folder, kind, _one_line(error)) from error
 
 
 def _folder(folder: str, kind: str) -> pathlib.Path:

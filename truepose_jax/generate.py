@@ -2,10 +2,13 @@
 
     python -m truepose_jax.generate --workdir=DIR --source=PHOTO --parsing=MAP.png --labels=atr18 --pose=FILE --out=OUT.png
     python -m truepose_jax.generate --workdir=DIR --pairs=LIST.csv --out-dir=D
+    python -m truepose_jax.generate --workdir=DIR --records=RECORDS --split=test --out-dir=D
 
 --pose: OpenPose JSON (18 or 25 joints), COCO-17 JSON, 18 rows of text, or annotations.csv#image-name. --parsing=none:
 all of the photo is person. LIST.csv has columns source,parsing,pose,out and may have labels,pose_frame; its paths are
-relative to it, `out` (a .png) to D. Rows that are done are skipped: run the same command again after a kill.
+relative to it, `out` (a .png) to D. --records makes all pairs of a split of what `prepare build` wrote, as
+SOURCE_to_TARGET.png (or as --naming says), with D/pairs.csv for `evaluate --pairs`. Rows that are done are skipped: run
+the same command again after a kill. SIGTERM or Ctrl-C: the batch under way is finished and written, then it ends with 143.
 """
 
 from __future__ import annotations
@@ -33,10 +36,13 @@ from PIL import Image
 from input_pipeline.keypoints import canonical_name, load_pose
 from input_pipeline.parsing import LABEL_SETS, label_set, read_parsing
 from input_pipeline.photo import one_line, read_photo
+from input_pipeline.records import RecordImages
 from input_pipeline.schema import InputError
+from truepose_jax.checkpoint import STOPPED, Preemption
 from truepose_jax.pictures import sheet
 from truepose_jax.pipeline import WEIGHTS, Fitted, Pipeline, Request, Run, fit_request
-from truepose_jax.programs import Parser, parse_size, run_program
+from truepose_jax.programs import Parser, keep_programs, parse_size, run_program
+from truepose_jax.record_rows import NAMINGS, RecordRow, pair_list, record_rows
 from truepose_jax.schema import to_dict
 
 COLUMNS = ("source", "parsing", "pose", "out")
@@ -47,6 +53,8 @@ Report = Callable[[int, object], None]
 """(line of the CSV, what is wrong with it)."""
 SETTINGS_FILE = "generate.json"
 """In --out-dir: what its pictures were made with, so that no two settings mix in one folder."""
+PAIRS_FILE = "pairs.csv"
+"""There too, of --records: from,to,out of every picture."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -54,24 +62,29 @@ def main(argv: Sequence[str] | None = None) -> int:
     return run_program(_main, sys.argv[1:] if argv is None else argv)
 
 
-def _main(argv: Sequence[str]) -> None:
+def _main(argv: Sequence[str]) -> int | None:
     flags = make_parser().parse_args(argv)
+    keep_programs()
     if flags.labels:
         label_set(flags.labels)
     single = {name: getattr(flags, name) for name in COLUMNS}
-    if flags.pairs:
+    many = "pairs" if flags.pairs else "records"
+    if flags.pairs and flags.records:
+        raise InputError("--pairs and --records are two lists; give one of them")
+    if flags.pairs or flags.records:
         given = [name for name, value in (single | {"sheet": flags.sheet}).items() if value]
         if given:
-            raise InputError(f"--{given[0]} is for one picture and --pairs for a list; give one of them")
+            raise InputError(f"--{given[0]} is for one picture and --{many} for a list; give one of them")
         if not flags.out_dir:
-            raise InputError("--out-dir is missing: name the folder for the pictures of --pairs")
-        generate_list(flags)
+            raise InputError(f"--out-dir is missing: name the folder for the pictures of --{many}")
+        return generate_list(flags)
     else:
         missing = [name for name, value in single.items() if not value]
         if missing:
             hint = " (none where there is no map)" if missing[0] == "parsing" else ""
             raise InputError(f"--{missing[0]} is missing{hint}; see --help")
         generate_one(flags)
+    return None
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -93,8 +106,11 @@ def make_parser() -> argparse.ArgumentParser:
     add("--out", metavar="PNG", help="the picture")
     add("--sheet", metavar="PNG", help="also draw source, skeleton and picture side by side")
     add("--pairs", metavar="CSV", help="a list in place of one picture")
-    add("--out-dir", metavar="D", help="folder for the pictures of --pairs")
-    add("--batch-size", type=int, default=8, help="of --pairs (8); no picture depends on it")
+    add("--records", metavar="DIR", help="all pairs of records in place of one picture")
+    add("--split", default="test", help="of --records (test)")
+    add("--naming", choices=tuple(NAMINGS), default="cfld", help="of the pictures of --records (cfld)")
+    add("--out-dir", metavar="D", help="folder for the pictures of --pairs or --records")
+    add("--batch-size", type=int, default=8, help="of a list (8); no picture depends on it")
     add("--overwrite", action="store_true", help="replace what is there")
     add("--steps", type=int, help="DDIM steps (the run's)")
     add("--guidance", type=float, help="classifier-free guidance, 1: none (the run's)")
@@ -167,6 +183,9 @@ class Row:
         return fit_request(request, run.config.model.size)
 
 
+AnyRow = Row | RecordRow
+
+
 def _short_name(spec: str) -> str:
     file, _, member = spec.partition("#")
     name = canonical_name(member or file)
@@ -210,26 +229,33 @@ def _write_whole(path: pathlib.Path, write: Callable[[pathlib.Path], object]) ->
         partial.unlink(missing_ok=True)
 
 
-def generate_list(flags: argparse.Namespace) -> None:
-    """The pictures of a CSV that are not there yet. Rows that fail are reported and left out; raises InputError at the
-    end where there were any."""
+def generate_list(flags: argparse.Namespace) -> int:
+    """The pictures of a list that are not there yet; the exit code (0, or STOPPED). Rows that fail are reported and left
+    out; raises InputError at the end where there were any."""
     if flags.batch_size < 1:
         raise InputError(f"--batch-size is {flags.batch_size}; it must be 1 or more")
     run = Run.open(flags.workdir, weights=flags.weights, step=flags.step)
     steps, guidance = run.sampling(flags.steps, flags.guidance)
     out_dir = pathlib.Path(flags.out_dir)
-    rows, problems = read_rows(flags.pairs, out_dir, labels=flags.labels, pose_frame=flags.pose_frame)
     settings = settings_of(run, steps, guidance, flags)
+    if flags.records:
+        images = RecordImages(flags.records, flags.split)
+        source, problems = str(images.root / f"pairs-{flags.split}.csv"), []
+        rows = record_rows(images, out_dir, flags.naming)
+        settings |= {"records": images.digest, "split": flags.split}
+    else:
+        source = flags.pairs
+        rows, problems = read_rows(flags.pairs, out_dir, labels=flags.labels, pose_frame=flags.pose_frame)
     if not flags.overwrite:
         check_settings(out_dir, settings)
     todo = rows if flags.overwrite else [row for row in rows if not row.out.exists()]
     print(describe(run, steps, guidance, flags.seed), flush=True)
-    print(f"{flags.pairs}: {len(rows)} pairs, {len(rows) - len(todo)} of them done before", flush=True)
+    print(f"{source}: {len(rows)} pairs, {len(rows) - len(todo)} of them done before", flush=True)
     failed = []
 
     def report(line: int, why: object) -> None:
         failed.append(line)
-        tqdm.tqdm.write(f"error: {flags.pairs}, line {line}: {why}", file=sys.stderr)
+        tqdm.tqdm.write(f"error: {source}, line {line}: {why}", file=sys.stderr)
 
     for line, why in problems:
         report(line, why)
@@ -240,27 +266,38 @@ def generate_list(flags: argparse.Namespace) -> None:
             row.out.unlink(missing_ok=True)
         text = json.dumps(settings, indent=1) + "\n"
         _write_whole(out_dir / SETTINGS_FILE, lambda partial: partial.write_text(text))
+        if flags.records:
+            _write_whole(out_dir / PAIRS_FILE, lambda partial: partial.write_text(pair_list(rows, out_dir)))
         size = min(flags.batch_size, len(todo))
-        with tqdm.tqdm(total=len(rows), initial=len(rows) - len(todo), unit="image", smoothing=0.1) as bar:
+        bar = tqdm.tqdm(total=len(rows), initial=len(rows) - len(todo), unit="image", smoothing=0.1)
+        compiled = False  # Until the first batch is sampled there is nothing to save.
+        with bar, Preemption(may_leave=lambda: not compiled) as preemption:
             for batch in _batches(todo, run, flags.seed, size, report):
                 fitted = [fitted for _, fitted in batch]
                 pictures = pipeline.sample(fitted, steps=steps, guidance=guidance, batch_size=size)
+                compiled = True
                 for (row, _), picture in zip(batch, pictures, strict=True):
                     save_png(picture, row.out)
                 bar.update(len(batch))
+                if preemption.stop(bar.n):
+                    print(f"asked to stop: {bar.n} of {len(rows)} pairs done; run the same command again to go on")
+                    return STOPPED
     count = len(rows) + len(problems)
     print(f"{out_dir}: {sum(row.out.exists() for row in rows)} pictures of {count} pairs", flush=True)
     if failed:
         lines = ", ".join(map(str, failed[:10])) + (", ..." if len(failed) > 10 else "")
-        raise InputError(f"{flags.pairs}: {len(failed)} of {count} rows failed (lines {lines})")
+        raise InputError(f"{source}: {len(failed)} of {count} rows failed (lines {lines})")
+    return 0
 
 
-def _batches(rows: Sequence[Row], run: Run, seed: int, size: int, report: Report) -> Iterator[list[tuple[Row, Fitted]]]:
+def _batches(
+    rows: Sequence[AnyRow], run: Run, seed: int, size: int, report: Report
+) -> Iterator[list[tuple[AnyRow, Fitted]]]:
     """Batches of `size` readable rows, in order; the last may be smaller. Reads one batch ahead."""
     batch, later = [], iter(rows)
     with ThreadPoolExecutor(READERS) as pool:
 
-        def reading(count: int) -> list[tuple[Row, Future[Fitted]]]:
+        def reading(count: int) -> list[tuple[AnyRow, Future[Fitted]]]:
             return [(row, pool.submit(row.read, run, seed)) for row in itertools.islice(later, count)]
 
         waiting = collections.deque(reading(2 * size))

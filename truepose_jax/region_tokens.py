@@ -25,7 +25,7 @@ from input_pipeline.parsing import label_set
 from input_pipeline.regions import clip_normalise, region_crops
 from input_pipeline.schema import MAX_CLASSES, ImageRecord, ImageSet, InputError
 from input_pipeline.transforms import TokenTable, flip_record
-from truepose_jax.frozen import load_torch_folder, read_torch_config
+from truepose_jax.frozen import folder_fingerprint, load_torch_folder, read_torch_config
 from truepose_jax.models.clip import CLIPVisionConfig, CLIPVisionModelWithProjection
 from truepose_jax.schema import ClipConfig, ConfigError
 
@@ -80,20 +80,50 @@ class RegionEncoder:
         return tokens, valid
 
 
+class LazyEncoder:
+    """The encoder of the config, whose weights are loaded when the first crop is encoded: where all tokens lie in
+    records or in a cache, CLIP is never loaded. Whatever can be checked before is a ConfigError at once."""
+
+    def __init__(self, clip: ClipConfig, token_width: int):
+        self._clip, self._width = clip, token_width
+        if clip.path:
+            _check_width(clip, token_width)
+
+    @functools.cached_property
+    def _encoder(self) -> RegionEncoder:
+        return make_encoder(self._clip, self._width)
+
+    @functools.cached_property
+    def fingerprint(self) -> str:
+        return folder_fingerprint(self._clip.path, "clip") if self._clip.path else self._encoder.fingerprint
+
+    def tokens(self, records: Sequence[ImageRecord | None], labels: str) -> tuple[np.ndarray, np.ndarray]:
+        """See RegionEncoder.tokens."""
+        return self._encoder.tokens(records, labels)
+
+
 def make_encoder(clip: ClipConfig, token_width: int) -> RegionEncoder:
     """The encoder of the config. Raises ConfigError where the folder is missing or gives tokens of another width."""
-    return _trained(clip, token_width) if clip.path else _untrained(clip, token_width)
+    if not clip.path:
+        return _untrained(clip, token_width)
+    _check_width(clip, token_width)
+    return load_encoder(clip.path)
 
 
-def _trained(clip: ClipConfig, token_width: int) -> RegionEncoder:
+def load_encoder(folder: str) -> RegionEncoder:
+    """The encoder of a transformers folder. Raises ConfigError."""
+    config = read_torch_config(folder, CLIPVisionConfig.from_transformers, "clip")
+    params, fingerprint = load_torch_folder(folder, _shapes(config), "clip")
+    return RegionEncoder(config, params, fingerprint, trained=True)
+
+
+def _check_width(clip: ClipConfig, token_width: int) -> None:
     config = read_torch_config(clip.path, CLIPVisionConfig.from_transformers, "clip")
     if config.projection_dim != token_width:
         raise ConfigError(
             f"config.model.clip.path={clip.path} gives tokens of {config.projection_dim}; "
             f"config.model.unet.cross_attention_dim is {token_width}"
         )
-    params, fingerprint = load_torch_folder(clip.path, _shapes(config), "clip")
-    return RegionEncoder(config, params, fingerprint, trained=True)
 
 
 def _shapes(config: CLIPVisionConfig):
@@ -130,7 +160,7 @@ def _untrained(clip: ClipConfig, token_width: int) -> RegionEncoder:
 
 
 def token_table(
-    images: ImageSet, encoder: RegionEncoder, *, flip: bool, cache: str | None, fingerprint: str
+    images: ImageSet, encoder: RegionEncoder | LazyEncoder, *, flip: bool, cache: str | None, fingerprint: str
 ) -> TokenTable:
     """Tokens of every image of the set (and of its mirror image where `flip`), from `cache` where they lie there.
 

@@ -75,8 +75,8 @@ class TruePose:
 
     def init(self, key, batch_spec: BatchSpec):
         batch = {name: jnp.zeros(spec.shape, spec.dtype) for name, spec in batch_spec.items()}
-        b = batch["target"].shape[0]
-        latents = jnp.zeros((b, *self.latent_spec(batch["target"].shape[1:3])))
+        b = batch["target_pose"].shape[0]
+        latents = jnp.zeros((b, *self.latent_spec(batch["target_pose"].shape[1:3])))
         t = jnp.zeros((b,), jnp.int32)
         # The twins start with the same weights, as they do when both come from SD1.5: like features then meet like
         # features in Eq. 8 from the first step.

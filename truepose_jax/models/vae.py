@@ -209,13 +209,19 @@ class AutoencoderKL(nn.Module):
 
     def sample(self, images: Float[Array, "b H W 3"], keys: jax.Array) -> Float[Array, "b h w c"]:
         """One draw of the latents' posterior; unit normal noise from `keys` [b], one key per image."""
-        mean, logvar = self.encode(images)
-        noise = jax.vmap(lambda key: jax.random.normal(key, mean.shape[1:]))(keys)
-        return mean + jnp.exp(0.5 * logvar) * noise
+        return posterior_sample(*self.encode(images), keys)
 
     def decode(self, latents: Float[Array, "b h w c"]) -> Float[Array, "b H W 3"]:
         """Images, float32, about [-1, 1] and not clipped."""
         return self.decoder(self.post_quant_conv(latents.astype(self.dtype))).astype(jnp.float32)
+
+
+def posterior_sample(
+    mean: Float[Array, "b h w c"], logvar: Float[Array, "b h w c"], keys: jax.Array
+) -> Float[Array, "b h w c"]:
+    """One draw of each normal distribution; unit noise from `keys` [b], one key per image."""
+    noise = jax.vmap(lambda key: jax.random.normal(key, mean.shape[1:]))(keys)
+    return mean + jnp.exp(0.5 * logvar) * noise
 
 
 def check_divides(shape: tuple[int, ...], factor: int) -> None:
@@ -334,6 +340,43 @@ class PixelAutoencoder:
     def decode(self, params, latents: Float[Array, "b h w c"]) -> Float[Array, "b H W 3"]:
         del params
         return depth_to_space(latents, self.factor)
+
+
+@dataclasses.dataclass(frozen=True)
+class MomentsAutoencoder:
+    """`Autoencoder` whose images are posteriors that were stored: [b h w 2c], mean and log variance, unscaled.
+
+    Encodes to what `encoder` would have made of the photos, with the same noise, and decodes as it does.
+    """
+
+    encoder: KLAutoencoder
+
+    @property
+    def factor(self) -> int:
+        return self.encoder.factor
+
+    @property
+    def channels(self) -> int:
+        return self.encoder.channels
+
+    @property
+    def scale(self) -> float:
+        return self.encoder.scale
+
+    def init(self, key: jax.Array) -> Mapping[str, Any]:
+        return self.encoder.init(key)
+
+    def encode_mean(self, params, images: Float[Array, "b h w c2"]) -> Float[Array, "b h w c"]:
+        del params
+        return images[..., : self.channels].astype(jnp.float32) * self.scale
+
+    def encode_sample(self, params, images: Float[Array, "b h w c2"], keys: jax.Array) -> Float[Array, "b h w c"]:
+        del params
+        mean, logvar = jnp.split(images.astype(jnp.float32), 2, axis=-1)
+        return posterior_sample(mean, logvar, keys) * self.scale
+
+    def decode(self, params, latents: Float[Array, "b h w c"]) -> Float[Array, "b H W 3"]:
+        return self.encoder.decode(params, latents)
 
 
 AUTOENCODERS = {"kl": KLAutoencoder, "pixels": PixelAutoencoder}

@@ -1,0 +1,266 @@
+"""How many finished pairs the loader makes a second, what limits it, and how many the demo's model takes. Prints JSON.
+
+    taskset -c 1 python benchmarks/loader_speed.py [--photos=DIR] [--pairs=1500] [--out=FILE]
+
+A pair is finished: both photos (decoded JPEG, or stored latents), the source's map, joints, region tokens of 768, the
+skeleton, the switched-on classes, half of them mirrored. Records are made here: synthetic people of 512x352, their
+pixels replaced by those of --photos where it names a folder (real photos take longer to decode), tokens and latents
+of random numbers. Rates are pairs per CPU second of this process (so per core) and per second of the wall clock, each the
+best of WINDOWS windows: other work on the machine slows memory and caches too. `parts` are microseconds a pair of one
+thread, each part timed alone on the same records.
+"""
+
+import argparse
+import dataclasses
+import functools
+import json
+import os
+import pathlib
+import platform
+import sys
+import tempfile
+import time
+
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
+
+import cv2
+import jax
+import numpy as np
+
+from configs import demo
+from input_pipeline import photo
+from input_pipeline.builder import build_records
+from input_pipeline.keypoints import flip_joints
+from input_pipeline.loader import make_loader
+from input_pipeline.parsing import class_on, decode_parsing, flip_parsing, label_set
+from input_pipeline.photo import decode_photo, read_photo
+from input_pipeline.raw import RawPicture, RawSet, RawSplit
+from input_pipeline.raw_folder import synthetic_people
+from input_pipeline.readers import RecordTokens, make_reader
+from input_pipeline.record_rewrite import rewrite_records
+from input_pipeline.record_schema import pack_latents, pack_tokens, unpack_tokens
+from input_pipeline.records import RecordImages
+from input_pipeline.regions import region_boxes
+from input_pipeline.skeleton import draw_skeleton_into
+from input_pipeline.transforms import empty_batch, write_picture
+from truepose_jax.datasets import training_set
+from truepose_jax.initial import batch_spec
+from truepose_jax.methods import make_method
+from truepose_jax.models.vae import PixelAutoencoder
+from truepose_jax.region_tokens import LazyEncoder
+from truepose_jax.schema import Config, from_config_dict
+from truepose_jax.train_step import Trainer
+
+SIZE = (512, 352)
+BATCH = 12
+WIDTH = 768
+WINDOWS = 10
+EPOCH = 101_966
+"""DeepFashion's training pairs."""
+PEOPLE = 12
+"""In 4 poses each: 48 photos, 144 pairs."""
+SAMPLING = {"444": cv2.IMWRITE_JPEG_SAMPLING_FACTOR_444, "420": cv2.IMWRITE_JPEG_SAMPLING_FACTOR_420}
+QUALITY = 95
+
+
+@dataclasses.dataclass(frozen=True)
+class Dressed:
+    """A synthetic person's map and joints with other pixels, as a JPEG of the given colour resolution."""
+
+    item: object
+    photo: str | None
+    sampling: str
+
+    name = property(lambda self: self.item.name)
+    identity = property(lambda self: self.item.identity)
+
+    def load(self) -> RawPicture:
+        picture = self.item.load()
+        image = picture.image
+        if self.photo:
+            image = cv2.resize(read_photo(self.photo), SIZE[::-1], interpolation=cv2.INTER_AREA)
+        settings = [cv2.IMWRITE_JPEG_QUALITY, QUALITY, cv2.IMWRITE_JPEG_SAMPLING_FACTOR, SAMPLING[self.sampling]]
+        jpeg = cv2.imencode(".jpg", image[..., ::-1], settings)[1].tobytes()
+        return RawPicture(decode_photo(jpeg, name=""), picture.parsing, picture.joints, jpeg)
+
+
+def make_records(folder: pathlib.Path, photos: list[str], sampling: str) -> RecordImages:
+    """Built, with random tokens and latents in every record."""
+    people = synthetic_people(pairs=12 * PEOPLE, size=SIZE)
+    items = people.splits["train"].items
+    dressed = [Dressed(item, photos[i % len(photos)] if photos else None, sampling) for i, item in enumerate(items)]
+    raw = RawSet("bench", people.labels, {"train": RawSplit(dressed, people.splits["train"].pairs)}, "A benchmark.")
+    build_records(raw, folder)
+    random = np.random.default_rng(0)
+
+    def fill(records, labels):
+        found = []
+        for record in records:
+            fields = {"latents_size": np.array(SIZE, np.int32)}
+            valid = region_boxes(record.parsing, label_set(labels))[1]
+            for kind in ("", "flipped_"):
+                tokens = random.standard_normal((len(valid), WIDTH)).astype(np.float32)
+                fields[f"{kind}region_tokens"], fields[f"{kind}region_valid"] = pack_tokens(tokens, valid)
+                fields[f"{kind}latents"] = pack_latents(*random.standard_normal((2, SIZE[0] // 8, SIZE[1] // 8, 4)))
+            found.append(fields)
+        return found
+
+    rewrite_records(folder, {"clip": {}, "vae": {}}, fill, size=SIZE)
+    return opened(folder)
+
+
+def opened(folder: pathlib.Path) -> RecordImages:
+    """With as long a list of pairs as DeepFashion's: Grain's shuffle of a short one costs 0.4 ms a draw."""
+    images = RecordImages(folder, "train", size=SIZE)
+    images.pairs = np.tile(images.pairs, (-(-EPOCH // len(images.pairs)), 1))
+    return images
+
+
+def loader_rate(images: RecordImages, form: str, threads: int, pairs: int) -> dict[str, float]:
+    """Finished pairs per CPU second and per second."""
+    loader = make_loader(
+        images, RecordTokens(images, WIDTH, True), seed=0, batch_size=BATCH, flip=True, threads=threads, form=form
+    )
+    for _ in range(3 + 3 * threads):
+        next(loader)
+    steps = pairs // BATCH // WINDOWS
+    rates = []
+    for _ in range(WINDOWS):
+        cpu, wall = time.process_time(), time.perf_counter()
+        for _ in range(steps):
+            assert next(loader)["valid"].all()
+        rates.append((steps * BATCH / (time.process_time() - cpu), steps * BATCH / (time.perf_counter() - wall)))
+    by_cpu, by_wall = (max(column) for column in zip(*rates, strict=True))
+    return {"pairs_per_cpu_second": round(by_cpu), "pairs_per_second": round(by_wall)}
+
+
+def parts(images: RecordImages, form: str) -> dict[str, float]:
+    """Microseconds a pair; flips count half, for half of the pairs are mirrored."""
+    labels, fields = label_set(images.labels), [images.fields(i) for i in range(24)]
+    maps = [decode_parsing(f["parsing"], labels, SIZE, name="") for f in fields]
+    canvas = np.zeros((*SIZE, 3), np.uint8)
+    found = {
+        "read and parse two records": 2 * _each(lambda i: images.fields(i)),
+        "map of the source": _each(lambda i: decode_parsing(fields[i]["parsing"], labels, SIZE, name="")),
+        "region tokens": _each(lambda i: unpack_tokens(fields[i]["region_tokens"], fields[i]["region_valid"])),
+        "skeleton": _each(lambda i: draw_skeleton_into(canvas, fields[i]["joints"], joints_hw=SIZE)),
+        "flips of map and joints": _each(
+            lambda i: (flip_parsing(maps[i], labels), flip_joints(fields[i]["joints"], SIZE[1]))
+        )
+        / 2,
+        "switched-on classes": _each(lambda i: class_on(fields[i]["joints"], labels, hw=SIZE)),
+    }
+    make = functools.partial(
+        empty_batch, batch_size=BATCH, targets_per_source=1, size=SIZE, token_width=WIDTH, form=form
+    )  # fmt: skip
+    if form == "moments":
+        batch = make()
+
+        reader = make_reader(images, RecordTokens(images, WIDTH, True), form)
+
+        def moments(i):
+            write_picture(reader._moments(fields[i], i, flip=False), out=batch["source"][0])
+
+        found["two latents"] = 2 * _each(moments)
+    else:
+        decoded = [decode_photo(f["image"], name="") for f in fields]
+        found["decode two photos"] = 2 * _each(lambda i: decode_photo(fields[i]["image"], name=""))
+        found["flip and copy two photos"] = _each(lambda i: cv2.flip(decoded[i], 1)) + 2 * _each(
+            lambda i: np.copyto(canvas, decoded[i])
+        )
+
+    def touched(_):
+        for array in make().values():
+            array.reshape(-1)[:: 4096 // array.itemsize] = 1  # the memory is only taken when it is written
+
+    found["memory of the batch"] = _each(touched) / BATCH
+    return {name: round(value) for name, value in found.items()}
+
+
+def _each(call, repeats: int = 5) -> float:
+    best = float("inf")
+    for _ in range(repeats):
+        start = time.process_time()
+        for i in range(24):
+            call(i)
+        best = min(best, time.process_time() - start)
+    return best / 24 * 1e6
+
+
+def demo_rates(steps: int) -> dict[str, float]:
+    """The demo's model, and the loader with its settings, one after the other."""
+    config = demo.get_config()
+    config.data.synthetic.identities = 60
+    config = from_config_dict(Config, config)
+    data = training_set(config, LazyEncoder(config.model.clip, config.token_width), None)
+    settings = {
+        "seed": 0, "batch_size": config.batch_size, "targets_per_source": config.data.targets_per_source,
+        "self_pair": config.data.self_pair, "threads": 1, "form": "bytes",
+    }  # fmt: skip
+    loader = make_loader(data.images, data.tokens, **settings)
+    for _ in range(80):  # every person rendered once
+        batch = next(loader)
+    cpu = time.process_time()
+    for _ in range(200):
+        batch = next(loader)
+    loaded = 200 * config.batch_size / (time.process_time() - cpu)
+    trainer = Trainer(config, make_method(config, PixelAutoencoder(config.model.pixel_factor)))
+    state = trainer.init_state(jax.random.key(0), batch_spec(config))
+    step = jax.jit(trainer.step, donate_argnums=0)
+    for _ in range(3):
+        state, metrics = step(state, {}, batch)
+    jax.block_until_ready(metrics)
+    cpu, wall = time.process_time(), time.perf_counter()
+    for _ in range(steps):
+        state, metrics = step(state, {}, batch)
+    jax.block_until_ready(metrics)
+    cpu, wall = time.process_time() - cpu, time.perf_counter() - wall
+    done = steps * config.batch_size
+    return {
+        "size": "64x48",
+        "loader_pairs_per_cpu_second": round(loaded),
+        "model_pairs_per_cpu_second": round(done / cpu, 1),
+        "model_pairs_per_second": round(done / wall, 1),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--photos", help="folder of JPEGs whose pixels the records get")
+    parser.add_argument("--pairs", type=int, default=1500)
+    parser.add_argument("--steps", type=int, default=30, help="of the demo's model (0: leave it out)")
+    parser.add_argument("--out", help="also write the JSON here")
+    flags = parser.parse_args()
+    cv2.setNumThreads(1)
+    photos = sorted(str(path) for path in pathlib.Path(flags.photos).rglob("*.jpg")) if flags.photos else []
+    report = {
+        "size": "512x352",
+        "batch": BATCH,
+        "cores": len(os.sched_getaffinity(0)),
+        "cpu": platform.machine(),
+        "simplejpeg": photo.simplejpeg is not None,
+        "photos": f"{len(photos)} real ones" if photos else "synthetic",
+    }
+    with tempfile.TemporaryDirectory() as temporary:
+        for name, form, sampling in (
+            ("latents", "moments", "444"),
+            ("jpeg 4:2:0", "bytes", "420"),
+            ("jpeg 4:4:4", "bytes", "444"),
+        ):
+            folder = pathlib.Path(temporary) / sampling
+            images = opened(folder) if folder.exists() else make_records(folder, photos, sampling)
+            size = np.mean([len(images.fields(i)["image"]) for i in range(12)])
+            report[name] = {
+                f"{threads} thread{'s' * (threads > 1)}": loader_rate(images, form, threads, flags.pairs)
+                for threads in (1, 2)
+            } | {"jpeg_kB": round(size / 1000, 1), "parts_us": parts(images, form)}
+    if flags.steps:
+        report["demo"] = demo_rates(flags.steps)
+    text = json.dumps(report, indent=1)
+    print(text)
+    if flags.out:
+        pathlib.Path(flags.out).write_text(text + "\n")
+
+
+if __name__ == "__main__":
+    main()

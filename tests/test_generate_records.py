@@ -1,0 +1,141 @@
+"""`generate --records`: every pair of a split, named for others, stopped and gone on with."""
+
+import csv
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from input_pipeline.builder import build_records
+from input_pipeline.keypoints import canonical_name, patn_name
+from input_pipeline.records import RecordImages
+from input_pipeline.schema import InputError
+from tests.records import NoiseItem, RawSet, RawSplit, all_pairs
+from tests.tiny_run import SIZE, quick_starts, shared_pipeline, shared_run
+from truepose_jax import generate
+from truepose_jax.evaluate.pairing import Folder, pair_folders, read_pair_list
+from truepose_jax.pipeline import Pipeline, Request
+from truepose_jax.record_rows import record_rows
+
+FASHION = [f"WOMEN/Blouses_Shirts/id_0000337{i}/0{i}_{i}_front" for i in range(1, 4)]
+
+
+class Named(NoiseItem):
+    name = property(lambda self: FASHION[self.number] if self.number < 3 else f"own/p{self.number}")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _quick_starts():
+    with quick_starts():
+        yield
+
+
+@pytest.fixture
+def loaded(monkeypatch):
+    pipe = shared_pipeline()
+    monkeypatch.setattr(Pipeline, "of_run", lambda run, **_: pipe)
+    return pipe
+
+
+@pytest.fixture(scope="module")
+def records(tmp_path_factory):
+    """Four images of one identity, three of them DeepFashion's; 12 pairs."""
+    split = RawSplit([Named(i, outside=0.1 * i) for i in range(4)], all_pairs(4))
+    root = tmp_path_factory.mktemp("records") / "r"
+    build_records(RawSet("noise", "atr18", {"test": split}, "Noise."), root)
+    return root
+
+
+def run(records, out, *flags):
+    return generate.main(
+        [f"--workdir={shared_run()}", f"--records={records}", f"--out-dir={out}", "--batch-size=1", *flags]
+    )  # one program for all tests
+
+
+@pytest.mark.parametrize(("naming", "last"), [("cfld", ".png"), ("pidm", "_vis.png")])
+def test_all_pairs_are_made_named_and_found_by_evaluate(records, tmp_path, loaded, capsys, naming, last):
+    out = tmp_path / "out"
+    assert run(records, out, f"--naming={naming}") == 0
+    assert "12 pictures of 12 pairs" in capsys.readouterr().out
+    first, second = (patn_name(name) for name in FASHION[:2])
+    middle = {"cfld": "_to_", "pidm": "_2_"}[naming]
+    assert (out / f"{first}{middle}{second}{last}").is_file()
+    images = RecordImages(records, "test")
+    for name in images.names:  # the truth, as an evaluation has it
+        path = tmp_path / "truth" / f"{patn_name(name)}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", SIZE[::-1]).save(path)
+    wanted = read_pair_list(str(out / "pairs.csv"))
+    pairing = pair_folders(Folder.read(str(out), flag="a"), Folder.read(str(tmp_path / "truth"), flag="b"), wanted)
+    assert len(pairing.pairs) == 12 and not pairing.unmatched and not pairing.missing
+    with open(out / "pairs.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    listed = [(canonical_name(row["from"]), canonical_name(row["to"])) for row in rows]
+    assert listed == [tuple(images.names[i] for i in pair) for pair in images.pairs.tolist()]
+    assert all((out / row["out"]).is_file() for row in rows)
+
+
+def test_a_picture_is_that_of_its_source_and_pose(records, tmp_path, loaded):
+    assert run(records, tmp_path) == 0
+    images = RecordImages(records, "test")
+    row = next(row for row in record_rows(images, tmp_path, "cfld") if (row.source, row.target) == (1, 3))
+    source, target = images.image(1), images.image(3)
+    request = Request(source.image, target.joints, source.parsing, "atr18", target.image.shape[:2], row.name, 0)
+    (wanted,) = loaded.batch([request], batch_size=1)
+    with Image.open(row.out) as image:
+        apart = np.abs(np.asarray(image).astype(int) - wanted.astype(int))
+    assert apart.max() <= 1
+    assert row.name == f"{FASHION[1]} > own/p3"
+
+
+def test_it_goes_on_and_does_not_mix_settings(records, tmp_path, loaded, capsys):
+    assert run(records, tmp_path) == 0
+    made = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*_to_*.png")}
+    gone = sorted(made)[2]
+    gone.unlink()
+    capsys.readouterr()
+    assert run(records, tmp_path) == 0
+    assert "12 pairs, 11 of them done before" in capsys.readouterr().out and gone.is_file()
+    assert all(path.stat().st_mtime_ns == time for path, time in made.items() if path != gone)
+    assert run(records, tmp_path, "--seed=1") == 2
+    assert "other settings: seed" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--split=train"], "no split 'train'"),
+        (["--pairs=x.csv"], "two lists"),
+        (["--pose=x.json"], "--pose is for one picture and --records"),
+        (["--records=/nowhere"], "no such folder"),
+    ],
+)
+def test_bad_flags_are_one_line(records, tmp_path, capsys, flags, words):
+    assert run(records, tmp_path / "out", *flags) == 2
+    error = capsys.readouterr().err
+    assert words in error and error.count("\n") == 1
+    assert not (tmp_path / "out").exists()
+
+
+def test_names_that_leave_the_folder_or_meet(records, tmp_path, monkeypatch):
+    images = RecordImages(records, "test")
+    monkeypatch.setattr(images, "names", ["../../x", "b", "c", "d"])
+    with pytest.raises(InputError, match="leaves the folder"):
+        record_rows(images, tmp_path, "cfld")
+    monkeypatch.setattr(images, "names", ["a", "a", "c", "d"])
+    with pytest.raises(InputError, match="would both be"):
+        record_rows(images, tmp_path, "cfld")
+
+
+@pytest.mark.parametrize(
+    ("name", "spelled"),
+    [
+        ("WOMEN/Skirts/id_00000629/04_3_back", "fashionWOMENSkirtsid0000062904_3back"),
+        ("WOMEN/Tees_Tanks/id_00007301/04_1_front.jpg", "WOMEN/Tees_Tanks/id_00007301/04_1_front.jpg"),
+        ("MEN/Jackets_Vests/id_00000084/01_7_additional", "fashionMENJackets_Vestsid0000008401_7additional"),
+        ("anna/1", "anna/1"),
+    ],
+)
+def test_patn_names(name, spelled):
+    assert patn_name(name) == spelled
+    assert canonical_name(spelled) == name

@@ -1,0 +1,171 @@
+"""`prepare build`: one command per dataset, from raw files to records."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import os
+import pathlib
+import time
+from typing import Any
+
+from input_pipeline.builder import build_records
+from input_pipeline.ccp import read_ccp
+from input_pipeline.deepfashion import read_deepfashion
+from input_pipeline.market1501 import read_market1501
+from input_pipeline.parsing import LABEL_SETS, label_set
+from input_pipeline.raw import RawSet, limited
+from input_pipeline.raw_files import MissingFiles, checklist
+from input_pipeline.raw_folder import read_folder, synthetic_people
+from input_pipeline.schema import InputError
+from input_pipeline.wpose import read_wpose
+from truepose_jax.prepare.drop_sheet import drop_sheet
+from truepose_jax.programs import parse_size
+
+DATASETS = ("deepfashion", "market1501", "wpose", "ccp", "folder", "synthetic")
+SYNTHETIC_PAIRS, SYNTHETIC_SIZE = 10_000, (256, 176)
+FLAGS_OF: dict[str, tuple[str, ...]] = {
+    "raw": ("deepfashion", "market1501", "wpose", "ccp", "folder"),
+    "labels": ("deepfashion", "market1501", "wpose", "folder"),
+    "lists": ("deepfashion", "market1501"),
+    "allow_missing": ("deepfashion", "market1501", "wpose"),
+    "pairs": ("folder",),
+    "test_pairs": ("folder",),
+    "keypoints": ("folder",),
+    "pose_frame": ("folder",),
+    "seed": ("synthetic",),
+    "poses_per_identity": ("synthetic",),
+    "patterns": ("synthetic",),
+    "background": ("synthetic",),
+    "framing": ("synthetic",),
+}
+"""Which datasets a flag means something to; elsewhere it is an error."""
+
+
+def add_build(commands) -> None:
+    """The flags of `build`. All defaults are None, so that what was given can be told from what was not."""
+    parser = commands.add_parser("build", help="turn a raw dataset into records; run again to go on after a stop")
+    parser.add_argument("--dataset", required=True, choices=DATASETS)
+    parser.add_argument("--raw", help="folder of the raw files; each dataset's layout is in docs/data.md")
+    parser.add_argument("--out", required=True, help="folder of the records")
+    parser.add_argument("--size", type=parse_size, metavar="HxW", help="fit photos to this size (default: as they are)")
+    parser.add_argument("--limit", type=int, help="so many pairs of each split at most (without pairs: images)")
+    sets = ", ".join(name for name in LABEL_SETS if name != "whole")
+    parser.add_argument("--labels", "--parsing", dest="labels", help=f"label set of RAW/parsing: {sets}, or none")
+    parser.add_argument("--lists", help="folder of the pair and annotation lists, if not RAW")
+    parser.add_argument("--pairs", help="folder: self (default), identity, or a CSV with from,to")
+    parser.add_argument("--test-pairs", help="folder: a CSV of pairs to hold out as the split test")
+    parser.add_argument("--keypoints", help="folder: an annotation CSV or folder of poses, in place of RAW/keypoints")
+    parser.add_argument("--pose-frame", type=parse_size, metavar="HxW", help="folder: size of the frame of the poses")
+    parser.add_argument("--allow-missing", action="store_true", default=None, help="build without what is missing")
+    parser.add_argument("--workers", type=int, help="processes that read photos (default: one a core)")
+    parser.add_argument("--seed", type=int, help="synthetic: of the people (0)")
+    parser.add_argument("--poses-per-identity", type=int, metavar="N", help="synthetic: pictures of a person (4)")
+    parser.add_argument("--patterns", choices=("all", "solid"), help="synthetic: clothes (all)")
+    parser.add_argument("--background", choices=("all", "plain"), help="synthetic: scenes (all)")
+    parser.add_argument("--framing", choices=("all", "close"), help="synthetic: how near (all)")
+    parser.set_defaults(run=build)
+
+
+def build(flags: argparse.Namespace) -> None:
+    """Reads the lists, says what is missing, builds, and prints what came of it. Raises InputError."""
+    for flag, datasets in FLAGS_OF.items():
+        if getattr(flags, flag) is not None and flags.dataset not in datasets:
+            name = flag.replace("_", "-")
+            raise InputError(f"--{name} means nothing to --dataset={flags.dataset}; it is for {', '.join(datasets)}")
+    if flags.limit is not None and flags.limit < 1:
+        raise InputError(f"--limit={flags.limit} leaves nothing to build")
+    if flags.workers is not None and flags.workers < 1:
+        raise InputError(f"--workers={flags.workers}; at least one process must read photos")
+    started = time.monotonic()
+    raw = read_raw(flags)
+    raw = dataclasses.replace(raw, splits={name: limited(split, flags.limit) for name, split in raw.splits.items()})
+    report = build_records(
+        raw,
+        flags.out,
+        size=flags.size if flags.dataset != "synthetic" else None,
+        workers=flags.workers or len(os.sched_getaffinity(0)),
+        settings=settings_of(flags),
+    )
+    out = pathlib.Path(flags.out)
+    drop_sheet(report).save(out / "report.png")
+    print_report(report)
+    print(f"{out}: built in {time.monotonic() - started:.0f} s; what was dropped is in report.json and report.png")
+
+
+def read_raw(flags: argparse.Namespace) -> RawSet:
+    """The raw set of the flags; prints the checklist of a published dataset where it is not complete."""
+    if flags.dataset == "synthetic":
+        return synthetic_people(
+            pairs=flags.limit or SYNTHETIC_PAIRS, size=flags.size or SYNTHETIC_SIZE, **synthetic_settings(flags)
+        )  # fmt: skip
+    if not flags.raw:
+        raise InputError(f"--dataset={flags.dataset} needs --raw=DIR, the folder of its files")
+    labels = "atr18" if flags.dataset == "ccp" else label_set(_required_labels(flags)).name
+    if flags.dataset == "folder":
+        return read_folder(
+            flags.raw, labels=labels, pairs=flags.pairs or "self", test_pairs=flags.test_pairs,
+            keypoints=flags.keypoints, pose_frame=flags.pose_frame,
+        )  # fmt: skip
+    try:
+        if flags.dataset == "ccp":
+            raw, needed = read_ccp(flags.raw)
+        elif flags.dataset == "wpose":
+            raw, needed = read_wpose(flags.raw, labels=labels)
+        elif flags.dataset == "market1501":
+            raw, needed = read_market1501(flags.raw, labels=labels, lists=flags.lists)
+        else:
+            raw, needed = read_deepfashion(flags.raw, labels=labels, lists=flags.lists)
+    except MissingFiles as error:
+        print(checklist(error.needed))
+        raise
+    if raw.problems:
+        print(checklist(needed))
+        for line in raw.problems:
+            print(f"  NOT AS PUBLISHED  {line}")
+        if not flags.allow_missing and flags.limit is None:
+            raise InputError(
+                f"{flags.raw}: {len(raw.problems)} things are not as published (above); complete the files, or build "
+                "without them with --allow-missing"
+            )
+    return raw
+
+
+def _required_labels(flags: argparse.Namespace) -> str:
+    if not flags.labels:
+        sets = ", ".join(name for name in LABEL_SETS if name != "whole")
+        raise InputError(f"say whose classes {flags.raw}/parsing has: --parsing=SET, one of {sets}; or --parsing=none")
+    return flags.labels
+
+
+def synthetic_settings(flags: argparse.Namespace) -> dict[str, Any]:
+    """The flags of synthetic people that were given."""
+    names = ("seed", "poses_per_identity", "patterns", "background", "framing")
+    return {name: getattr(flags, name) for name in names if getattr(flags, name) is not None}
+
+
+def settings_of(flags: argparse.Namespace) -> dict[str, Any]:
+    """What makes a build with these flags another one, beyond its list of images."""
+    settings = synthetic_settings(flags) | {"limit": flags.limit}
+    if flags.dataset == "synthetic":
+        settings["size"] = list(flags.size or SYNTHETIC_SIZE)
+    else:
+        settings["raw"] = str(pathlib.Path(flags.raw).resolve())
+    return settings
+
+
+def print_report(report: dict[str, Any]) -> None:
+    """The report in a few lines."""
+    for split, counts in report["splits"].items():
+        print(
+            f"{split}: {counts['images']:,} images of {counts['identities']:,} identities, {counts['pairs']:,} pairs, "
+            f"{counts['bytes'] / 2**20:.1f} MiB"
+        )
+        for reason, count in counts["pairs_dropped"].items():
+            print(f"{split}: {count:,} pairs left out: {reason}")
+        if counts["images_without_joints"]:
+            print(f"{split}: {counts['images_without_joints']:,} images have no visible joint and are nobody's target")
+    for reason, found in report["dropped"].items():
+        print(f"dropped: {found['count']:,} images, {reason}, such as {found['images'][0]['name']}")
+    for note in report["notes"]:
+        print(f"note: {note}")

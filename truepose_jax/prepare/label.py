@@ -1,0 +1,178 @@
+"""`prepare label`: the parsing maps and poses that a raw folder lacks, where `prepare build` looks for them.
+
+What lies there is kept, in whatever spelling and format, so a folder may be labelled in part and a stopped run goes on.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import pathlib
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import tqdm
+
+from input_pipeline.builder import write_whole
+from input_pipeline.folder import PHOTO_SUFFIXES
+from input_pipeline.grey_png import encode_grey_png
+from input_pipeline.keypoints import name_key
+from input_pipeline.parsing import LABEL_SETS
+from input_pipeline.photo import read_photo
+from input_pipeline.raw_files import PARSING_FOLDERS, POSE_FOLDERS, files_by_key, first_folder
+from input_pipeline.schema import NUM_JOINTS, InputError
+
+PHOTO_FOLDERS = ("img_highres", "Img/img_highres", "image", "images", "img", "photos")
+READERS = 4
+
+Label = Callable[[Sequence[np.ndarray]], list[np.ndarray]]
+
+
+def add_label(commands) -> None:
+    """The flags of `label`."""
+    parser = commands.add_parser(
+        "label", help="make the parsing maps and poses that a raw folder lacks; run again to go on after a stop"
+    )
+    parser.add_argument("--raw", required=True, help="folder as `prepare build --raw` takes it")
+    parser.add_argument("--photos", help=f"its folder of photos (default: the first of {', '.join(PHOTO_FOLDERS)})")
+    parser.add_argument(
+        "--parsing", metavar="MODEL", help="a semantic segmentation model of people: folder or hub name"
+    )
+    sets = ", ".join(name for name in LABEL_SETS if name != "whole")
+    parser.add_argument("--labels", help=f"label set of the maps: {sets} (default: the one that loses fewest classes)")
+    parser.add_argument("--pose", metavar="MODEL", help="a VitPose of COCO's 17 joints; needs --detector")
+    parser.add_argument("--detector", metavar="MODEL", help="an object detector with a class person, such as RT-DETR")
+    parser.add_argument("--score", type=float, default=0.3, help="joints below it are missing (0.3)")
+    parser.add_argument("--batch-size", type=int, default=8, help="photos in a model at once (8)")
+    parser.add_argument("--device", default="cpu", help="PyTorch's name of it: cpu, cuda (cpu)")
+    parser.set_defaults(run=label)
+
+
+def label(flags: argparse.Namespace) -> None:
+    """Labels the folder of the flags. Raises InputError before any long work."""
+    if not flags.parsing and not flags.pose:
+        raise InputError(
+            "nothing to do: give --parsing=MODEL for maps, --pose=MODEL and --detector=MODEL for poses, or all"
+        )
+    if bool(flags.pose) != bool(flags.detector):
+        raise InputError("--pose and --detector belong together: VitPose needs to know where the person is")
+    if flags.batch_size < 1 or not 0 <= flags.score <= 1:
+        raise InputError("--batch-size must be 1 or more and --score from 0 to 1")
+    root = pathlib.Path(flags.raw)
+    photos = find_raw_photos(root, flags.photos)
+    if flags.parsing:
+        folder = first_folder(root, PARSING_FOLDERS) or root / PARSING_FOLDERS[0]
+        todo = missing(photos, files_by_key(folder if folder.is_dir() else None, (".png",)))
+        print(f"{folder}: {len(photos) - len(todo)} of {len(photos)} photos have a map")
+        if todo:
+            from truepose_jax.prepare.parsing_model import ParsingModel
+
+            model = ParsingModel(flags.parsing, flags.labels, flags.device)
+            print(f"{flags.parsing}: its {len(model.map.table)} classes as {model.map.labels.name}")
+            for line in model.map.lost:
+                print(f"  lost: {line}")
+            run_over(todo, model, lambda name, _, found: write_map(folder, name, found), flags.batch_size, "parsing")
+    if flags.pose:
+        folder = first_folder(root, POSE_FOLDERS) or root / POSE_FOLDERS[0]
+        todo = missing(photos, files_by_key(folder if folder.is_dir() else None, (".json", ".txt")))
+        print(f"{folder}: {len(photos) - len(todo)} of {len(photos)} photos have a pose")
+        if todo:
+            from truepose_jax.prepare.pose_model import PoseModel
+
+            model = PoseModel(flags.pose, flags.detector, flags.device, joint_score=flags.score)
+            none = []
+
+            def keep(name: str, photo: np.ndarray, joints: np.ndarray) -> None:
+                write_pose(folder, name, joints, photo.shape[:2])
+                if not joints.any():
+                    none.append(name)
+
+            run_over(todo, model, keep, flags.batch_size, "pose")
+            if none:
+                print(f"{folder}: nobody was found in {len(none)} photos, such as {none[0]}; they are nobody's target")
+
+
+def find_raw_photos(root: pathlib.Path, folder: str | None) -> dict[str, pathlib.Path]:
+    """Photos of a raw folder by their path in it, without suffix. Raises InputError where there are none."""
+    if not root.is_dir():
+        raise InputError(f"{root}: no such folder; give the one that holds the photos' folder")
+    place = root / folder if folder else first_folder(root, PHOTO_FOLDERS)
+    if place is None and any((root / name).is_dir() for name in ("WOMEN", "MEN")):
+        place = root
+    if place is None or not place.is_dir():
+        raise InputError(f"{place or root}: no folder of photos ({', '.join(PHOTO_FOLDERS)}); name it by --photos")
+    found = {
+        path.relative_to(place).with_suffix("").as_posix(): path
+        for path in sorted(place.rglob("*"))
+        if path.suffix.lower() in PHOTO_SUFFIXES and path.is_file() and not path.name.startswith(".")
+    }
+    if not found:
+        raise InputError(f"{place}: holds no photos ({', '.join(PHOTO_SUFFIXES)})")
+    return found
+
+
+def missing(photos: dict[str, pathlib.Path], there: dict[str, pathlib.Path]) -> dict[str, pathlib.Path]:
+    """The photos without a file of their name, in any spelling."""
+    return {name: path for name, path in photos.items() if name_key(f"{name}.png") not in there}
+
+
+def run_over(
+    photos: dict[str, pathlib.Path],
+    model: Label,
+    keep: Callable[[str, np.ndarray, np.ndarray], None],
+    batch_size: int,
+    what: str,
+) -> None:
+    """Calls keep(name, photo, result) for every photo that can be read; the others are said and left out."""
+    with tqdm.tqdm(total=len(photos), desc=what, unit="image", delay=0.5) as bar:
+        for names, images in _batches(photos, batch_size, bar):
+            for name, image, found in zip(names, images, model(images), strict=True):
+                keep(name, image, found)
+            bar.update(len(names))
+
+
+def _batches(photos, batch_size: int, bar) -> Iterator[tuple[list[str], list[np.ndarray]]]:
+    """Batches of photos, the next being read while one is worked on."""
+    names = list(photos)
+    pieces = [names[start : start + batch_size] for start in range(0, len(names), batch_size)]
+    with ThreadPoolExecutor(READERS) as pool:
+        waiting = [[pool.submit(read_photo, photos[name]) for name in piece] for piece in pieces[:1]]
+        for i, piece in enumerate(pieces):
+            if i + 1 < len(pieces):
+                waiting.append([pool.submit(read_photo, photos[name]) for name in pieces[i + 1]])
+            good: list[tuple[str, np.ndarray]] = []
+            for name, future in zip(piece, waiting.pop(0), strict=True):
+                try:
+                    good.append((name, future.result()))
+                except InputError as error:
+                    bar.write(f"warning: {error} (left out)")
+                    bar.update()
+            if good:
+                yield [name for name, _ in good], [image for _, image in good]
+
+
+def write_map(folder: pathlib.Path, name: str, parsing: np.ndarray) -> None:
+    """FOLDER/NAME.png."""
+    path = folder / f"{name}.png"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.partial")
+    partial.write_bytes(encode_grey_png(parsing))
+    os.replace(partial, path)
+
+
+def write_pose(folder: pathlib.Path, name: str, joints: np.ndarray, hw: tuple[int, int]) -> None:
+    """FOLDER/NAME.json, OpenPose-18 with the photo's size; NAME.txt of -1 where nobody was found."""
+    path = folder / name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if not joints.any():
+        write_whole(path.with_name(f"{path.name}.txt"), "-1 -1\n" * NUM_JOINTS)
+        return
+    numbers = [round(float(x), 3) for x in joints.reshape(-1)]
+    content = {
+        "canvas_height": hw[0],
+        "canvas_width": hw[1],
+        "people": [{"pose_keypoints_2d": numbers}],
+    }
+    write_whole(path.with_name(f"{path.name}.json"), json.dumps(content))
