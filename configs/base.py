@@ -7,6 +7,7 @@ def get_config() -> ConfigDict:
     return ConfigDict(
         {
             "seed": 0,
+            "init_from": "",
             "total_steps": 100_000,
             "batch_size": 12,
             "log_every": 1,
@@ -79,6 +80,9 @@ def get_config() -> ConfigDict:
                 "self_pair": 0.0,
                 "targets_per_source": 1,
                 "threads": 8,
+                "workers": 0,
+                "latents": "off",
+                "max_invalid": 0.05,
                 "synthetic": {
                     "identities": 4096,
                     "poses_per_identity": 4,
@@ -91,6 +95,8 @@ def get_config() -> ConfigDict:
                 },
             },
             "optim": {
+                "name": "adamw",
+                "trainable": ".*",
                 "learning_rate": 1e-5,
                 "warmup_steps": 0,
                 "schedule": "constant",
@@ -104,9 +110,10 @@ def get_config() -> ConfigDict:
                 "ema_decay": 0.0,
                 "max_skips": 10,
                 "layout": "tree",
+                "noise_scale": "off",
             },
             "mesh": {"data": -1, "fsdp": 1, "tensor": 1},
-            "checkpoint": {"every": 5_000, "keep": 3},
+            "checkpoint": {"every": 5_000, "keep": 3, "keep_every": 0, "allow_fallback": False},
             "eval": {"every": 5_000, "pairs": 64, "batch_size": 16, "sheet_rows": 8, "steps": 35, "guidance": 3.5},
         }
     )

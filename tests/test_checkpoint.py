@@ -16,9 +16,12 @@ import optax
 import pytest
 from jax.sharding import SingleDeviceSharding
 
-from truepose_jax.checkpoint import CheckpointError, Checkpoints, store
+from truepose_jax.checkpoint import CheckpointError, Checkpoints, DamagedStep, store
 
 ROOT = Path(__file__).resolve().parent.parent
+
+# A restore that failed in one test abandons coroutines, which are collected in another.
+pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 
 
 def make_state(seed: int = 0, *, ema: bool = True, rows: int = 64):
@@ -144,6 +147,22 @@ def test_keeps_the_last_steps(tmp_path):
     saver.close()
 
 
+def test_keeps_every_kth_step_for_good(tmp_path):
+    def steps():
+        return sorted(int(p.name) for p in (tmp_path / "checkpoints").iterdir() if p.name.isdigit())
+
+    saver = Checkpoints(tmp_path, keep=2, every=1, keep_every=3)
+    for step in range(1, 6):
+        saver.save(step, make_state(step), extra={})
+    saver.close()
+    assert steps() == [3, 4, 5]
+    saver = Checkpoints(tmp_path, keep=1, every=1, keep_every=3)  # another process goes on, with fewer
+    for step in (6, 7, 8):
+        saver.save(step, make_state(step), extra={})
+    saver.close()
+    assert steps() == [3, 6, 8]
+
+
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory):
     """A workdir with steps 10 and 20; tests read it only."""
@@ -232,6 +251,91 @@ def test_damage_is_an_error_that_names_step_folder_and_the_way_out(tmp_path, acc
     assert_same(make_state(1, rows=3000), saver.restore(abstract(make_state(rows=3000)), step=1)[0])
     saver.close()
     assert "Traceback" not in capfd.readouterr().err
+
+
+def damage(folder: Path, step: int, kind: str, part: str = "params") -> None:
+    """Half of the biggest file of a step's part is gone, or one of its bits is another; or a number of its JSON is."""
+    file = biggest_file(folder / str(step) / ("extra" if kind == "json" else part))
+    data = bytearray(file.read_bytes())
+    if kind == "json":
+        at = data.index(b'"position":') + len(b'"position": ')
+        data[at : at + 1] = b"7"
+    elif kind == "truncated":
+        del data[len(data) // 2 :]
+    else:
+        data[len(data) // 2] ^= 4
+    file.write_bytes(data)
+
+
+def test_falls_back_past_damaged_steps_and_moves_them_aside(tmp_path):
+    saver = Checkpoints(tmp_path, keep=5, every=1)
+    for step in (1, 2, 3, 4):
+        saver.save(step, make_state(step, rows=3000), extra={"position": 10 * step})
+    saver.close()
+    folder, wanted = tmp_path / "checkpoints", abstract(make_state(rows=3000))
+    for step, kind in ((4, "flipped"), (3, "truncated"), (2, "json")):
+        damage(folder, step, kind)
+
+    saver = Checkpoints(tmp_path, keep=5, every=1)
+    with pytest.raises(DamagedStep, match=r"cannot read step 4 .*allow_fallback=true$"):
+        saver.restore(wanted)
+    with pytest.raises(DamagedStep, match=r"cannot read step 2 .*JSON is not what was saved.*step 1 in its place"):
+        saver.restore(wanted, step=2)
+    assert not (tmp_path / "damaged").exists()
+
+    # What does not fit is no damage, and where nothing can be read nothing is moved.
+    wrong = abstract(make_state(rows=3001))
+    (tmp_path / "none" / "checkpoints").mkdir(parents=True)
+    with pytest.raises(CheckpointError, match=r"does not fit") as caught:
+        Checkpoints(tmp_path, keep=5, every=1).restore_or_fall_back(wrong)
+    assert not isinstance(caught.value, DamagedStep) and "step 4" in str(caught.value)
+    with pytest.raises(CheckpointError, match="holds no checkpoint"):
+        Checkpoints(tmp_path / "none", keep=5, every=1).restore_or_fall_back(wanted)
+
+    state, extra, step, skipped = saver.restore_or_fall_back(wanted)
+    assert step == 1 and extra == {"position": 10}
+    assert_same(make_state(1, rows=3000), state)
+    assert [line.split(" in ")[0] for line in skipped] == [f"cannot read step {s}" for s in (4, 3, 2)]
+    assert "bits of params/" in skipped[0] and str(tmp_path / "damaged" / "4") in skipped[0]
+    assert sorted(p.name for p in (tmp_path / "damaged").iterdir()) == ["2", "3", "4"]
+    # The run comes to those steps again and saves them; should one be damaged again, nothing is overwritten.
+    for step in (2, 3):
+        saver.save(step, make_state(10 + step, rows=3000), extra={"position": 10 * step})
+    saver.wait()
+    damage(folder, 3, "flipped")
+    state, _, step, skipped = saver.restore_or_fall_back(wanted)
+    assert step == 2 and skipped[0].endswith("3_2")
+    assert_same(make_state(12, rows=3000), state)
+    saver.close()
+
+
+def test_where_no_step_can_be_read_nothing_is_moved(tmp_path):
+    saver = Checkpoints(tmp_path, keep=5, every=1)
+    for step in (1, 2):
+        saver.save(step, make_state(step), extra={})
+        saver.wait()
+        damage(tmp_path / "checkpoints", step, "truncated")
+    with pytest.raises(DamagedStep, match="cannot read step 2"):
+        saver.restore_or_fall_back(abstract(make_state()))
+    saver.close()
+    assert not (tmp_path / "damaged").exists()
+
+
+def test_a_save_that_fails_in_the_background_is_told_when_asked(tmp_path):
+    saver = Checkpoints(tmp_path, keep=2, every=1)
+    saver.check()
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))
+    try:
+        saver.save(2, make_state(2, rows=3000), extra={})
+        deadline = time.monotonic() + 30
+        with pytest.raises(CheckpointError, match="free space there"):
+            while time.monotonic() < deadline:
+                saver.check()
+                time.sleep(0.02)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert not saver.is_committed(2)
 
 
 def test_restores_on_another_mesh(tmp_path):

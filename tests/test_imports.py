@@ -24,17 +24,31 @@ HOUSE = {
     "conversion": {"schema"},
     "methods": {"models", "diffusion", "sharding", "rng", "schema"},
     "optim": {"methods", "diffusion", "rng", "sharding", "schema"},
-    "train_step": {"methods", "diffusion", "rng", "sharding", "schema", "optim"},
+    "train_step": {"methods", "diffusion", "rng", "sharding", "schema", "optim", "noise_scale"},
+    "noise_scale": {"sharding"},
     "checkpoint": {"schema", "sharding"},
-    "monitor": {"schema", "sharding"},
+    "monitor": {"schema", "sharding", "noise_scale"},
     "input_pipeline": set(),
     "configs": set(),
 }
 # The parts that programs are made of: they may use anything but programs.
-PARTS = {"pipeline", "programs", "region_tokens", "datasets", "frozen", "sampling", "evaluation", "pictures"}
+PARTS = {
+    "pipeline", "programs", "initial", "distributed", "estimate", "region_tokens", "datasets", "frozen", "sampling",
+    "evaluation", "pictures", "stored", "record_rows",
+}  # fmt: skip
 TORCH_STACK = {"torch", "transformers", "diffusers", "torchvision"}
 THIRD_PARTY = {
-    "input_pipeline": {"numpy", "PIL", "grain", "cv2", "simplejpeg", "tensorflow_datasets", "scipy", "tqdm"},
+    "input_pipeline": {
+        "numpy",
+        "PIL",
+        "grain",
+        "cv2",
+        "simplejpeg",
+        "tensorflow_datasets",
+        "array_record",
+        "scipy",
+        "tqdm",
+    },
     "configs": {"ml_collections"},
     "conversion": {"numpy", "safetensors", "ml_dtypes"},
 }
@@ -90,7 +104,9 @@ def test_import_table(path):
             else:
                 raise AssertionError(f"{path}: unknown room '{room}'; add it to the table and to house.md's rooms")
         if package in TORCH_STACK:
-            assert not top_level and room in {"prepare", "study", "convert"}, f"{room}: {module} is behind [torch]"
+            assert not top_level and room in {"prepare", "study", "convert", "evaluate"}, (
+                f"{room}: {module} is behind [torch]"
+            )
         if room in THIRD_PARTY and other is None:
             stdlib = package in __import__("sys").stdlib_module_names
             assert stdlib or package in THIRD_PARTY[room] | {"truepose_jax"}, f"{room} may not import {module}"

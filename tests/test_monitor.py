@@ -1,6 +1,7 @@
 """What a run writes while it runs: one object a step, whatever happened before, and valid JSON whatever the loss."""
 
 import json
+import resource
 import subprocess
 import sys
 import time
@@ -11,7 +12,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from truepose_jax.monitor import Monitor, NonFinite
+from truepose_jax.monitor import CannotWrite, Monitor, NonFinite
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -142,6 +143,25 @@ def test_gradient_alone_can_be_bad(tmp_path):
         monitor.step(1, metrics(1, skipped_now=1, skips_in_a_row=1, first_bad_parameter=5), examples=1)
         monitor.step(2, metrics(2), examples=1)
     assert [line["step"] for line in read(tmp_path / "metrics.jsonl")] == [1, 2]
+
+
+def test_a_full_disk_is_one_line_and_no_wait(tmp_path):
+    """A limit on the size of files, as a full disk would: metrics, TensorBoard and pictures all say so."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    noise = np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)
+    with pytest.raises(CannotWrite) as caught, make(tmp_path, log_every=1) as monitor:
+        try:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (9_000, limits[1]))
+            with pytest.raises(CannotWrite):
+                monitor.image(1, "sheet", noise)
+            for step in range(1, 200):
+                monitor.step(step, metrics(step), examples=1)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert str(caught.value) == f"cannot write in {tmp_path} (File too large); free space there, or see its permissions"
+    with make(tmp_path, start_step=2) as monitor:
+        monitor.step(3, metrics(3), examples=1)
+    assert [line["step"] for line in read(tmp_path / "metrics.jsonl")] == [1, 2, 3]
 
 
 def test_pictures_lines_and_bar(tmp_path, capfd):

@@ -297,3 +297,37 @@ def test_accumulation_and_rematerialisation_of_truepose():
     tiny.check_gradients(got, want)
     for name in ("loss", "bin_sums", "bin_counts"):
         np.testing.assert_allclose(metrics[name], want_metrics[name], rtol=1e-5)
+
+
+@LAYOUTS
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_only_what_is_trainable_moves(layout, accumulation):
+    """The rest keeps its bits, has no moments, and does not enter the norm that clips."""
+    optim = {"learning_rate": 1e-2, "weight_decay": 0.1, "clip_norm": 0.5, "ema_decay": 0.5, "layout": layout}
+    optim |= {"trainable": "kernel$", "accumulation": accumulation}
+    batches = [toy_batch(i) for i in range(2)]
+    states, metrics = steps(batches, method=Toy(noise=0.0), **optim)
+    first, last = flat(states[0].params), flat(states[-1].params)
+    assert np.array_equal(first["net/bias"], last["net/bias"])
+    assert np.array_equal(first["net/bias"], flat(states[-1].ema)["net/bias"])
+    moments = [leaf.size for leaf in jax.tree.leaves(states[-1].opt_state) if leaf.size > 1]
+    assert sum(moments) == 2 * (4 * 3 + 2 * 2)
+    grads = [
+        flat(jax.grad(lambda p, b: Toy(noise=0.0).loss(p, FROZEN, b, tiny.keys(0, 12))[0])(state.params, batch))
+        for state, batch in zip(states, batches, strict=False)
+    ]
+    kernels = [{name: g[name] for name in ("net/kernel", "unused/kernel")} for g in grads]
+    start = {name: first[name] for name in kernels[0]}
+    for state, want in zip(states[1:], adamw_by_hand(start, kernels, rate=1e-2, decay=0.1, clip=0.5), strict=True):
+        for name, value in want.items():
+            np.testing.assert_allclose(flat(state.params)[name], value, rtol=2e-5)
+    np.testing.assert_allclose(metrics[0]["grad_norm"], np.linalg.norm(grads[0]["net/kernel"]), rtol=1e-5)
+
+
+def test_a_bad_gradient_names_its_place_among_the_trained():
+    """first_bad_parameter counts the trained parameters alone, as the monitor's list of paths does."""
+    bad = toy_batch(0)
+    bad["source"][0, 0] = np.nan
+    states, metrics = steps([bad], trainable="^net/kernel$")
+    assert metrics[0]["first_bad_parameter"] == 0 and same(states[0].params, states[1].params)
+    assert list(flat(trainer(trainable="^net/kernel$").trained(states[0].params))) == ["net/kernel"]

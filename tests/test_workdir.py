@@ -8,6 +8,7 @@ import socket
 import subprocess
 import sys
 import textwrap
+import time
 from pathlib import Path
 
 import jax
@@ -53,9 +54,10 @@ def test_metadata_round_trip(tmp_path):
     config, params = make_config(seed=3), make_params()
     mesh = sharding.make_mesh(data=1, fsdp=1, tensor=1, devices=jax.devices()[:1])
     table = parameter_table(params)
-    write_metadata(tmp_path, config=config, parameter_table=table, mesh=mesh, extra={"frozen": {"vae": "abc"}})
+    said = write_metadata(tmp_path, config=config, parameter_table=table, mesh=mesh, extra={"frozen": {"vae": "abc"}})
     assert read_config(tmp_path) == config
     record = read_metadata(tmp_path)
+    assert json.loads(json.dumps(said)) == record
     assert record["parameters"]["networks"] == {"fusion": 15, "source_net": 64 * 48 + 48}
     assert record["parameters"]["total"] == 64 * 48 + 48 + 15
     assert ["source_net/conv/kernel", [64, 48], "float32"] in record["parameters"]["table"]
@@ -66,6 +68,13 @@ def test_metadata_round_trip(tmp_path):
     }
     assert record["frozen"] == {"vae": "abc"} and record["devices"]["platform"] == jax.devices()[0].platform
     assert [p.name for p in tmp_path.iterdir()] == ["metadata.json"]
+
+
+def test_what_is_kept_for_good_must_be_saved():
+    assert make_config(**{"checkpoint.every": 5, "checkpoint.keep_every": 20}).checkpoint.keep_every == 20
+    for wrong in (7, -5):
+        with pytest.raises(schema.ConfigError, match=rf"keep_every is {wrong}; .* multiple of checkpoint\.every \(5\)"):
+            make_config(**{"checkpoint.every": 5, "checkpoint.keep_every": wrong})
 
 
 def test_unreadable_metadata_is_one_line(tmp_path):
@@ -157,6 +166,32 @@ def test_sigterm_in_a_process_and_the_second_one():
     children[1].send_signal(signal.SIGTERM)
     assert [child.communicate(timeout=60)[0].strip() for child in children] == ["left", ""]
     assert [child.returncode for child in children] == [0, 143]
+
+
+def test_a_signal_is_answered_at_once_while_nothing_is_unsaved():
+    """The main thread is away in C, as in a compilation, where Python's own handlers would wait for it: for a minute."""
+    code = """
+        import itertools, sys
+        import numpy as np
+        from truepose_jax.checkpoint import Preemption
+        looks = itertools.count()
+        may_leave = {"nothing unsaved": lambda: True, "being saved": lambda: next(looks) > 2}[sys.argv[1]]
+        with Preemption(may_leave=may_leave):
+            large = np.ones((10_000, 10_000), np.float32)
+            print("ready", flush=True)
+            large @ large
+            print("the end", flush=True)
+    """
+    children = [run_python(code, kind) for kind in ("nothing unsaved", "being saved")]
+    for child in children:
+        assert child.stdout.readline().strip() == "ready"
+        time.sleep(0.2)
+        child.send_signal(signal.SIGTERM)
+    said = [child.communicate(timeout=120) for child in children]
+    assert [child.returncode for child in children] == [143, 143]
+    assert [out.strip() for out, _ in said] == ["", ""]
+    assert "nothing unsaved" in said[0][1] and "saving, then" not in said[0][1]
+    assert "saving, then" in said[1][1] and "nothing unsaved" in said[1][1]
 
 
 def test_two_processes_stop_together_when_one_gets_the_signal():

@@ -50,7 +50,7 @@ def tiny_config(**changes) -> Config:
     for name, value in changes.items():
         group, _, key = name.rpartition("__")
         node = config
-        for part in group.split("__"):
+        for part in filter(None, group.split("__")):
             node = node[part]
         node[key] = value
     return from_config_dict(Config, config)
@@ -109,6 +109,7 @@ def shared_pipeline() -> Pipeline:
 
 SETTINGS = {
     "jax_disable_most_optimizations": True,
+    "jax_enable_compilation_cache": True,
     "jax_compilation_cache_dir": f"{_folder.name}/programs",
     "jax_persistent_cache_min_compile_time_secs": 0.0,
     "jax_persistent_cache_min_entry_size_bytes": -1,

@@ -29,7 +29,7 @@ from truepose_jax.frozen import load_autoencoder
 from truepose_jax.methods import make_method
 from truepose_jax.metrics.regions import retrieval
 from truepose_jax.pictures import sheet, to_uint8
-from truepose_jax.programs import run_with_config
+from truepose_jax.programs import keep_programs, run_with_config
 from truepose_jax.region_tokens import RegionEncoder, make_encoder, token_table
 from truepose_jax.schema import Config, ConfigError, from_config_dict
 
@@ -196,6 +196,7 @@ def report(verdict: Verdict, config: Config) -> str:
 def main(argv: list[str]) -> int:
     if len(argv) > 1:
         raise ConfigError(f"unknown argument {argv[1]!r}; settings are --config.key=value")
+    keep_programs()
     workdir = train.WORKDIR.value or "runs/demo"
     config = from_config_dict(Config, train.CONFIG.value or get_config())
     if config.data.dataset != "synthetic":

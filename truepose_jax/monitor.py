@@ -25,8 +25,14 @@ import numpy as np
 import tqdm
 from PIL import Image
 
+from truepose_jax import noise_scale
+from truepose_jax.schema import ConfigError
+
 RATE_WINDOW = 50
 """Steps that the bar's rate and ETA are averaged over."""
+
+INVALID_WINDOW = 200
+"""Steps that unreadable examples are counted over."""
 
 BINS = ("bin_sums", "bin_counts")
 """Metrics that are summed over the log window: loss and weight per timestep bin."""
@@ -35,6 +41,19 @@ BINS = ("bin_sums", "bin_counts")
 class NonFinite(RuntimeError):
     """Too many steps in a row had a loss or gradients that were not finite; one line says since when and
     why."""
+
+
+class CannotWrite(OSError):
+    """A file of the workdir cannot be written, as on a full disk; one line."""
+
+
+@contextlib.contextmanager
+def _writing(folder: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        why = error.strerror or type(error).__name__
+        raise CannotWrite(f"cannot write in {folder} ({why}); free space there, or see its permissions") from error
 
 
 def _plain(value: Any) -> Any:
@@ -68,17 +87,44 @@ def _cut_after(path: Path, step: int) -> None:
     os.replace(temporary, path)
 
 
-def _summary_writer(folder: Path, start_step: int) -> Any:
-    """tensorboardX imports torch where it is installed (1.4 s): hide it, the training path has no torch."""
-    hide = "torch" not in sys.modules
-    if hide:
-        sys.modules["torch"] = None  # `import torch` raises ImportError, which tensorboardX expects
-    try:
-        from tensorboardX import SummaryWriter
-    finally:
+class _Events:
+    """TensorBoard's file. Written in the caller's thread: the one of tensorboardX's SummaryWriter dies unheard on a full
+    disk, and the next scalars wait for it for ever."""
+
+    def __init__(self, folder: Path, start_step: int):
+        """start_step: what an earlier run wrote of later steps is hidden."""
+        # tensorboardX imports torch where it is installed (1.4 s): hide it, the training path has no torch.
+        hide = "torch" not in sys.modules
         if hide:
-            del sys.modules["torch"]
-    return SummaryWriter(str(folder), purge_step=start_step + 1 if start_step else None)
+            sys.modules["torch"] = None  # `import torch` raises ImportError, which tensorboardX expects
+        try:
+            from tensorboardX import summary
+            from tensorboardX.event_file_writer import EventsWriter
+            from tensorboardX.proto.event_pb2 import Event, SessionLog
+        finally:
+            if hide:
+                del sys.modules["torch"]
+        folder.mkdir(parents=True, exist_ok=True)
+        self._summary, self._event = summary, Event
+        self._file = EventsWriter(str(folder / "events"))
+        if start_step:
+            self._file.write_event(Event(step=start_step + 1, file_version="brain.Event:2"))
+            self._file.write_event(Event(step=start_step + 1, session_log=SessionLog(status=SessionLog.START)))
+
+    def scalar(self, name: str, value: float, step: int) -> None:
+        self._write(self._summary.scalar(name, value), step)
+
+    def image(self, name: str, picture: np.ndarray, step: int) -> None:
+        self._write(self._summary.image(name, picture, dataformats="HWC"), step)
+
+    def _write(self, summary: Any, step: int) -> None:
+        self._file.write_event(self._event(wall_time=time.time(), step=step, summary=summary))
+
+    def flush(self) -> None:
+        self._file.flush()
+
+    def close(self) -> None:
+        self._file.close()
 
 
 def peak_device_bytes() -> int | None:
@@ -104,27 +150,34 @@ class Monitor:
         is_writer: bool,
         quiet: bool = False,
         max_skips: int = 10,
+        max_invalid: float = 1.0,
         parameter_paths: Sequence[str] = (),
     ):
         """start_step: steps done (0, or the restored checkpoint's). is_writer: process 0; the others only
         guard. quiet: nothing on the screen. max_skips: non-finite steps in a row that raise NonFinite.
-        parameter_paths: names for the metric first_bad_parameter, in the order of jax.tree.leaves(params)."""
+        max_invalid: share of examples without weight (unreadable records) in the last INVALID_WINDOW steps
+        above which ConfigError is raised. parameter_paths: names for the metric first_bad_parameter, in the order of
+        jax.tree.leaves(params)."""
         self._total, self._log_every, self._max_skips = total_steps, log_every, max_skips
         self._paths, self._is_writer, self._quiet = parameter_paths, is_writer, quiet
+        self._max_invalid = max_invalid
+        self._invalid: collections.deque[int] = collections.deque(maxlen=min(INVALID_WINDOW, max(total_steps, 1)))
         self._pending: tuple[int, Mapping[str, jax.Array], int] | None = None
         self._last_ready: float | None = None
         self._paused = 0.0
         self._durations: collections.deque[float] = collections.deque(maxlen=RATE_WINDOW)
         self._window: dict[str, Any] = {}
+        self._noise = noise_scale.Running()
         self._bar = self._metrics = self._tensorboard = None
         self._folder = Path(workdir)
         if not is_writer:
             return
-        self._folder.mkdir(parents=True, exist_ok=True)
-        for name in ("metrics.jsonl", "eval.jsonl"):
-            _cut_after(self._folder / name, start_step)
-        self._metrics = (self._folder / "metrics.jsonl").open("a", buffering=1)
-        self._tensorboard = _summary_writer(self._folder / "tensorboard", start_step)
+        with _writing(self._folder):
+            self._folder.mkdir(parents=True, exist_ok=True)
+            for name in ("metrics.jsonl", "eval.jsonl"):
+                _cut_after(self._folder / name, start_step)
+            self._metrics = (self._folder / "metrics.jsonl").open("a", buffering=1)
+            self._tensorboard = _Events(self._folder / "tensorboard", start_step)
         if not quiet:
             self._bar = tqdm.tqdm(
                 total=total_steps,
@@ -150,7 +203,8 @@ class Monitor:
         previous, self._pending = self._pending, None
         self._write(previous)
         if self._tensorboard is not None:
-            self._tensorboard.flush()
+            with _writing(self._folder):
+                self._tensorboard.flush()
 
     def close(self) -> None:
         """Flushes and closes. The monitor is of no use afterwards."""
@@ -190,11 +244,12 @@ class Monitor:
             return
         record: dict[str, Any] = {"step": step, "eval": {k: _plain(v) for k, v in results.items()}}
         bad = [name for name, value in results.items() if not _is_finite(value)]
-        with (self._folder / "eval.jsonl").open("a") as file:
-            file.write(json.dumps({**record, **({"nonfinite": bad} if bad else {}), "time": time.time()}) + "\n")
-        for name, value in results.items():
-            if np.ndim(value) == 0 and name not in bad:
-                self._tensorboard.add_scalar(f"eval/{name}", float(value), step)
+        with _writing(self._folder):
+            with (self._folder / "eval.jsonl").open("a") as file:
+                file.write(json.dumps({**record, **({"nonfinite": bad} if bad else {}), "time": time.time()}) + "\n")
+            for name, value in results.items():
+                if np.ndim(value) == 0 and name not in bad:
+                    self._tensorboard.scalar(f"eval/{name}", float(value), step)
         said = [f"{name} {float(value):.4g}" for name, value in results.items() if np.ndim(value) == 0]
         self.say(f"step {step}: " + ", ".join(said))
 
@@ -211,11 +266,12 @@ class Monitor:
         if picture.dtype != np.uint8 or picture.ndim != 3 or picture.shape[2] != 3:
             raise ValueError(f"image '{name}' is {picture.dtype}{list(picture.shape)}; expected uint8 [h, w, 3]")
         path = self._folder / "samples" / f"{name}_{step:07d}.png"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_suffix(".tmp")
-        Image.fromarray(picture).save(temporary, format="PNG")
-        os.replace(temporary, path)
-        self._tensorboard.add_image(name, picture, step, dataformats="HWC")
+        with _writing(self._folder):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            temporary = path.with_suffix(".tmp")
+            Image.fromarray(picture).save(temporary, format="PNG")
+            os.replace(temporary, path)
+            self._tensorboard.image(name, picture, step)
         return path
 
     def say(self, text: str) -> None:
@@ -229,10 +285,17 @@ class Monitor:
             return
         step, metrics, examples = pending
         values = jax.device_get(dict(metrics))
+        if "valid" in values:
+            values["invalid"] = examples - round(float(values["valid"]))
         seconds = self._duration()
         if self._is_writer:
-            self._record(step, values, examples, seconds)
+            with _writing(self._folder):
+                self._record(step, values, examples, seconds)
+        if self._bar is not None:
+            self._bar.set_postfix_str(self._postfix(step, values), refresh=False)
+            self._bar.update(step - self._bar.n)
         self._guard(step, values)
+        self._guard_invalid(step, values.get("invalid", 0), examples)
 
     def _duration(self) -> float | None:
         """Seconds since the step before was ready; None for the first step, whose time is compilation."""
@@ -258,11 +321,9 @@ class Monitor:
             self._to_tensorboard(step, record, values)
         record["time"] = time.time()
         self._metrics.write(json.dumps(record, allow_nan=False) + "\n")
-        if self._bar is not None:
-            self._bar.set_postfix_str(self._postfix(step, values), refresh=False)
-            self._bar.update(step - self._bar.n)
 
     def _accumulate(self, values: Mapping[str, Any]) -> None:
+        self._noise.add(values)
         if "loss" in values and _is_finite(values["loss"]):
             self._window.setdefault("losses", []).append(float(values["loss"]))
         if all(name in values and _is_finite(values[name]) for name in BINS):
@@ -270,7 +331,8 @@ class Monitor:
                 self._window[name] = self._window.get(name, 0.0) + np.asarray(values[name], np.float64)
 
     def _close_window(self) -> dict[str, Any]:
-        """Mean loss and mean loss per timestep bin (None: no sample) since the last call; peak memory."""
+        """Mean loss and mean loss per timestep bin (None: no sample) since the last call; the running noise scale;
+        peak memory."""
         window, self._window = self._window, {}
         closed: dict[str, Any] = {}
         if window.get("losses"):
@@ -278,6 +340,9 @@ class Monitor:
         if "bin_sums" in window:
             pairs = zip(window["bin_sums"].tolist(), window["bin_counts"].tolist(), strict=True)
             closed["loss_bins"] = [total / count if count > 0 else None for total, count in pairs]
+        noise = self._noise.estimate()
+        if noise is not None:
+            closed["noise_scale"] = noise
         peak = peak_device_bytes()
         if peak is not None:
             closed["peak_device_bytes"] = peak
@@ -286,10 +351,10 @@ class Monitor:
     def _to_tensorboard(self, step: int, record: Mapping[str, Any], values: Mapping[str, Any]) -> None:
         for name, value in record.items():
             if isinstance(value, int | float) and name != "step":
-                self._tensorboard.add_scalar(f"train/{name}", value, step)
+                self._tensorboard.scalar(f"train/{name}", value, step)
         for i, value in enumerate(record.get("loss_bins", ())):
             if value is not None:
-                self._tensorboard.add_scalar(f"loss_bins/{i}", value, step)
+                self._tensorboard.scalar(f"loss_bins/{i}", value, step)
 
     def _postfix(self, step: int, values: Mapping[str, Any]) -> str:
         """Rate, time to go, loss."""
@@ -315,6 +380,17 @@ class Monitor:
                     f"step {step}: {in_a_row} steps in a row were not finite (since step {first}; "
                     f"config.optim.max_skips is {self._max_skips}): {cause}"
                 )
+
+    def _guard_invalid(self, step: int, invalid: int, examples: int) -> None:
+        """Counted on the device over all hosts, so every process stops at the same step."""
+        self._invalid.append(invalid)
+        lost, most = sum(self._invalid), self._max_invalid * examples * self._invalid.maxlen
+        if lost > most:
+            raise ConfigError(
+                f"step {step}: {lost} examples of the last {len(self._invalid)} steps could not be read, and "
+                f"config.data.max_invalid {self._max_invalid:g} allows {int(most)} in {self._invalid.maxlen}; "
+                "the log names the records"
+            )
 
     def _cause(self, values: Mapping[str, Any]) -> str:
         causes = []

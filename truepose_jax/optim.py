@@ -1,10 +1,10 @@
-"""AdamW with warm-up, decay and clipping, as one optax chain; EMA as a pure function."""
+"""AdamW and LAMB with warm-up, decay and clipping, as one optax chain; EMA as a pure function."""
 
 from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -43,6 +43,35 @@ class Packing:
     unpack: Callable[[Any], Any]
     decayed: Any
     first_bad: Callable[[Any], jax.Array]
+
+
+def trained_part(params: Any, trainable: str) -> Any:
+    """The tree of the parameters whose path the regex `trainable` finds, without the others (nested dicts).
+
+    Gradients, moments and decay exist for these alone; the rest of the network stays as it is.
+    """
+    pattern = re.compile(trainable)
+
+    def cut(tree: Any, prefix: str) -> Any:
+        kept = {}
+        for name, value in tree.items():
+            path = f"{prefix}{name}"
+            value = cut(value, f"{path}/") if isinstance(value, Mapping) else value if pattern.search(path) else {}
+            if not (isinstance(value, Mapping) and not value):
+                kept[name] = value
+        return kept
+
+    return cut(params, "")
+
+
+def put_trained(params: Any, trained: Any) -> Any:
+    """`params` with the leaves that `trained` has: the inverse of trained_part."""
+    return {
+        name: (put_trained(value, trained[name]) if isinstance(value, Mapping) else trained[name])
+        if name in trained
+        else value
+        for name, value in params.items()
+    }
 
 
 def is_decayed(params: Any, no_decay: str) -> list[bool]:
@@ -93,16 +122,23 @@ def _first(bad: jax.Array) -> jax.Array:
     return jnp.where(jnp.any(bad), jnp.argmax(bad), -1)
 
 
+LAMB_EPSILON = 1e-6
+"""Beside the root of Adam's second moment (AdamW: 1e-8), as the LAMB paper's code and optax.lamb have it."""
+
+
 def make_optimizer(config: OptimConfig, total_steps: int, decayed: Any) -> optax.GradientTransformation:
-    """clip by global norm -> AdamW. decayed: 1 or 0 per parameter, see Packing."""
+    """clip by global norm -> AdamW, or LAMB: You et al. 2020, algorithm 2, with the ratio 1 where either norm is 0.
+    decayed: 1 or 0 per parameter, see Packing."""
+    lamb = config.name == "lamb"
 
     def decay(updates, params):
         return jax.tree.map(lambda u, p, d: u + config.weight_decay * d * p, updates, params, decayed)
 
     return optax.chain(
         optax.clip_by_global_norm(config.clip_norm),
-        optax.scale_by_adam(b1=config.b1, b2=config.b2),
+        optax.scale_by_adam(b1=config.b1, b2=config.b2, eps=LAMB_EPSILON if lamb else 1e-8),
         optax.stateless(decay) if config.weight_decay else optax.identity(),
+        *([optax.scale_by_trust_ratio()] if lamb else []),
         optax.scale_by_learning_rate(learning_rate(config, total_steps)),
     )
 

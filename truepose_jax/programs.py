@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Callable, Sequence
 from typing import NoReturn
@@ -11,6 +12,8 @@ from input_pipeline.schema import InputError
 
 BAD_INPUT = 2
 INTERRUPTED = 130
+CACHE_BYTES = 8 << 30
+"""Compiled programs that keep_programs keeps: a full-size train step is some 100 MB."""
 
 
 class Parser(argparse.ArgumentParser):
@@ -60,6 +63,18 @@ def run_with_config(main: Callable[[Sequence[str]], int | None]) -> NoReturn:
         sys.exit(run_program(main, argv))
 
     app.run(run, flags_parser=parse)
+
+
+def keep_programs() -> None:
+    """Lets XLA keep its compiled programs on disk (~/.cache/truepose_jax/programs, at most CACHE_BYTES), so that the next
+    start need not compile them again. JAX_COMPILATION_CACHE_DIR names another folder, JAX_ENABLE_COMPILATION_CACHE=false
+    turns it off."""
+    import jax
+
+    if jax.config.jax_compilation_cache_dir is None and jax.config.jax_enable_compilation_cache:
+        home = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+        jax.config.update("jax_compilation_cache_dir", os.path.join(home, "truepose_jax", "programs"))
+        jax.config.update("jax_compilation_cache_max_size", CACHE_BYTES)
 
 
 def _is_for_people(error: ValueError) -> bool:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import re
 import types
 import typing
 from collections.abc import Mapping
@@ -133,9 +134,16 @@ class SyntheticConfig:
 
 @dataclasses.dataclass(frozen=True)
 class DataConfig:
-    """dataset "synthetic", or "folder": photos with parsing maps and keypoints under `root` (input_pipeline/folder.py).
+    """dataset "synthetic"; "folder": photos with parsing maps and keypoints under `root` (input_pipeline/folder.py);
+    "records": what `prepare build` wrote to `root` (input_pipeline/records.py).
 
     pairs, eval_pairs: CSV of (source, target) names, "self" or "identity"; eval_pairs "": the training pairs, said so.
+    Of records they name splits: pairs "self" is train, eval_pairs "" is test where there is one. labels: of the
+    parsing maps; records know their own, and it may be "".
+
+    latents "stored": train on the records' latents (`prepare annotate --vae`), so that the autoencoder never encodes.
+    workers: processes that fill batches, with `threads` each; 0: threads of this one. max_invalid: share of unreadable
+    examples that stops the run.
     """
 
     dataset: str
@@ -148,23 +156,39 @@ class DataConfig:
     self_pair: float
     targets_per_source: int
     threads: int
+    workers: int
+    latents: str
+    max_invalid: float
     synthetic: SyntheticConfig
 
     def __post_init__(self):
-        _one_of("data.dataset", self.dataset, ("synthetic", "folder"))
+        _one_of("data.dataset", self.dataset, ("synthetic", "folder", "records"))
         _positive(data__targets_per_source=self.targets_per_source, data__threads=self.threads)
-        if not 0.0 <= self.self_pair <= 1.0:
-            raise ConfigError(f"config.data.self_pair is {self.self_pair}; it must be in [0, 1]")
-        if self.dataset == "folder" and not self.root:
-            raise ConfigError("config.data.root is empty; dataset 'folder' needs the folder of photos")
+        _one_of("data.latents", self.latents, ("off", "stored"))
+        if self.workers < 0:
+            raise ConfigError(f"config.data.workers is {self.workers}; it must be 0 or more")
+        for key in ("self_pair", "max_invalid"):
+            if not 0.0 <= getattr(self, key) <= 1.0:
+                raise ConfigError(f"config.data.{key} is {getattr(self, key)}; it must be in [0, 1]")
+        if self.latents == "stored" and self.dataset != "records":
+            raise ConfigError("config.data.latents is 'stored'; only dataset 'records' can hold latents")
+        if self.dataset in ("folder", "records") and not self.root:
+            raise ConfigError(f"config.data.root is empty; dataset '{self.dataset}' needs the folder it lies in")
 
 
 @dataclasses.dataclass(frozen=True)
 class OptimConfig:
-    """AdamW. schedule "constant" or "cosine" (flat for `flat` of the run, then to `final` of the rate). accumulation:
-    micro-batches per step. max_skips: non-finite steps in a row before the run stops. ema_decay 0: no EMA. layout
-    "tree", or "flat": the update runs on one vector (small networks on one CPU; optim.make_packing)."""
+    """name "adamw", or "lamb" (You et al. 2020: AdamW's update, each parameter's scaled to the parameter's own norm).
+    trainable: regex over parameter paths ('target_net/mid_block/.../kernel'); what it does not find stays as it
+    is, with neither gradient nor moments. schedule "constant" or "cosine" (flat for `flat` of the run, then to `final` of
+    the rate). accumulation: micro-batches per step. max_skips: non-finite steps in a row before the run stops. ema_decay
+    0: no EMA. layout "tree", or "flat": the update runs on one vector (small networks on one CPU; optim.make_packing).
+    noise_scale "on": every step's metrics tell the gradient noise scale (noise_scale.py); needs accumulation >= 2 or
+    mesh.data >= 2.
+    """
 
+    name: str
+    trainable: str
     learning_rate: float
     warmup_steps: int
     schedule: str
@@ -178,8 +202,20 @@ class OptimConfig:
     ema_decay: float
     max_skips: int
     layout: str
+    noise_scale: str
 
     def __post_init__(self):
+        _one_of("optim.name", self.name, ("adamw", "lamb"))
+        _one_of("optim.noise_scale", self.noise_scale, ("off", "on"))
+        if self.name == "lamb" and self.layout == "flat":
+            raise ConfigError(
+                "config.optim.layout 'flat' makes one vector of all parameters, and LAMB needs the norm of each: "
+                "set optim.layout to 'tree', or optim.name to 'adamw'"
+            )
+        try:
+            re.compile(self.trainable)
+        except re.error as error:
+            raise ConfigError(f"config.optim.trainable {self.trainable!r} is no regular expression: {error}") from error
         _one_of("optim.schedule", self.schedule, ("constant", "cosine"))
         _one_of("optim.layout", self.layout, ("tree", "flat"))
         _positive(
@@ -204,13 +240,21 @@ class MeshConfig:
 
 @dataclasses.dataclass(frozen=True)
 class CheckpointConfig:
-    """Save every `every` steps, keep the last `keep`."""
+    """Save every `every` steps, keep the last `keep`, and for good each multiple of `keep_every` (0: none).
+    allow_fallback: where the newest one is damaged, go on from the one before it."""
 
     every: int
     keep: int
+    keep_every: int
+    allow_fallback: bool
 
     def __post_init__(self):
         _positive(checkpoint__every=self.every, checkpoint__keep=self.keep)
+        if self.keep_every < 0 or self.keep_every % self.every:
+            raise ConfigError(
+                f"config.checkpoint.keep_every is {self.keep_every}; it must be a multiple of checkpoint.every "
+                f"({self.every}), or 0 to keep none for good"
+            )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -233,9 +277,11 @@ class EvalConfig:
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """One experiment. batch_size is global; the per-device batch is derived from it."""
+    """One experiment. batch_size is global; the per-device batch is derived from it. init_from: a folder that `convert
+    from-torch` wrote, or the workdir of another run, whose parameters this one starts with; "": random ones."""
 
     seed: int
+    init_from: str
     total_steps: int
     batch_size: int
     log_every: int
@@ -249,6 +295,11 @@ class Config:
 
     def __post_init__(self):
         _positive(total_steps=self.total_steps, batch_size=self.batch_size, log_every=self.log_every)
+        if self.data.latents == "stored" and self.model.autoencoder != "sd15":
+            raise ConfigError(
+                f"config.data.latents is 'stored' and config.model.autoencoder {self.model.autoencoder!r}; stored latents "
+                "are of the VAE ('sd15')"
+            )
         if self.optim.layout == "flat" and (self.mesh.fsdp, self.mesh.tensor) != (1, 1):
             raise ConfigError("config.optim.layout 'flat' cannot be sharded: mesh.fsdp and mesh.tensor must be 1")
         micro = self.optim.accumulation * self.data.targets_per_source
@@ -256,6 +307,17 @@ class Config:
             raise ConfigError(
                 f"config.batch_size is {self.batch_size}; it must be a multiple of optim.accumulation x "
                 f"data.targets_per_source = {micro}"
+            )
+
+        if self.mesh.data != -1:
+            self.check_noise_scale(self.mesh.data)
+
+    def check_noise_scale(self, data: int) -> None:
+        """data: size of the mesh's data axis. Raises ConfigError where nothing smaller than the batch is measured."""
+        if self.optim.noise_scale == "on" and self.optim.accumulation == 1 and data == 1:
+            raise ConfigError(
+                "config.optim.noise_scale is 'on', but the gradient comes in one piece: set optim.accumulation to 2 or "
+                "more, or use a mesh whose data axis is 2 or more"
             )
 
     @property

@@ -58,8 +58,11 @@ def constrain(x: jax.Array, *names: str) -> jax.Array:
     spec = PartitionSpec(*(LOGICAL_AXES[name] for name in names))
     if len(names) != x.ndim:
         raise ValueError(f"{len(names)} axis names for an array of {x.ndim} dimensions")
-    if jax.sharding.get_abstract_mesh().empty:
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty:
         return x
+    if mesh.manual_axes:  # inside a shard_map x is already this device's part along those
+        spec = PartitionSpec(*(tuple(axis for axis in a or () if axis not in mesh.manual_axes) or None for a in spec))
     return jax.lax.with_sharding_constraint(x, spec)
 
 
@@ -111,8 +114,12 @@ def like_params(state: Any, params: Any, specs: Any, mesh: Mesh) -> Any:
 
 
 def replicate(mesh: Mesh, tree: Any) -> Any:
-    """Puts host arrays whole on every device."""
-    return jax.device_put(tree, NamedSharding(mesh, PartitionSpec()))
+    """Puts host arrays, the same on every process, whole on every device."""
+    whole = NamedSharding(mesh, PartitionSpec())
+    if whole.is_fully_addressable:
+        return jax.device_put(tree, whole)
+    hosted = jax.tree.map(np.asarray, tree)
+    return jax.tree.map(lambda x: jax.make_array_from_callback(x.shape, whole, lambda index: x[index]), hosted)
 
 
 def put_global_batch(mesh: Mesh, batch: Mapping[str, np.ndarray]) -> dict[str, jax.Array]:

@@ -8,17 +8,19 @@ from __future__ import annotations
 import logging
 import os
 import pathlib
+import sys
 from typing import Any
 
 import jax
-import numpy as np
 from absl import flags
 from jax.sharding import Mesh
 from ml_collections import config_flags
 
 from input_pipeline.loader import make_loader
-from input_pipeline.schema import batch_shapes
+from truepose_jax import distributed
 from truepose_jax.checkpoint import (
+    STOPPED,
+    CheckpointError,
     Checkpoints,
     Preemption,
     check_same_config,
@@ -27,12 +29,14 @@ from truepose_jax.checkpoint import (
     write_metadata,
 )
 from truepose_jax.datasets import Dataset, evaluation_set, training_set
+from truepose_jax.estimate import estimate, report
 from truepose_jax.evaluation import Evaluator
 from truepose_jax.frozen import load_autoencoder
+from truepose_jax.initial import batch_spec, first_state, origin, resolve_init_from
 from truepose_jax.methods import make_method
-from truepose_jax.monitor import Monitor
-from truepose_jax.programs import run_with_config
-from truepose_jax.region_tokens import make_encoder
+from truepose_jax.monitor import CannotWrite, Monitor, NonFinite
+from truepose_jax.programs import keep_programs, run_with_config
+from truepose_jax.region_tokens import LazyEncoder
 from truepose_jax.schema import Config, ConfigError, from_config_dict
 from truepose_jax.sharding import (
     batch_parts,
@@ -43,13 +47,14 @@ from truepose_jax.sharding import (
     put_global_batch,
     replicate,
 )
+from truepose_jax.stored import training_method
 from truepose_jax.train_step import Trainer, TrainState
 
 PROFILED_STEPS = range(10, 15)
 """Steps after the start that --profile traces: past compilation and the first reads."""
 
-STOPPED = 143
-"""Exit code of a run that saved and ended on SIGTERM or SIGINT."""
+DIVERGED = 1
+"""Exit code of a run that met config.optim.max_skips non-finite steps in a row: starting it again does not help."""
 
 
 class Stopped(Exception):
@@ -57,8 +62,9 @@ class Stopped(Exception):
 
 
 def main_of(config: Config, workdir: str, *, profile: bool = False) -> int:
-    """Trains until config.total_steps; returns the exit code (0, or STOPPED)."""
-    with Preemption() as preemption, _locked(workdir):
+    """Trains until config.total_steps; returns the exit code (0, STOPPED or DIVERGED)."""
+    config = resolve_init_from(config)
+    with Preemption(may_leave=lambda: True) as preemption, _locked(workdir):
         check_same_config(workdir, config)
         try:
             mesh = make_mesh(data=config.mesh.data, fsdp=config.mesh.fsdp, tensor=config.mesh.tensor)
@@ -68,7 +74,7 @@ def main_of(config: Config, workdir: str, *, profile: bool = False) -> int:
 
         # What never changes: the autoencoder and the region tokens.
         autoencoder, autoencoder_params, autoencoder_hash = load_autoencoder(config.model)
-        encoder = make_encoder(config.model.clip, config.token_width)
+        encoder = LazyEncoder(config.model.clip, config.token_width)
         cache = os.path.join(workdir, "cache")
         train_set = training_set(config, encoder, cache)
         eval_set = evaluation_set(config, encoder, cache)
@@ -78,26 +84,37 @@ def main_of(config: Config, workdir: str, *, profile: bool = False) -> int:
 
         with jax.set_mesh(mesh):
             method = make_method(config, autoencoder)
-            trainer = Trainer(config, method)
+            trainer = Trainer(config, training_method(config, method, train_set.images, autoencoder, autoencoder_hash))
             abstract = abstract_state(config, trainer, mesh)
-            write_metadata(
+            metadata = write_metadata(
                 workdir,
                 config=config,
                 parameter_table=parameter_table(abstract.params),
                 mesh=mesh,
-                extra={"frozen": {"autoencoder": autoencoder_hash, "clip": encoder.fingerprint}},
+                extra={
+                    "frozen": {"autoencoder": autoencoder_hash, "clip": train_set.clip},
+                    "origin": origin(config),
+                },
             )
-            _print_counts(abstract.params)
-            checkpoints = Checkpoints(workdir, keep=config.checkpoint.keep, every=config.checkpoint.every)
-            state = _first_state(config, trainer, checkpoints, abstract)
+            _print_counts(config, trainer, abstract.params)
+            every, keep, forever = config.checkpoint.every, config.checkpoint.keep, config.checkpoint.keep_every
+            checkpoints = Checkpoints(workdir, keep=keep, every=every, keep_every=forever)
+            state = first_state(config, trainer, checkpoints, abstract)
             try:
                 _loop(
                     config, workdir, mesh, trainer, state, frozen, train_set,
-                    Evaluator(config, method, eval_set, mesh), checkpoints, preemption, profile,
+                    Evaluator(config, method, eval_set, mesh), checkpoints, metadata, preemption, profile,
                 )  # fmt: skip
             except Stopped as stopped:
                 print(f"asked to stop: saved step {stopped}; run the same command again to go on", flush=True)
                 return STOPPED
+            except NonFinite as error:
+                # Not saved: the same command repeats these very steps from the last checkpoint, for whoever looks into
+                # it; automatic restarts that each saved one step more would push the good checkpoints out.
+                print(f"error: {error}; saved steps: {checkpoints.said()}", file=sys.stderr)
+                return DIVERGED
+            except CannotWrite as error:
+                raise CheckpointError(str(error)) from error
             finally:
                 checkpoints.close()
     return 0
@@ -113,11 +130,14 @@ def _loop(
     data: Dataset,
     evaluator: Evaluator,
     checkpoints: Checkpoints,
+    metadata: dict[str, Any],
     preemption: Preemption,
     profile: bool,
 ) -> None:
     """Steps from the state's on; raises Stopped once everything is saved."""
-    start = int(state.step)
+    start = reached = int(state.step)
+    # Until the first step is through its compilation there is nothing to save; afterwards while the last step is saved.
+    preemption.may_leave = lambda: reached == start or checkpoints.is_committed(reached)
     loader = make_loader(
         data.images,
         data.tokens,
@@ -130,6 +150,8 @@ def _loop(
         host_index=jax.process_index(),
         host_count=jax.process_count(),
         threads=config.data.threads,
+        workers=config.data.workers,
+        form="moments" if config.data.latents == "stored" else "bytes",
     )
     shardings = jax.tree.map(lambda x: x.sharding, state)
     train_step = jax.jit(trainer.step, donate_argnums=0, out_shardings=(shardings, None))
@@ -143,7 +165,9 @@ def _loop(
             "skips_in_a_row": state.skips_in_a_row,
         }
         parts = {"params": state.params, "ema": state.ema, "rest": rest}
-        checkpoints.save(step, parts, extra={"step": step, "seed": config.seed, "batch_size": config.batch_size})
+        # Where the data stand is a function of the seed and the step.
+        extra = {"step": step, "seed": config.seed, "batch_size": config.batch_size, "metadata": metadata}
+        checkpoints.save(step, parts, extra=extra)
 
     def poll() -> None:
         if preemption.stop(int(state.step)):
@@ -157,7 +181,10 @@ def _loop(
         log_every=config.log_every,
         is_writer=jax.process_index() == 0,
         max_skips=config.optim.max_skips,
-        parameter_paths=[path_of(path) for path, _ in jax.tree_util.tree_leaves_with_path(state.params)],
+        max_invalid=config.data.max_invalid,
+        parameter_paths=[
+            path_of(path) for path, _ in jax.tree_util.tree_leaves_with_path(trainer.trained(state.params))
+        ],
     ) as monitor:
 
         def evaluate(step: int) -> None:
@@ -176,6 +203,8 @@ def _loop(
                 jax.profiler.start_trace(os.path.join(workdir, "profile"))
             batch = put_global_batch(mesh, next(loader))
             state, metrics = train_step(state, frozen, batch)
+            reached = step
+            checkpoints.check()
             monitor.step(step, metrics, config.batch_size)
             if profile and step - start == PROFILED_STEPS.stop:
                 jax.block_until_ready(state)
@@ -203,26 +232,6 @@ def abstract_state(config: Config, trainer: Trainer, mesh: Mesh) -> TrainState:
     )
 
 
-def batch_spec(config: Config) -> dict[str, jax.ShapeDtypeStruct]:
-    """The batch that parameters are initialised with: one source; no parameter's shape depends on the batch size."""
-    k = config.data.targets_per_source
-    shapes = batch_shapes(batch_size=k, targets_per_source=k, size=config.model.size, token_width=config.token_width)
-    return {name: jax.ShapeDtypeStruct(shape, np.dtype(dtype)) for name, (shape, dtype) in shapes.items()}
-
-
-def _first_state(config: Config, trainer: Trainer, checkpoints: Checkpoints, abstract: TrainState) -> TrainState:
-    """Resume order: this workdir's checkpoint, else random parameters. A checkpoint that cannot be restored is an
-    error, never a fresh start."""
-    if checkpoints.latest_step() is None:
-        shardings = jax.tree.map(lambda x: x.sharding, abstract)
-        init = jax.jit(lambda key: trainer.init_state(key, batch_spec(config)), out_shardings=shardings)
-        return init(jax.random.key(config.seed))
-    rest = {name: getattr(abstract, name) for name in ("step", "opt_state", "skipped", "skips_in_a_row")}
-    parts, _, step = checkpoints.restore({"params": abstract.params, "ema": abstract.ema, "rest": rest})
-    print(f"resuming from step {step}", flush=True)
-    return TrainState(params=parts["params"], ema=parts["ema"], **parts["rest"])
-
-
 def _announce(config: Config, mesh: Mesh) -> None:
     parts = batch_parts(mesh) * config.optim.accumulation
     if config.batch_size % (parts * config.data.targets_per_source):
@@ -230,6 +239,7 @@ def _announce(config: Config, mesh: Mesh) -> None:
             f"config.batch_size is {config.batch_size}; it must be a multiple of the {batch_parts(mesh)} parts of the "
             f"batch x accumulation {config.optim.accumulation} x targets_per_source {config.data.targets_per_source}"
         )
+    config.check_noise_scale(mesh.shape["data"])
     print(
         f"{jax.process_count()} host(s), {jax.device_count()} {jax.devices()[0].device_kind} device(s), mesh "
         f"{dict(mesh.shape)}; batch {config.batch_size} = {config.batch_size // parts} per device x "
@@ -238,9 +248,14 @@ def _announce(config: Config, mesh: Mesh) -> None:
     )
 
 
-def _print_counts(params: Any) -> None:
+def _print_counts(config: Config, trainer: Trainer, params: Any) -> None:
     counts = {name: sum(x.size for x in jax.tree.leaves(tree)) for name, tree in params.items()}
-    print("parameters: " + ", ".join(f"{n} {c:,}" for n, c in counts.items()) + f"; all {sum(counts.values()):,}")
+    trained = sum(x.size for x in jax.tree.leaves(trainer.trained(params)))
+    if not trained:
+        raise ConfigError(f"config.optim.trainable {config.optim.trainable!r} finds none of the parameters")
+    every = sum(counts.values())
+    rest = "" if trained == every else f", of which {trained:,} are trained"
+    print("parameters: " + ", ".join(f"{n} {c:,}" for n, c in counts.items()) + f"; all {every:,}{rest}", flush=True)
 
 
 def _locked(workdir: str):
@@ -250,17 +265,32 @@ def _locked(workdir: str):
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "The experiment: a file under configs/.", lock_config=True)
 WORKDIR = flags.DEFINE_string("workdir", None, "Where checkpoints, metrics and samples go.")
+DISTRIBUTED = flags.DEFINE_enum("distributed", "auto", distributed.MODES, "Whether to join other processes.")
+COORDINATOR = flags.DEFINE_string("coordinator", None, "HOST:PORT of process 0, with --process and --processes.")
+PROCESS = flags.DEFINE_integer("process", None, "This process: 0, 1, ...")
+PROCESSES = flags.DEFINE_integer("processes", None, "How many processes there are.")
+ESTIMATE = flags.DEFINE_bool("estimate", False, "Print how much memory the run will take, and end.")
 PROFILE = flags.DEFINE_bool("profile", False, "Write a profiler trace of a few steps to WORKDIR/profile.")
 
 
 def main(argv: list[str]) -> int:
     if len(argv) > 1:
         raise ConfigError(f"unknown argument {argv[1]!r}; settings are --config.key=value")
+    if ESTIMATE.value and CONFIG.value is not None:
+        config = from_config_dict(Config, CONFIG.value)
+        print(report(config, estimate(config)))
+        return 0
     if not WORKDIR.value:
         raise ConfigError("--workdir is missing: name the folder for checkpoints, metrics and samples")
     if CONFIG.value is None:
         raise ConfigError("--config is missing: name an experiment, such as --config=configs/demo.py")
-    return main_of(from_config_dict(Config, CONFIG.value), WORKDIR.value, profile=PROFILE.value)
+    config = from_config_dict(Config, CONFIG.value)
+    joined = distributed.start(
+        DISTRIBUTED.value, coordinator=COORDINATOR.value, process=PROCESS.value, processes=PROCESSES.value
+    )
+    print(joined, flush=True)
+    keep_programs()
+    return main_of(config, WORKDIR.value, profile=PROFILE.value)
 
 
 if __name__ == "__main__":

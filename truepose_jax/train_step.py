@@ -9,11 +9,20 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 import optax
+from jax.sharding import PartitionSpec
 from jaxtyping import Array, Int
 
-from truepose_jax import rng
+from truepose_jax import noise_scale, rng
 from truepose_jax.methods.base import Batch, BatchSpec, Frozen, Method, Params
-from truepose_jax.optim import Packing, ema_update, learning_rate, make_optimizer, make_packing
+from truepose_jax.optim import (
+    Packing,
+    ema_update,
+    learning_rate,
+    make_optimizer,
+    make_packing,
+    put_trained,
+    trained_part,
+)
 from truepose_jax.schema import Config
 
 
@@ -43,31 +52,42 @@ class Trainer:
     def optimizer(self, packing: Packing) -> optax.GradientTransformation:
         return make_optimizer(self.config.optim, self.config.total_steps, packing.decayed)
 
+    def trained(self, params: Any) -> Any:
+        """The parameters that optim.trainable names, as a tree without the others."""
+        return trained_part(params, self.config.optim.trainable)
+
     def init_state(self, key: jax.Array, batch_spec: BatchSpec) -> TrainState:
-        params = self.method.init(key, batch_spec)
-        packing = self.packing(params)
+        return self.state_of(self.method.init(key, batch_spec))
+
+    def state_of(self, params: Params) -> TrainState:
+        """The state of step 0 with these parameters."""
+        trained = self.trained(params)
+        packing = self.packing(trained)
         return TrainState(
             step=jnp.zeros((), jnp.int32),
             params=params,
             # A copy, and three zeros: donated buffers must not alias.
             ema=jax.tree.map(jnp.copy, params) if self.config.optim.ema_decay else None,
-            opt_state=self.optimizer(packing).init(packing.pack(params)),
+            opt_state=self.optimizer(packing).init(packing.pack(trained)),
             skipped=jnp.zeros((), jnp.int32),
             skips_in_a_row=jnp.zeros((), jnp.int32),
         )
 
     def step(self, state: TrainState, frozen: Frozen, batch: Batch) -> tuple[TrainState, dict[str, jax.Array]]:
-        """One update. Randomness is a function of (seed, state.step). Non-finite gradients change nothing but the
-        counters; metrics then hold bad_loss and bad_gradients, the index of the first bad parameter among them."""
+        """One update from a batch of any form (input_pipeline.schema.FORMS). Randomness is a function of (seed,
+        state.step). Non-finite gradients change nothing but the counters; metrics then hold bad_loss and bad_gradients,
+        the index of the first bad parameter among them."""
+        batch = as_floats(batch)
         key = rng.key(jax.random.key(self.config.seed), "train", state.step)
         keys = jax.random.split(key, batch["target"].shape[0])
-        grads, metrics = self._gradients(state.params, frozen, batch, keys)
-        packing = self.packing(state.params)
-        grads, old_params = packing.pack(grads), packing.pack(state.params)
+        grads, metrics = self.gradients(state.params, frozen, batch, keys)
+        packing = self.packing(grads)
+        grads, old_params = packing.pack(grads), packing.pack(self.trained(state.params))
         norm = optax.tree.norm(grads)
         finite = jnp.isfinite(norm) & jnp.isfinite(metrics["loss"])
 
-        old = (old_params, None if state.ema is None else packing.pack(state.ema), state.opt_state)
+        old_ema = None if state.ema is None else packing.pack(self.trained(state.ema))
+        old = (old_params, old_ema, state.opt_state)
 
         def update(params, ema, opt_state):
             updates, opt_state = self.optimizer(packing).update(grads, opt_state, params)
@@ -82,8 +102,8 @@ class Trainer:
         skipped_now = (~finite).astype(jnp.int32)
         new_state = TrainState(
             step=state.step + 1,
-            params=packing.unpack(params),
-            ema=None if ema is None else packing.unpack(ema),
+            params=put_trained(state.params, packing.unpack(params)),
+            ema=None if ema is None else put_trained(state.ema, packing.unpack(ema)),
             opt_state=opt_state,
             skipped=state.skipped + skipped_now,
             skips_in_a_row=jnp.where(finite, 0, state.skips_in_a_row + 1),
@@ -100,16 +120,25 @@ class Trainer:
         }
         return new_state, metrics
 
-    def _gradients(self, params: Params, frozen: Frozen, batch: Batch, keys: jax.Array):
-        """Gradient and metrics of the whole batch, in `accumulation` micro-batches one after the other.
+    def gradients(self, params: Params, frozen: Frozen, batch: Batch, keys: jax.Array):
+        """Gradient by the trained parameters and metrics of the whole batch, in `accumulation` micro-batches one after
+        the other.
 
         Every sample brings its own key and each micro-batch weighs by its valid samples, so the sum is the gradient
         that the whole batch would have given at once.
         """
         pieces = self.config.optim.accumulation
-        gradient = jax.grad(self.method.loss, has_aux=True)
+
+        def loss(trained, *inputs):
+            return self.method.loss(put_trained(params, trained), *inputs)
+
+        gradient = jax.grad(loss, has_aux=True)
+        trained = self.trained(params)
+        measured = self.config.optim.noise_scale == "on"
+        if pieces == 1 and measured:
+            return self._by_device(gradient, trained, frozen, batch, keys)
         if pieces == 1:
-            return gradient(params, frozen, batch, keys)
+            return gradient(trained, frozen, batch, keys)
         total = jnp.maximum(jnp.sum(batch["valid"]), 1.0)
         sources = batch["source"].shape[0]
 
@@ -119,13 +148,55 @@ class Trainer:
             return jnp.moveaxis(grouped, 1, 0).reshape(pieces, x.shape[0] // pieces, *x.shape[1:])
 
         def one(piece):
-            grads, metrics = gradient(params, frozen, *piece)
+            grads, metrics = gradient(trained, frozen, *piece)
             share = jnp.sum(piece[0]["valid"]) / total
             metrics = {name: x if name.startswith("bin_") else share * x for name, x in metrics.items()}
+            if measured:
+                metrics |= noise_scale.of_part(grads, share)
             return jax.tree.map(lambda g: share * g, grads), metrics
 
         micro_batches = jax.tree.map(cut, (dict(batch), keys))
         first = jax.tree.map(lambda x: x[0], micro_batches)
         zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(one, first))
         add = lambda sums, piece: (jax.tree.map(jnp.add, sums, one(piece)), None)  # noqa: E731
-        return jax.lax.scan(add, zeros, micro_batches)[0]
+        grads, metrics = jax.lax.scan(add, zeros, micro_batches)[0]
+        return grads, noise_scale.of_whole(grads, metrics, total) if measured else metrics
+
+    def _by_device(self, gradient, trained: Any, frozen: Frozen, batch: Batch, keys: jax.Array):
+        """The same gradient and metrics, with each share of the mesh's data axis seen alone for the noise scale.
+
+        Along data every device holds all of a parameter, so the shares' gradients are there before they are summed;
+        fsdp and tensor stay with the compiler.
+        """
+        mesh = jax.sharding.get_abstract_mesh()
+        self.config.check_noise_scale(mesh.shape.get("data", 1))
+
+        def one(trained, frozen, batch, keys):
+            grads, metrics = gradient(trained, frozen, batch, keys)
+            valid = jnp.sum(batch["valid"])
+            total = jnp.maximum(jax.lax.psum(valid, "data"), 1.0)
+            share = valid / total
+            metrics = {name: x if name.startswith("bin_") else share * x for name, x in metrics.items()}
+            metrics |= noise_scale.of_part(grads, share)
+            grads, metrics = jax.lax.psum((jax.tree.map(lambda g: share * g, grads), metrics), "data")
+            return grads, noise_scale.of_whole(grads, metrics, total)
+
+        whole, cut = PartitionSpec(), PartitionSpec("data")
+        call = jax.shard_map(
+            # check_vma: with it, the gradient by what all devices share would come summed
+            one, in_specs=(whole, whole, cut, cut), out_specs=whole, axis_names={"data"}, check_vma=False
+        )  # fmt: skip
+        return call(trained, frozen, dict(batch), keys)
+
+
+def as_floats(batch: Batch) -> Batch:
+    """The batch as a Method sees it: bytes become pictures in [-1, 1] and skeletons in [0, 1], halves become floats."""
+
+    def widened(name: str, x: jax.Array) -> jax.Array:
+        if x.dtype == jnp.float16:
+            return x.astype(jnp.float32)
+        if x.dtype != jnp.uint8 or name not in ("source", "target", "target_pose"):
+            return x
+        return x.astype(jnp.float32) / 255.0 if name == "target_pose" else x.astype(jnp.float32) / 127.5 - 1.0
+
+    return {name: widened(name, x) for name, x in batch.items()}

@@ -11,6 +11,7 @@ import time
 import numpy as np
 import pytest
 
+from tests.test_checkpoint import damage
 from truepose_jax.checkpoint import Checkpoints
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
@@ -45,6 +46,7 @@ def environment(tmp_path_factory):
     """One compilation for all runs of this file."""
     cache = tmp_path_factory.mktemp("compiled")
     return os.environ | {
+        "JAX_ENABLE_COMPILATION_CACHE": "true",
         "JAX_COMPILATION_CACHE_DIR": str(cache),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
         "JAX_PLATFORMS": "cpu",
@@ -112,17 +114,46 @@ def test_straight_run_leaves_what_it_promises(straight):
     assert any(name.startswith("hpfa_rms/") for name in results)
 
 
+def wait_for_checkpoint(process, workdir, step):
+    deadline = time.monotonic() + 300
+    while not (workdir / "checkpoints" / str(step)).is_dir():
+        assert process.poll() is None and time.monotonic() < deadline, f"step {step} was never saved"
+        time.sleep(0.02)
+
+
 def test_killed_and_started_again_equals_straight(tmp_path, environment, straight):
+    """And the newest checkpoint damaged: refused, or with checkpoint.allow_fallback the one before it is taken."""
     process = subprocess.Popen(
         command(tmp_path), cwd=ROOT, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
     )
     wait_for_step(process, tmp_path, 2 * EVERY + 3)
+    wait_for_checkpoint(process, tmp_path, 2 * EVERY)
     process.send_signal(signal.SIGKILL)
     process.wait()
-    code, out, errors = run(tmp_path, environment)
+    newest = max(int(p.name) for p in (tmp_path / "checkpoints").iterdir() if p.name.isdigit())
+    # The optimizer's moments are one array; a bit in a file of many may lie between them and do no harm.
+    damage(tmp_path / "checkpoints", newest, "flipped", "rest")
+    code, _, errors = run(tmp_path, environment)
+    assert code == 2 and f"cannot read step {newest}" in errors.splitlines()[-1]
+    assert "--config.checkpoint.allow_fallback=true" in errors.splitlines()[-1] and "Traceback" not in errors
+    code, out, errors = run(tmp_path, environment, "--config.checkpoint.allow_fallback=true")
     assert code == 0, errors
-    assert "resuming from step" in out
+    assert f"resuming from step {newest - EVERY}" in out
+    assert f"cannot read step {newest}" in errors and (tmp_path / "damaged" / str(newest)).is_dir()
     assert_same_run(tmp_path, straight)
+
+
+def test_asked_to_stop_while_compiling_ends_at_once(tmp_path, environment):
+    uncached = environment | {"JAX_ENABLE_COMPILATION_CACHE": "false"}
+    process = subprocess.Popen(
+        command(tmp_path), cwd=ROOT, env=uncached, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    assert any(line.startswith("parameters:") for line in process.stdout)
+    time.sleep(2)
+    process.send_signal(signal.SIGTERM)
+    _, errors = process.communicate(timeout=30)  # compilation alone takes longer
+    assert process.returncode == 143 and "nothing unsaved" in errors
+    assert steps_of(tmp_path) == [] and not list((tmp_path / "checkpoints").iterdir())
 
 
 @pytest.mark.slow

@@ -1,6 +1,7 @@
 """What a run leaves on disk and how it goes on: checkpoints, metadata.json, the lock, the signal to stop.
 
-    workdir/checkpoints/<step>/   {params, ema, rest, extra} by orbax, each part restorable alone
+    workdir/checkpoints/<step>/   {params, ema, rest, extra} by orbax, each part restorable alone; extra: JSON
+    workdir/damaged/<step>/       steps that could not be read and were skipped (config.checkpoint.allow_fallback)
     workdir/metadata.json         resolved config, versions, devices, parameter table
     workdir/lock                  held by the one run that may write here
 
@@ -8,8 +9,8 @@ What goes wrong in here is a CheckpointError, one line for people, and fatal: a 
 scratch because its checkpoint could not be read.
 """
 
-from truepose_jax.checkpoint.errors import CheckpointError
-from truepose_jax.checkpoint.preemption import Preemption
+from truepose_jax.checkpoint.errors import CheckpointError, DamagedStep
+from truepose_jax.checkpoint.preemption import STOPPED, Preemption
 from truepose_jax.checkpoint.store import Checkpoints
 from truepose_jax.checkpoint.workdir import (
     check_same_config,
@@ -21,8 +22,10 @@ from truepose_jax.checkpoint.workdir import (
 )
 
 __all__ = [
+    "STOPPED",
     "CheckpointError",
     "Checkpoints",
+    "DamagedStep",
     "Preemption",
     "check_same_config",
     "lock_workdir",

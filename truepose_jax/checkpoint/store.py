@@ -4,27 +4,35 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import gc
+import hashlib
+import itertools
 import json
+import logging
 import os
 import shutil
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
+from jax.experimental import multihost_utils
 from jax.sharding import NamedSharding, PartitionSpec, Sharding, SingleDeviceSharding
+from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, EveryNSteps, LatestN
 
-from truepose_jax.checkpoint.errors import CheckpointError, first_line
+from truepose_jax.checkpoint.errors import CheckpointError, DamagedStep, first_line
 from truepose_jax.sharding import path_of
+
+Read = TypeVar("Read")
 
 PARTS = ("params", "ema", "rest")
 UNFINISHED = ".orbax-checkpoint-tmp"
 """In the name of a step's folder until it is whole."""
+DAMAGED = "damaged"
+"""Folder of the workdir that damaged steps are moved to."""
 
 
 def _bit_sum(x: jax.Array) -> jax.Array:
@@ -84,6 +92,12 @@ def _describe(leaves: Mapping[str, jax.Array]) -> dict[str, dict[str, Any]]:
     }
 
 
+def _digest(record: Mapping[str, Any]) -> str:
+    """SHA-256 of what the JSON of a step says about its arrays and its run."""
+    text = json.dumps({name: record[name] for name in ("extra", "leaves")}, sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
 @contextlib.contextmanager
 def _explained(what: str, advice: str) -> Iterator[None]:
     """Whatever goes wrong inside becomes a CheckpointError: what, why in one line, what to do."""
@@ -95,19 +109,23 @@ def _explained(what: str, advice: str) -> Iterator[None]:
         raise CheckpointError(f"{what} ({first_line(error)}); {advice}") from error
 
 
-@contextlib.contextmanager
-def _quietly() -> Iterator[None]:
-    """A restore that fails leaves a coroutine per array behind, and each prints a page when it is collected:
-    collects them unheard, so that the one line of the error can be read."""
-    hook = sys.unraisablehook
-    sys.unraisablehook = lambda _: None
-    try:
-        yield
-    except Exception:
-        gc.collect()
-        raise
-    finally:
-        sys.unraisablehook = hook
+def _without_pages(record: logging.LogRecord) -> bool:
+    """A filter that drops the tracebacks orbax logs: every one of them comes as a CheckpointError too, in one line."""
+    return not (record.exc_info and "orbax" in record.pathname)
+
+
+def _ignore_abandoned_reads() -> None:
+    """A restore that fails abandons a coroutine per array, each of which prints a page whenever it is collected: from now
+    on those of orbax are not heard, so that the one line of the error can be read."""
+    hear = sys.unraisablehook
+
+    def hear_others(unraisable: Any) -> None:
+        code = getattr(unraisable.object, "cr_code", None)
+        if code is None or "orbax" not in code.co_filename:
+            hear(unraisable)
+
+    if getattr(hear, "__name__", "") != hear_others.__name__:
+        sys.unraisablehook = hear_others
 
 
 class Checkpoints:
@@ -118,21 +136,31 @@ class Checkpoints:
     (measured).
     """
 
-    def __init__(self, workdir: str | os.PathLike[str], *, keep: int, every: int, read_only: bool = False):
-        """keep: how many of the last steps stay. every: the interval that `due` tells. read_only: for
-        programs that read the workdir of a run that may still be training: creates and removes nothing,
-        cannot save."""
+    def __init__(
+        self,
+        workdir: str | os.PathLike[str],
+        *,
+        keep: int,
+        every: int,
+        keep_every: int = 0,
+        read_only: bool = False,
+    ):
+        """keep: how many of the last steps stay. every: the interval that `due` tells. keep_every: multiples of it
+        stay for good (0: none). read_only: for programs that read the workdir of a run that may still be training:
+        creates and removes nothing, cannot save."""
         self.folder = Path(workdir).absolute() / "checkpoints"
         self.every = every
         self._read_only = read_only
         if read_only and not self.folder.is_dir():
             raise CheckpointError(f"{self.folder} does not exist: {workdir} holds no training run")
+        policies = [LatestN(n=keep)] + ([EveryNSteps(interval_steps=keep_every)] if keep_every else [])
         options = ocp.CheckpointManagerOptions(
-            max_to_keep=None if read_only else keep,
+            preservation_policy=None if read_only else AnyPreservationPolicy(policies),
             create=not read_only,
             # Made in the background, a folder that cannot be made is noticed after five minutes only.
             async_options=ocp.AsyncOptions(create_directories_asynchronously=False),
         )
+        logging.getLogger("absl").addFilter(_without_pages)
         with _explained(f"cannot open {self.folder}", "see its permissions"):
             if not read_only and jax.process_index() == 0:
                 # orbax's cleanup_tmp_directories does it in a thread that nothing waits for.
@@ -143,6 +171,14 @@ class Checkpoints:
     def latest_step(self) -> int | None:
         """The last step (one that is still being saved too), or None."""
         return self._manager.latest_step()
+
+    def said(self) -> str:
+        """The steps that are there, in words."""
+        return ", ".join(map(str, sorted(self._manager.all_steps()))) or "none"
+
+    def is_committed(self, step: int) -> bool:
+        """Is `step` whole on the disk? (Its folder is renamed to the step's number last of all.)"""
+        return (self.folder / str(step)).is_dir()
 
     def due(self, step: int) -> bool:
         """Is `step` one of the interval's?"""
@@ -158,9 +194,11 @@ class Checkpoints:
             raise CheckpointError(f"{self.folder} was opened for reading only")
         if step in self._manager.all_steps():
             return
+        self.wait()  # the manager would do so, and a failure would seem to be this step's
         parts = {name: _by_path(state[name]) for name in PARTS if state.get(name) is not None}
         leaves = {name: _describe(part) for name, part in parts.items()}
         record = json.loads(json.dumps({"extra": dict(extra), "leaves": leaves}, allow_nan=False))
+        record["digest"] = _digest(record)
         items = {name: ocp.args.StandardSave(part) for name, part in parts.items()}
         args = ocp.args.Composite(**items, extra=ocp.args.JsonSave(record))
         with self._saving(f"saving step {step} to {self.folder} failed"):
@@ -186,6 +224,42 @@ class Checkpoints:
         }
         return {name: state.get(name) for name in PARTS}, record["extra"], step
 
+    def restore_or_fall_back(
+        self, abstract_state: Mapping[str, Any]
+    ) -> tuple[dict[str, Any], dict[str, Any], int, list[str]]:
+        """(state, extra, step, what was skipped): `restore` of the newest step that is whole.
+
+        The damaged ones above it are moved to workdir/damaged, so that the run can save those steps again, and each
+        gets a line that says why. Where none can be read nothing is moved and the newest one's DamagedStep is raised.
+        """
+        damage: dict[int, DamagedStep] = {}
+        for step in sorted(self._manager.all_steps(), reverse=True):
+            try:
+                state, extra, _ = self.restore(abstract_state, step)
+            except DamagedStep as error:
+                damage[step] = error
+                continue
+            # Only now: where memory is short or the disk is away, every step seems damaged and must stay.
+            return state, extra, step, [self._move_away(bad, damage[bad]) for bad in damage]
+        raise damage[max(damage)] if damage else CheckpointError(f"{self.folder} holds no checkpoint")
+
+    def _move_away(self, step: int, error: DamagedStep) -> str:
+        """Moves a damaged step out of the way; returns the line that says so."""
+        place = next(p for p in self._damaged_places(step) if not p.exists())
+        if jax.process_index() == 0:
+            with _explained(f"cannot move the damaged step {step} to {place}", "move it by hand"):
+                place.parent.mkdir(exist_ok=True)
+                os.rename(self.folder / str(step), place)
+        if jax.process_count() > 1:
+            multihost_utils.sync_global_devices(f"moved damaged step {step}")
+        self._manager.reload()
+        return f"{error.what}: moved it to {place}"
+
+    def _damaged_places(self, step: int) -> Iterator[Path]:
+        yield self.folder.parent / DAMAGED / str(step)
+        for count in itertools.count(2):
+            yield self.folder.parent / DAMAGED / f"{step}_{count}"
+
     def restore_part(self, name: str, step: int | None = None, *, place: Sharding | None = None) -> Any:
         """One part ("params" or "ema") alone: nested dicts of arrays on `place` (None: the first local
         device).
@@ -205,6 +279,15 @@ class Checkpoints:
         }
         return _nested(self._read(step, {name: wanted}, saved)[name])
 
+    def restore_like(self, name: str, abstract: Any, step: int | None = None) -> tuple[Any, int]:
+        """(one part, step) in the structure and shardings of `abstract`: another run's weights. Raises CheckpointError."""
+        step = self._known(step)
+        saved = {name: self._record(step)["leaves"].get(name, {})}
+        wanted = {name: _by_path(abstract)}
+        self._check_fits(step, wanted, saved)
+        restored = self._read(step, wanted, saved)[name]
+        return jax.tree.unflatten(jax.tree.structure(abstract), [restored[path] for path in wanted[name]]), step
+
     def wait(self) -> None:
         """Blocks until the last save is committed. Raises CheckpointError where it failed."""
         with self._saving(f"saving to {self.folder} failed"):
@@ -215,31 +298,58 @@ class Checkpoints:
         self.wait()
         self._manager.close()
 
+    def check(self) -> None:
+        """Raises CheckpointError where a save in the background has failed since."""
+        if not self._manager.is_saving_in_progress():
+            self.wait()  # returns at once; the manager's own check_for_errors never sees them
+
     def _saving(self, what: str) -> contextlib.AbstractContextManager[None]:
         return _explained(what, "free space there, or see its permissions")
 
-    def _reading(self, step: int) -> contextlib.AbstractContextManager[None]:
+    def _sound(self, step: int, read: Callable[[], Read]) -> Read:
+        """What `read` returns. What goes wrong in it, on any process, is a DamagedStep on all of them."""
+        found, why = None, ""
+        try:
+            found = read()
+        except Exception as error:  # for broken folders orbax raises ValueError, KeyError, bare Exception, ...
+            why = first_line(error)
+            _ignore_abandoned_reads()
+        failed = [bool(why)]
+        if jax.process_count() > 1:
+            failed = multihost_utils.process_allgather(np.array(bool(why))).tolist()
+        if any(failed):
+            why = why or f"process {failed.index(True)} cannot read its part"
+            raise DamagedStep(f"cannot read step {step} in {self.folder} ({why})", self._without(step))
+        return found
+
+    def _without(self, step: int) -> str:
         older = [s for s in self._manager.all_steps() if s < step]
-        go_on = f"to go on from step {max(older)}" if older else "to start from scratch"
-        advice = f"move {self.folder / str(step)} away {go_on}"
-        return _explained(f"cannot read step {step} in {self.folder}", advice)
+        if not older:
+            return f"move {self.folder / str(step)} away to start from scratch"
+        if self._read_only:
+            return f"the step before it is {max(older)}"
+        return f"to go on from step {max(older)} in its place: --config.checkpoint.allow_fallback=true"
 
     def _known(self, step: int | None) -> int:
         steps = sorted(self._manager.all_steps())
         if not steps:
             raise CheckpointError(f"{self.folder} holds no checkpoint")
         if step is not None and step not in steps:
-            raise CheckpointError(f"{self.folder} holds no step {step}; it has {', '.join(map(str, steps))}")
+            raise CheckpointError(f"{self.folder} holds no step {step}; it has {self.said()}")
         return steps[-1] if step is None else step
 
     def _record(self, step: int) -> dict[str, Any]:
         """{"extra", "leaves": {part: {path: {"dtype", "shape", "bit_sum"}}}} of `step`."""
-        with self._reading(step), _quietly():
-            args = ocp.args.Composite(extra=ocp.args.JsonRestore())
-            record = self._manager.restore(step, args=args)["extra"]
-            if not {"extra", "leaves"} <= record.keys():
+
+        def read() -> dict[str, Any]:
+            record = ocp.JsonCheckpointHandler().restore(self.folder / str(step) / "extra")
+            if not {"extra", "leaves", "digest"} <= record.keys():
                 raise ValueError("not written by truepose_jax")
+            if record["digest"] != _digest(record):
+                raise ValueError("its JSON is not what was saved: damaged on disk")
             return record
+
+        return self._sound(step, read)
 
     def _check_fits(self, step: int, wanted: Mapping[str, Any], saved: Mapping[str, Any]) -> None:
         """orbax casts another dtype without a word and names no path for another shape, so compare before."""
@@ -258,10 +368,15 @@ class Checkpoints:
     def _read(
         self, step: int, wanted: Mapping[str, dict[str, Any]], saved: Mapping[str, Any]
     ) -> dict[str, dict[str, jax.Array]]:
-        args = {name: ocp.args.StandardRestore(part) for name, part in wanted.items()}
-        with self._reading(step), _quietly():
-            restored = dict(self._manager.restore(step, args=ocp.args.Composite(**args)))
-            return {name: _settle(name, restored.pop(name), saved[name]) for name in wanted}
+        """Not by the manager, whose barriers would have the others wait for a process that found damage."""
+        folder, handler = self.folder / str(step), ocp.StandardCheckpointHandler()
+
+        def read() -> dict[str, dict[str, jax.Array]]:
+            args = {name: ocp.args.StandardRestore(part) for name, part in wanted.items()}
+            return {name: handler.restore(folder / name, args=args[name]) for name in wanted}
+
+        restored = self._sound(step, read)
+        return self._sound(step, lambda: {name: _settle(name, restored.pop(name), saved[name]) for name in wanted})
 
 
 def _settle(part: str, leaves: dict[str, jax.Array], saved: Mapping[str, Any]) -> dict[str, jax.Array]:

@@ -54,14 +54,12 @@ def write_metadata(
     parameter_table: Sequence[Row],
     mesh: Any,
     extra: Mapping[str, Any] | None = None,
-) -> None:
-    """Writes workdir/metadata.json (process 0 alone). Raises CheckpointError where it cannot.
+) -> dict[str, Any]:
+    """Writes workdir/metadata.json (process 0 alone); returns what it says. Raises CheckpointError where it cannot.
 
     mesh: a jax Mesh, or anything JSON-able. extra: more entries for the top level, JSON-able, such as
     {"frozen": {"vae": {"path": ..., "sha256": ...}}}.
     """
-    if jax.process_index():
-        return
     networks: dict[str, int] = {}
     for path, shape, _ in parameter_table:
         network = path.split("/", 1)[0]
@@ -90,12 +88,15 @@ def write_metadata(
         },
     }
     path = Path(workdir) / "metadata.json"
+    if jax.process_index():
+        return record
     text = json.dumps(record, indent=1, allow_nan=False)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         _write_atomically(path, text + "\n")
     except OSError as error:
         raise CheckpointError(f"cannot write {path} ({first_line(error)})") from error
+    return record
 
 
 def read_metadata(workdir: str | os.PathLike[str]) -> dict[str, Any]:

@@ -1,0 +1,154 @@
+"""What a run begins with: a converted folder, another run, or neither; and one line for what does not fit."""
+
+import json
+import pathlib
+
+import jax
+import ml_dtypes
+import numpy as np
+import pytest
+
+from tests import tiny
+from tests.tiny_run import STEPS, random_like, shared_run, tiny_config
+from truepose_jax.checkpoint import Checkpoints
+from truepose_jax.conversion.key_maps import leaves
+from truepose_jax.conversion.safetensors_io import TensorInfo, write_safetensors
+from truepose_jax.conversion.weights_folder import FORMAT, VERSION
+from truepose_jax.initial import first_state, resolve_init_from
+from truepose_jax.methods import make_method
+from truepose_jax.models.vae import PixelAutoencoder
+from truepose_jax.schema import Config, ConfigError, to_dict
+from truepose_jax.sharding import make_mesh
+from truepose_jax.train import abstract_state
+from truepose_jax.train_step import Trainer
+
+
+def trainer_of(config: Config) -> Trainer:
+    return Trainer(config, make_method(config, PixelAutoencoder(config.model.pixel_factor)))
+
+
+def write_folder(folder: pathlib.Path, arrays: dict[str, np.ndarray], config: Config, **changes) -> pathlib.Path:
+    """A weights folder of these parameters."""
+    folder.mkdir(parents=True)
+    infos = {path: TensorInfo(a.shape, a.dtype) for path, a in arrays.items()}
+    write_safetensors(folder / "params.safetensors", infos, arrays.items())
+    details = {
+        "format": FORMAT,
+        "version": VERSION,
+        "method": "truepose",
+        "unet": to_dict(config.model.unet),
+        "fresh": ["pose_encoder"],
+        "schedule": None,
+        "origin": {"name": "a test"},
+    }
+    (folder / "weights.json").write_text(json.dumps(details | changes))
+    return folder
+
+
+def begin(config: Config, workdir: pathlib.Path):
+    """(state, its abstract form)."""
+    mesh = make_mesh(data=1, fsdp=1, tensor=1, devices=jax.devices()[:1])
+    trainer = trainer_of(config)
+    checkpoints = Checkpoints(workdir, keep=1, every=1)
+    with jax.set_mesh(mesh):
+        abstract = abstract_state(config, trainer, mesh)
+        state = first_state(resolve_init_from(config), trainer, checkpoints, abstract)
+    checkpoints.close()
+    return state, abstract
+
+
+@pytest.fixture(scope="module")
+def given():
+    """Parameters of the tiny network without its pose encoder; every third tensor in bf16, every fifth in fp16."""
+    trainer = trainer_of(tiny_config())
+    shapes = jax.eval_shape(lambda: trainer.method.init(jax.random.key(0), tiny.spec(trainer.config)))
+    arrays = {p: np.asarray(a) for p, a in leaves(random_like(shapes, 5)) if not p.startswith("pose_encoder/")}
+    narrow = {0: ml_dtypes.bfloat16, 1: np.float16}
+    return {p: a.astype(narrow.get(i % 5, np.float32)) for i, (p, a) in enumerate(arrays.items())}
+
+
+def test_converted_weights(tmp_path, given):
+    folder = write_folder(tmp_path / "weights", given, tiny_config())
+    config = tiny_config(init_from=str(folder))
+    state, abstract = begin(config, tmp_path / "run")
+    for (path, leaf), shape in zip(leaves(state.params), jax.tree.leaves(abstract.params), strict=True):
+        assert leaf.dtype == np.float32 and leaf.sharding == shape.sharding
+        if path in given:
+            assert np.array_equal(leaf, given[path].astype(np.float32)), path
+    # What the folder lacks begins as it does in a run from nothing.
+    scratch = trainer_of(config).method.init(jax.random.key(config.seed), tiny.spec(config))["pose_encoder"]
+    jax.tree.map(np.testing.assert_allclose, state.params["pose_encoder"], scratch)
+    assert state.step == 0 and not any(np.any(x) for x in jax.tree.leaves(state.opt_state))
+    jax.tree.map(np.testing.assert_array_equal, state.params, state.ema)
+    assert not any(a.unsafe_buffer_pointer() == b.unsafe_buffer_pointer() for a, b in zip(
+        jax.tree.leaves(state.params), jax.tree.leaves(state.ema), strict=True
+    ))  # fmt: skip
+
+
+def test_another_run(tmp_path):
+    """Its EMA weights; with its raw ones where it keeps no EMA. A run that has a checkpoint of its own takes that."""
+    config = tiny_config(init_from=str(shared_run()))
+    state, _ = begin(config, tmp_path / "run")
+    expected = random_like(state.params, 10 * STEPS[-1])
+    jax.tree.map(np.testing.assert_array_equal, state.params, expected)
+
+
+CHANGED_UNET = to_dict(tiny_config().model.unet) | {"block_out_channels": [16]}
+
+
+@pytest.mark.parametrize(
+    ("change", "text"),
+    [
+        (lambda a: a.pop("target_net/conv_in/kernel"), "lacks target_net/conv_in/kernel"),
+        (
+            lambda a: a.update({"source_net/more/kernel": np.zeros(2, np.float32)}),
+            "holds source_net/more/kernel, which",
+        ),
+        (lambda a: a.update({"source_net/conv_in/bias": np.zeros(2, np.float32)}), r"shape \[2\]; expected \[8\]"),
+        (lambda a: a.update({"source_net/conv_in/bias": np.zeros(8, np.float64)}), "does not hold exactly"),
+    ],
+)
+def test_tensors_that_do_not_fit(tmp_path, given, change, text):
+    arrays = dict(given)
+    change(arrays)
+    folder = write_folder(tmp_path / "weights", arrays, tiny_config())
+    with pytest.raises(ConfigError, match=text) as caught:
+        begin(tiny_config(init_from=str(folder)), tmp_path / "run")
+    assert "\n" not in str(caught.value)
+
+
+def test_folders_that_do_not_serve(tmp_path, given, caplog):
+    wrong = write_folder(tmp_path / "wrong", given, tiny_config(), unet=CHANGED_UNET)
+    damaged = write_folder(tmp_path / "damaged", given, tiny_config())
+    (damaged / "weights.json").write_text("{")
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "run_without_metadata" / "checkpoints").mkdir(parents=True)
+    for folder, text in {
+        wrong: r"block_out_channels \(16,\)",
+        damaged: "weights.json",
+        tmp_path / "empty": "neither a folder that",
+        tmp_path / "absent": "neither a folder that",
+        tmp_path / "run_without_metadata": "holds no training run",
+    }.items():
+        with pytest.raises(ConfigError, match=text) as caught:
+            resolve_init_from(tiny_config(init_from=str(folder)))
+        assert "config.init_from" in str(caught.value)
+
+
+def test_another_schedule_is_said_aloud(tmp_path, given, caplog):
+    schedule = {"betas": "linear", "beta_start": 1e-4, "beta_end": 2e-2, "steps": 1000, "prediction": "eps"}
+    folder = write_folder(tmp_path / "weights", given, tiny_config(), schedule=schedule)
+    resolve_init_from(tiny_config(init_from=str(folder)))
+    assert "linear" in caplog.text and "scaled_linear" in caplog.text
+
+
+def test_frozen_networks_come_along(tmp_path, given):
+    """Where the folder holds CLIP and the config names none, it is the folder's; a named one stays."""
+    folder = write_folder(tmp_path / "weights", given, tiny_config())
+    for inside in ("vae", "image_encoder"):
+        (folder / inside).mkdir()
+        (folder / inside / "config.json").write_text("{}")
+    found = resolve_init_from(tiny_config(init_from=str(folder)))
+    assert found.model.clip.path == str(folder) and found.model.vae == ""  # a pixel codec has no VAE
+    named = resolve_init_from(tiny_config(init_from=str(folder), model__clip__path="other"))
+    assert named.model.clip.path == "other"

@@ -1,0 +1,190 @@
+"""The state a run begins with: its own checkpoint, the weights of config.init_from, or random parameters.
+
+config.init_from is a folder that `convert from-torch` wrote, or the workdir of another run (its EMA weights where it keeps
+them). Whatever does not fit is a ConfigError before any long work; nothing is ever left random that was asked for.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import pathlib
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from input_pipeline.schema import batch_shapes
+from truepose_jax.checkpoint import CheckpointError, Checkpoints, read_config, read_metadata
+from truepose_jax.conversion.key_maps import leaves, nest
+from truepose_jax.conversion.safetensors_io import ConversionError
+from truepose_jax.conversion.weights_folder import WEIGHTS_FILE, WeightsFolder, open_weights
+from truepose_jax.frozen import KINDS
+from truepose_jax.schema import Config, ConfigError, to_dict
+from truepose_jax.train_step import Trainer, TrainState
+
+
+def resolve_init_from(config: Config) -> Config:
+    """The config with what init_from implies: its VAE and CLIP where the config names none. Raises ConfigError."""
+    if not config.init_from:
+        return config
+    folder = pathlib.Path(config.init_from)
+    model = config.model
+    if (folder / WEIGHTS_FILE).is_file():
+        weights = _open(config)
+        _same_network(config, weights.unet, model.unet)
+        if weights.schedule is not None:
+            ours = {name: getattr(config.diffusion.schedule, name) for name in weights.schedule}
+            if ours != dict(weights.schedule):
+                logging.warning(
+                    "config.init_from=%s was trained with the schedule %s; this run uses %s",
+                    folder, dict(weights.schedule), ours,
+                )  # fmt: skip
+        inside = {kind: str(folder) for kind, of in KINDS.items() if (folder / of.inside / "config.json").is_file()}
+    elif (folder / "checkpoints").is_dir():
+        try:
+            other = read_config(folder)
+        except CheckpointError as error:
+            raise ConfigError(f"config.init_from: {error}") from error
+        _same_network(config, to_dict(other.model.unet), model.unet)
+        inside = {"vae": other.model.vae, "clip": other.model.clip.path}
+    else:
+        raise ConfigError(
+            f"config.init_from={folder} is neither a folder that `python -m truepose_jax.convert from-torch` wrote "
+            f"(no {WEIGHTS_FILE}) nor the workdir of a run (no checkpoints/)"
+        )
+    vae = model.vae or (inside.get("vae", "") if model.autoencoder == "sd15" else "")
+    clip = dataclasses.replace(model.clip, path=model.clip.path or inside.get("clip", ""))
+    return dataclasses.replace(config, model=dataclasses.replace(model, vae=vae, clip=clip))
+
+
+def origin(config: Config) -> dict[str, Any] | None:
+    """What the run started from, for metadata.json and the model card: {"name", "licence", "files": {file: sha256}}; of
+    another run what that one started from. None: from nothing."""
+    if not config.init_from:
+        return None
+    if (pathlib.Path(config.init_from) / WEIGHTS_FILE).is_file():
+        return dict(_open(config).origin)
+    return read_metadata(config.init_from).get("origin")
+
+
+def batch_spec(config: Config, *, targets: int | None = None) -> dict[str, jax.ShapeDtypeStruct]:
+    """A batch of `targets`; None: of one source, which parameters are initialised with (no parameter's shape depends on
+    the batch size)."""
+    k = config.data.targets_per_source
+    shapes = batch_shapes(
+        batch_size=targets or k, targets_per_source=k, size=config.model.size, token_width=config.token_width
+    )
+    return {name: jax.ShapeDtypeStruct(shape, np.dtype(dtype)) for name, (shape, dtype) in shapes.items()}
+
+
+def first_state(config: Config, trainer: Trainer, checkpoints: Checkpoints, abstract: TrainState) -> TrainState:
+    """Resume order: this workdir's checkpoint, config.init_from, random parameters. abstract: the state's shapes with
+    shardings. A checkpoint that cannot be restored is an error, never a fresh start; a damaged one is skipped for the
+    one before it only with config.checkpoint.allow_fallback."""
+    if checkpoints.latest_step() is not None:
+        rest = {name: getattr(abstract, name) for name in ("step", "opt_state", "skipped", "skips_in_a_row")}
+        wanted = {"params": abstract.params, "ema": abstract.ema, "rest": rest}
+        if config.checkpoint.allow_fallback:
+            parts, _, step, skipped = checkpoints.restore_or_fall_back(wanted)
+            for damage in skipped:
+                logging.warning("%s", damage)
+        else:
+            parts, _, step = checkpoints.restore(wanted)
+        print(f"resuming from step {step}", flush=True)
+        return TrainState(params=parts["params"], ema=parts["ema"], **parts["rest"])
+    shardings = jax.tree.map(lambda x: x.sharding, abstract)
+    key = jax.random.key(config.seed)
+    if not config.init_from:
+        init = jax.jit(lambda key: trainer.init_state(key, batch_spec(config)), out_shardings=shardings)
+        return init(key)
+    if (pathlib.Path(config.init_from) / WEIGHTS_FILE).is_file():
+        params = _converted(config, trainer, key, abstract.params)
+    else:
+        params = _of_run(config, abstract.params)
+    # Donated: the parameters of the state are these very buffers, so that memory never holds them twice.
+    return jax.jit(trainer.state_of, donate_argnums=0, out_shardings=shardings)(params)
+
+
+def _converted(config: Config, trainer: Trainer, key: jax.Array, abstract: Mapping[str, Any]) -> dict[str, Any]:
+    """Parameters of a weights folder, each read, widened and put on its devices before the next."""
+    weights = _open(config)
+    wanted = dict(leaves(abstract))
+    fresh = [name for name in abstract if name in weights.fresh]
+    _check_fits(config, weights, {p: leaf for p, leaf in wanted.items() if p.split("/", 1)[0] not in fresh})
+    params: dict[str, jax.Array] = {}
+    if fresh:
+        places = {name: jax.tree.map(lambda x: x.sharding, abstract[name]) for name in fresh}
+
+        def make(key):  # under jit nothing else is computed
+            whole = trainer.method.init(key, batch_spec(config))
+            return {name: whole[name] for name in fresh}
+
+        params |= dict(leaves(jax.jit(make, out_shardings=places)(key)))
+    for path in weights.infos:
+        params[path] = _put(weights.read(path), wanted[path])
+    origin = weights.origin.get("name", config.init_from)
+    print(f"parameters of {config.init_from} ({origin}); random: {', '.join(fresh) or 'none'}", flush=True)
+    return nest({path: params[path] for path in wanted})
+
+
+def _put(array: np.ndarray, leaf: jax.ShapeDtypeStruct) -> jax.Array:
+    """On its devices, widened there slice by slice. Copied: an array that shares NumPy's memory cannot be donated."""
+    placed = jax.make_array_from_callback(
+        leaf.shape, leaf.sharding, lambda index: np.array(array[index], dtype=leaf.dtype, order="C")
+    )
+    return jax.block_until_ready(jnp.copy(placed))
+
+
+def _of_run(config: Config, abstract: Mapping[str, Any]) -> dict[str, Any]:
+    """The last checkpoint's EMA, or its raw weights where that run kept none."""
+    other = read_config(config.init_from)
+    checkpoints = Checkpoints(config.init_from, keep=1, every=1, read_only=True)
+    part = "ema" if other.optim.ema_decay else "params"
+    params, step = checkpoints.restore_like(part, abstract)
+    print(f"parameters of {config.init_from}, step {step}, {'EMA' if part == 'ema' else 'raw'} weights", flush=True)
+    return params
+
+
+def _open(config: Config) -> WeightsFolder:
+    try:
+        return open_weights(pathlib.Path(config.init_from))
+    except (OSError, ConversionError) as error:
+        raise ConfigError(f"config.init_from: {error}") from error
+
+
+def _same_network(config: Config, theirs: Mapping[str, Any], unet: Any) -> None:
+    ours = {name: _plain(value) for name, value in to_dict(unet).items()}
+    for name, value in theirs.items():
+        if name == "attention_head_dim":  # one number, or one per level
+            value, ours[name] = (_per_level(x, len(unet.block_out_channels)) for x in (value, ours[name]))
+        if _plain(value) != ours[name]:
+            raise ConfigError(
+                f"config.init_from={config.init_from} holds a UNet with {name} {value}; "
+                f"config.model.unet.{name} is {ours[name]}"
+            )
+
+
+def _plain(value: Any) -> Any:
+    return list(value) if isinstance(value, list | tuple) else value
+
+
+def _per_level(value: Any, levels: int) -> list[int]:
+    return list(value) if isinstance(value, list | tuple) else [value] * levels
+
+
+def _check_fits(config: Config, weights: WeightsFolder, wanted: Mapping[str, Any]) -> None:
+    """Names and shapes, and no dtype that float32 does not hold exactly."""
+    problems = [f"lacks {path}" for path in wanted if path not in weights.infos]
+    for path, info in weights.infos.items():
+        if path not in wanted:
+            problems.append(f"holds {path}, which this model has not")
+        elif tuple(info.shape) != tuple(wanted[path].shape):
+            problems.append(f"holds {path} of shape {list(info.shape)}; expected {list(wanted[path].shape)}")
+        elif np.promote_types(info.dtype, wanted[path].dtype) != wanted[path].dtype:
+            problems.append(f"holds {path} as {info.dtype}, which {wanted[path].dtype} does not hold exactly")
+    if problems:
+        more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
+        raise ConfigError(f"config.init_from={config.init_from} {problems[0]}{more}")

@@ -1,0 +1,285 @@
+"""Large-batch scaling studies: how far does a larger batch, or more devices, help this configuration?
+
+    python -m truepose_jax.scaling --config=configs/demo.py --study=batch   --out=DIR --target=0.2 --examples=20000
+    python -m truepose_jax.scaling --config=configs/demo.py --study=devices --out=DIR --devices=1,2,4,8
+    python -m truepose_jax.scaling --config=configs/demo.py --study=memory  --out=DIR --sizes=64x48,128x96 --fsdp=1,8
+
+batch: steps to a held-out loss at each batch size, gradient noise scale, critical batch. devices: weak and strong scaling
+on the devices at hand; with --topologies also a plan for TPU slices. memory: the largest batch per device by size,
+precision, rematerialisation and FSDP.
+
+Rows are kept in DIR/rows.csv and rows.json as they are done; run the same command again to go on, or with more batch
+sizes, curves, devices or sizes to add rows. DIR/report.md is written at the end, with its figures. --dry-run lists what
+would be run. TPU slices are compiled for by the Python that --tpu-python names, of an environment with jax[tpu].
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import dataclasses
+import importlib.util
+import os
+import pathlib
+import shlex
+import shutil
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+from absl import flags
+from ml_collections import config_flags
+
+from truepose_jax.checkpoint import Preemption, lock_workdir
+from truepose_jax.initial import resolve_init_from
+from truepose_jax.programs import keep_programs, parse_size, run_with_config
+from truepose_jax.scaling import batch, devices, memory, times
+from truepose_jax.scaling.hardware import Topology
+from truepose_jax.scaling.table import Row, Table
+from truepose_jax.schema import Config, ConfigError, from_config_dict, to_dict
+
+STOPPED = 143
+"""Exit code of a study that was asked to stop (SIGTERM, SIGINT) and has saved what it had."""
+
+CONFIG = config_flags.DEFINE_config_file("config", None, "The experiment: a file under configs/.", lock_config=True)
+STUDY = flags.DEFINE_enum("study", None, ("batch", "devices", "memory"), "What to study.")
+OUT = flags.DEFINE_string("out", None, "Folder for rows, report and the runs' own folders.")
+DRY_RUN = flags.DEFINE_bool("dry-run", False, "List the runs with an estimate of their time, and end.")
+
+BATCHES = flags.DEFINE_list("batches", ["12", "24", "48", "96", "192"], "batch: global batch sizes.")
+CURVES = flags.DEFINE_string(
+    "curves", "adamw/none,adamw/sqrt,adamw/linear,lamb/sqrt", "batch: OPTIMIZER/RULE of the learning rate, ..."
+)
+TARGET = flags.DEFINE_float(
+    "target", 0.0, "batch: held-out loss to reach; 0: every run sees --examples.", lower_bound=0
+)
+EXAMPLES = flags.DEFINE_integer("examples", 20_000, "batch: the most examples that a run sees.", lower_bound=1)
+MICRO = flags.DEFINE_integer("micro", 0, "batch: examples per micro-batch; 0: half the smallest batch.", lower_bound=0)
+REFERENCE = flags.DEFINE_integer(
+    "reference", 0, "batch: the size with the config's learning rate; 0: the config's batch_size.", lower_bound=0
+)
+LAMB_RATE = flags.DEFINE_float("lamb_rate", 0.02, "batch: LAMB's learning rate at the reference batch.", lower_bound=0)
+SEEDS = flags.DEFINE_integer("seeds", 1, "batch: how many seeds, from config.seed on.", lower_bound=1)
+
+DEVICES = flags.DEFINE_list(
+    "devices", [], "devices: counts, or none; empty: 1, 2, 4, ... of those at hand (CPU: 1, 2, 4)."
+)
+PER_DEVICE = flags.DEFINE_integer("per_device", 0, "devices: weak scaling's batch per device; 0: config.batch_size.")
+STRONG = flags.DEFINE_integer("strong", 0, "devices: strong scaling's global batch; 0: per_device x most devices.")
+STEPS = flags.DEFINE_integer("steps", 10, "devices: timed steps per figure.", lower_bound=1)
+
+SIZES = flags.DEFINE_list("sizes", [], "memory: HEIGHTxWIDTH, ...; empty: the config's.")
+DTYPES = flags.DEFINE_list("dtypes", ["float32", "bfloat16"], "memory: compute dtypes.")
+REMAT = flags.DEFINE_list("remat", ["off", "on"], "memory: rematerialisation.")
+FSDP = flags.DEFINE_list("fsdp", ["1", "8"], "memory: devices that parameters are cut over.")
+MEMORY_GIB = flags.DEFINE_float("memory_gib", 0.0, "memory: per device; 0: the device's own.", lower_bound=0)
+RESOLUTION = flags.DEFINE_float("resolution", 0.02, "memory: relative error that is good enough.", 0.0, 1.0)
+
+TOPOLOGIES = flags.DEFINE_list("topologies", [], "devices, memory: TPU slices such as v5e:16x16, v5p:4x4x4, v6e:8x8.")
+TPU_PYTHON = flags.DEFINE_string("tpu-python", "", "Python with jax[tpu] and this package's needs, for --topologies.")
+
+
+@dataclasses.dataclass(frozen=True)
+class Work:
+    """A study ready to go. runs have a `name`; row(run, table) is None where it was asked to stop."""
+
+    common: Any
+    runs: Sequence[Any]
+    seconds: Callable[[Any, Sequence[Row]], float]
+    row: Callable[[Any, Preemption], Row | None]
+    report: Callable[[Table], pathlib.Path]
+
+
+def _numbers(name: str, texts: Sequence[str]) -> list[int]:
+    if not texts or not all(t.strip().isdecimal() and int(t) > 0 for t in texts):
+        raise ConfigError(f"--{name}={','.join(texts)} is not a list of positive whole numbers")
+    return sorted({int(t) for t in texts})
+
+
+def _topologies() -> tuple[list[Topology], list[str]]:
+    """(slices that can be compiled for, lines about what was left out)."""
+    wanted = [Topology(text.strip()) for text in TOPOLOGIES.value]
+    if wanted and not TPU_PYTHON.value:
+        return [], [
+            f"Left out: {', '.join(t.name for t in wanted)} (no --tpu-python, an interpreter with jax[tpu], was named)."
+        ]
+    if wanted and shutil.which(TPU_PYTHON.value) is None:
+        raise ConfigError(f"--tpu-python={TPU_PYTHON.value} is no program that can be run")
+    return wanted, []
+
+
+def _batch(config: Config, folder: pathlib.Path) -> Work:
+    sizes, curves = _numbers("batches", BATCHES.value), batch.curves_of(CURVES.value)
+    settings = batch.Settings(
+        target=TARGET.value or None,
+        examples=EXAMPLES.value,
+        micro=MICRO.value or sizes[0] // 2,
+        reference=REFERENCE.value or config.batch_size,
+        lamb_rate=LAMB_RATE.value,
+    )
+    runs = batch.plan(sizes, curves, SEEDS.value, settings)
+    for run in runs:
+        batch.config_of(run, config, settings)  # raises where it cannot be
+    study: list[batch.Study] = []
+
+    def row(run: batch.Run, preemption: Preemption) -> Row | None:
+        if not study:
+            study.append(batch.Study(config, settings, folder))
+        return study[0].row(run, preemption)
+
+    def report(found: Table) -> pathlib.Path:
+        from truepose_jax.scaling.batch_report import write_report
+
+        return write_report(found, config, settings, _command())
+
+    shared = dataclasses.asdict(settings)
+    if settings.target is not None:
+        del shared["examples"]  # only where a run gives up: more may be allowed later
+    return Work(
+        common={"study": "batch", "config": to_dict(config), "settings": shared},
+        runs=runs,
+        seconds=lambda run, done: times.batch(run, batch.config_of(run, config, settings), done),
+        row=row,
+        report=report,
+    )
+
+
+def _devices(config: Config, folder: pathlib.Path) -> Work:
+    on_cpu = jax.default_backend() == "cpu"
+    here = [1, 2, 4] if on_cpu else [n for n in (2**i for i in range(20)) if n <= jax.device_count()]
+    counts = [] if DEVICES.value == ["none"] else _numbers("devices", DEVICES.value or [str(n) for n in here])
+    if not on_cpu and max(counts, default=0) > jax.device_count():
+        raise ConfigError(f"--devices={max(counts)}, but there are {jax.device_count()}")
+    slices, notes = _topologies()
+    per_device = PER_DEVICE.value or config.batch_size
+    settings = devices.Settings(per_device, STRONG.value or per_device * max(counts, default=1), STEPS.value)
+    runs = devices.plan(counts, slices, settings)
+    if not runs:
+        raise ConfigError("--devices=none leaves nothing to do without --topologies and --tpu-python")
+    for run in runs:
+        devices.config_of(run, config)
+
+    def row(run: devices.Run, preemption: Preemption) -> Row:
+        del preemption  # a row takes a minute or two: it is done again
+        return devices.row(run, config, settings, folder, on_cpu=on_cpu, tpu_python=TPU_PYTHON.value)
+
+    def report(found: Table) -> pathlib.Path:
+        return devices.write_report(found, config, settings, _command(), notes)
+
+    return Work(
+        common={"study": "devices", "config": to_dict(config), "settings": dataclasses.asdict(settings)},
+        runs=runs,
+        seconds=lambda run, done: times.devices(run, devices.config_of(run, config), settings, done),
+        row=row,
+        report=report,
+    )
+
+
+def _memory(config: Config, folder: pathlib.Path) -> Work:
+    try:
+        sizes = [parse_size(text) for text in SIZES.value] or [config.model.size]
+    except argparse.ArgumentTypeError as error:
+        raise ConfigError(f"--sizes: {error}") from error
+    if unknown := set(REMAT.value) - {"off", "on"}:
+        raise ConfigError(f"--remat holds {sorted(unknown)[0]!r}; it takes off and on")
+    slices, notes = _topologies()
+    budget = int(MEMORY_GIB.value * 2**30) or (min(t.chip.memory for t in slices) if slices else _device_bytes())
+    settings = memory.Settings(budget, RESOLUTION.value)
+    on_cpu = jax.default_backend() == "cpu"
+    places = [t.name for t in slices] or [""]
+    fsdp = _numbers("fsdp", FSDP.value)
+    if not on_cpu and not slices and fsdp[-1] > jax.device_count():
+        raise ConfigError(f"--fsdp={fsdp[-1]}, but there are {jax.device_count()} devices")
+    runs = [
+        memory.Run(size, dtype, remat == "on", n, place)
+        for place in places for size in sizes for dtype in DTYPES.value for remat in REMAT.value for n in fsdp
+    ]  # fmt: skip
+    for run in runs:
+        memory.config_of(run, config, config.data.targets_per_source)
+
+    def row(run: memory.Run, preemption: Preemption) -> Row:
+        del preemption
+        return memory.row(run, config, settings, folder, on_cpu=on_cpu, tpu_python=TPU_PYTHON.value)
+
+    def report(found: Table) -> pathlib.Path:
+        return memory.write_report(found, config, settings, _command(), notes)
+
+    return Work(
+        common={"study": "memory", "config": to_dict(config), "settings": dataclasses.asdict(settings)},
+        runs=runs,
+        seconds=lambda run, done: times.memory(run, done),
+        row=row,
+        report=report,
+    )
+
+
+def _device_bytes() -> int:
+    """Of the devices at hand. Raises ConfigError where they do not say (CPU)."""
+    limit = (jax.devices()[0].memory_stats() or {}).get("bytes_limit")
+    if not limit:
+        raise ConfigError("--memory_gib is missing: this device does not say how much memory it has")
+    return limit
+
+
+def _command() -> str:
+    """The command that was given, for the report; paths of this machine's interpreter are left out."""
+    words = [w for w in sys.argv[1:] if not w.startswith("--tpu-python")]
+    words += ["--tpu-python=PYTHON"] if TPU_PYTHON.value else []
+    return " ".join(["python -m truepose_jax.scaling", *(shlex.quote(w) for w in words)])
+
+
+def main(argv: list[str]) -> int:
+    if len(argv) > 1:
+        raise ConfigError(f"unknown argument {argv[1]!r}; settings are --config.key=value")
+    for flag, value in (("study", STUDY.value), ("config", CONFIG.value), ("out", OUT.value)):
+        if not value:
+            raise ConfigError(f"--{flag} is missing; python -m truepose_jax.scaling --help tells what there is")
+    if importlib.util.find_spec("matplotlib") is None:
+        raise ConfigError("matplotlib is not installed: pip install 'truepose-jax[scaling]'")
+    if jax.process_count() > 1:
+        raise ConfigError("the studies run in one process")
+    config = resolve_init_from(from_config_dict(Config, CONFIG.value))
+    folder = pathlib.Path(OUT.value)
+    work = {"batch": _batch, "devices": _devices, "memory": _memory}[STUDY.value](config, folder)
+    if DRY_RUN.value:
+        return _dry_run(work, folder)
+    found = Table(folder, work.common)
+    keep_programs()
+    with Preemption() if STUDY.value == "batch" else contextlib.nullcontext() as preemption, lock_workdir(folder):
+        todo = [run for run in work.runs if found.done(run.name) is None]
+        for i, run in enumerate(todo):
+            left = times.said(sum(work.seconds(r, found.rows) for r in todo[i:]))
+            print(f"{run.name}: row {len(found.rows) + 1}, {len(todo) - i} to do, about {left} left", flush=True)
+            row = work.row(run, preemption)
+            if row is None:
+                print("asked to stop: saved; run the same command again to go on", flush=True)
+                return STOPPED
+            found.add(row)
+            print(
+                "  " + ", ".join(f"{k} {v}" for k, v in row.items() if isinstance(v, int | float | str))[:300],
+                flush=True,
+            )
+        print(f"report: {work.report(found)}", flush=True)
+    return 0
+
+
+def _dry_run(work: Work, folder: pathlib.Path) -> int:
+    """Lists; writes nothing."""
+    done: list[Row] = Table(folder, work.common).rows if (folder / "study.json").exists() else []
+    names, total = {row["name"] for row in done}, 0.0
+    for run in work.runs:
+        if run.name in names:
+            print(f"{run.name:48} done")
+            continue
+        seconds = work.seconds(run, done)
+        total += seconds
+        print(f"{run.name:48} about {times.said(seconds)}")
+    print(
+        f"{len(work.runs)} runs, {len(work.runs) - len(names)} to do: about {times.said(total)} on {os.cpu_count()} cores"
+    )
+    return 0
+
+
+if __name__ == "__main__":
+    run_with_config(main)

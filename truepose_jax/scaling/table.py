@@ -1,0 +1,85 @@
+"""The rows of a study: written to rows.json and rows.csv as each one is done, and kept when the study is stopped."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import os
+import pathlib
+from collections.abc import Mapping
+from typing import Any
+
+from truepose_jax.schema import ConfigError
+
+Row = dict[str, Any]
+
+
+def write(path: pathlib.Path, text: str) -> None:
+    """Whole or not at all."""
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    with temporary.open("w") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+class Table:
+    """folder/study.json says what every row has in common; a folder of another study is refused (ConfigError)."""
+
+    def __init__(self, folder: pathlib.Path, common: Mapping[str, Any]):
+        """common: JSON-able; what a row's number depends on besides its own columns."""
+        self.folder = folder
+        self.rows: list[Row] = []
+        common = json.loads(json.dumps(common))
+        about, rows = folder / "study.json", folder / "rows.json"
+        if about.exists():
+            self._check_same(common, _read(about))
+        elif folder.exists() and any(folder.iterdir()):
+            raise ConfigError(f"--out={folder} holds files, but no study.json of a study: name a folder of its own")
+        else:
+            folder.mkdir(parents=True, exist_ok=True)
+            write(about, json.dumps(common, indent=1) + "\n")
+        if rows.exists():
+            self.rows = _read(rows)
+
+    def _check_same(self, now: Mapping[str, Any], before: Any) -> None:
+        new, old = _flat(now), _flat(before)
+        for key in dict.fromkeys((*new, *old)):
+            if new.get(key) != old.get(key):
+                raise ConfigError(
+                    f"--out={self.folder} is of another study: {key} was {old.get(key)!r} and is {new.get(key)!r}; "
+                    "name another folder"
+                )
+
+    def done(self, name: str) -> Row | None:
+        return next((row for row in self.rows if row["name"] == name), None)
+
+    def add(self, row: Row) -> None:
+        """Takes a row (a "name" and plain values) and writes both files."""
+        self.rows.append(row)
+        write(self.folder / "rows.json", json.dumps(self.rows, indent=1, allow_nan=False) + "\n")
+        text = io.StringIO()
+        columns = list(dict.fromkeys(key for each in self.rows for key in each))
+        writer = csv.DictWriter(text, columns, lineterminator="\n")
+        writer.writeheader()
+        for each in self.rows:
+            writer.writerow({k: json.dumps(v) if isinstance(v, list | dict) else v for k, v in each.items()})
+        write(self.folder / "rows.csv", text.getvalue())
+
+
+def _read(path: pathlib.Path) -> Any:
+    try:
+        return json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"cannot read {path}: {error}") from error
+
+
+def _flat(tree: Any, prefix: str = "") -> dict[str, Any]:
+    if not isinstance(tree, Mapping):
+        return {prefix: tree}
+    found: dict[str, Any] = {}
+    for key, value in tree.items():
+        found |= _flat(value, f"{prefix}.{key}" if prefix else key)
+    return found
