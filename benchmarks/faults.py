@@ -424,6 +424,12 @@ CASES = {
 }
 
 
+def short(said: str) -> str:
+    """One cell of the table: the beginning, and the end, where the system's reason and the advice stand."""
+    said = said.replace("|", "/")
+    return said if len(said) <= 260 else f"{said[:120]} ... {said[-130:]}"
+
+
 def table(results: dict) -> str:
     """The rows as Markdown."""
     rows = [row for name in CASES for row in results["cases"].get(name, {}).get("rows", [])]
@@ -437,10 +443,7 @@ def table(results: dict) -> str:
         "",
         "| fault | injected | survived | committed steps lost | what the run said |",
         "|---|---|---|---|---|",
-        *(
-            f"| {r['fault']} | {r['injected']} | {r['survived']} | {r['lost']} | {r['said'].replace('|', '/')} |"
-            for r in rows
-        ),
+        *(f"| {r['fault']} | {r['injected']} | {r['survived']} | {r['lost']} | {short(r['said'])} |" for r in rows),
         f"| all | {total['injected']} | {total['survived']} | {total['lost']} | |",
         "",
     ]

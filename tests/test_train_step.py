@@ -291,7 +291,7 @@ def test_accumulation_and_rematerialisation_of_truepose():
     for name in ("source", "target"):
         batch[name][batch["valid"] == 0] = np.nan
     (got, metrics), (want, want_metrics) = (
-        tiny.jit(lambda p, b, k, made=made: made._gradients(p, {}, b, k))(params, batch, tiny.keys(3, tiny.TARGETS))
+        tiny.jit(lambda p, b, k, made=made: made.gradients(p, {}, b, k))(params, batch, tiny.keys(3, tiny.TARGETS))
         for made in (three, whole)
     )
     tiny.check_gradients(got, want)

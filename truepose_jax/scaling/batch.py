@@ -52,8 +52,8 @@ EVALUATED_EVERY = 1.1
 SAVED_EVERY = 30.0
 """Seconds between checkpoints: what a kill costs."""
 
-RISE = 0.5
-"""The noise scale of a run is that of the last half of its steps: it rises while the loss falls."""
+LATE = 0.5
+"""The noise scale of a run is that of this last part of its steps: it rises while the loss falls."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -302,7 +302,7 @@ def judged(run: Run, config: Config, settings: Settings, workdir: pathlib.Path) 
     steps, losses = zip(*evaluations(workdir), strict=True)
     needed = None if settings.target is None else steps_to(settings.target, steps, losses)
     _, signal, noise = step_moments(workdir)
-    late = slice(int(len(signal) * (1 - RISE)), None)
+    late = slice(int(len(signal) * (1 - LATE)), None)
     noise_is = noise_estimate(signal[late], noise[late])
     rates = [json.loads(line)["steps_per_second"] for line in (workdir / "metrics.jsonl").read_text().splitlines()]
     return {

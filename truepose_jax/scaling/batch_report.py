@@ -19,6 +19,9 @@ from truepose_jax.schema import Config
 WINDOWS = 6
 """Pieces of equal length in log examples that a run's noise scale is shown over."""
 
+LOOSE = 10
+"""Points whose upper bound is this many times their value, or is none, are not shown."""
+
 FEWEST = 8
 """Steps that such a piece must have."""
 
@@ -110,7 +113,7 @@ def _noise_words(rows: Sequence[Row], fits: Mapping[str, Hyperbola | None], seed
     lines = [
         "The gradient noise scale B_simple = tr(Sigma) / |G|^2 (McCandlish et al. 2018), from the squared norms of the "
         "micro-batches' gradients and of their mean, before clipping; both moments are averaged over steps, then divided. "
-        "Bars: 95 % by bootstrap over blocks of steps.",
+        "Bars: 95 % by bootstrap over blocks of steps; points that this does not bound from above are left out.",
     ]
     if scales:
         low, high = min(scales), max(scales)
@@ -196,7 +199,7 @@ def _noise_figure(path: pathlib.Path, folder: pathlib.Path, series: Mapping[str,
                     inside = (steps >= low) & (steps < high)
                     if inside.sum() >= FEWEST:
                         found = noise_estimate(signal[inside], noise[inside])
-                        if found.value > 0 and found.low > 0 and math.isfinite(found.high):
+                        if found.value > 0 and found.low > 0 and found.high < LOOSE * found.value:
                             points.append((row["batch"] * math.sqrt(low * high), found.value, found.low, found.high))
                 if points:
                     at, value, low, high = np.array(points).T

@@ -167,12 +167,33 @@ def write_report(found: Table, config: Config, settings: Settings, command: str,
             "compilations": [r["compiled"] for r in rows],
         }
     )
+    lines += _effects(rows)
     if rows:
         _figure(found.folder / "largest_batch.png", rows)
         lines += ["", "![largest batch per device](largest_batch.png)"]
     path = found.folder / "report.md"
     write(path, "\n".join(lines) + "\n")
     return path
+
+
+def _effects(rows: Sequence[Row]) -> list[str]:
+    """What one setting does to the largest batch, the others being equal: geometric means over the pairs of rows."""
+    said = []
+    fewest = min((r["fsdp"] for r in rows), default=1)
+    changes = [("remat", "off", "on"), ("dtype", "float32", "bfloat16")]
+    changes += [("fsdp", fewest, n) for n in sorted({r["fsdp"] for r in rows} - {fewest})]
+    for column, before, after in changes:
+        others = [k for k in ("topology", "height", "width", "dtype", "remat", "fsdp") if k != column]
+        base = {tuple(r[k] for k in others): r["largest_batch"] for r in rows if r[column] == before}
+        ratios = [
+            r["largest_batch"] / base[key]
+            for r in rows
+            if r[column] == after and base.get(key := tuple(r[k] for k in others)) and r["largest_batch"]
+        ]
+        if ratios:
+            mean = math.exp(sum(map(math.log, ratios)) / len(ratios))
+            said.append(f"{column} {before} to {after}: x {mean:.2f} ({len(ratios)} pairs)")
+    return ["", f"Effect on the largest batch, the rest being equal: {'; '.join(said)}."] if said else []
 
 
 def _figure(path: pathlib.Path, rows: Sequence[Row]) -> None:
