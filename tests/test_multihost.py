@@ -92,7 +92,9 @@ def test_two_tasks_of_a_slurm_step(tmp_path, alone):
     same_run(tmp_path, alone)
 
 
+@pytest.mark.slow
 def test_two_processes_with_the_parameters_cut_over_both(tmp_path, alone):
+    """Slow for its compilation alone: the optimizer's update of hundreds of arrays, in each process."""
     finish(by_flags(tmp_path, 2, "--config.mesh.data=1", "--config.mesh.fsdp=2", "--config.optim.layout=tree"))
     same_run(tmp_path, alone)
 
