@@ -45,6 +45,8 @@ SMALL = [
 FALL_BACK = "--config.checkpoint.allow_fallback=true"
 TIMEOUT = 600
 """Seconds that a run may take to get where it is waited for."""
+LOOK = 0.005
+"""Seconds between two looks at it."""
 
 
 class Run:
@@ -70,11 +72,13 @@ class Run:
             self.process = subprocess.Popen(command, cwd=ROOT, env=variables, stdout=out, stderr=err)
 
     def until(self, condition: Callable[[], object], what: str) -> None:
-        deadline = time.monotonic() + TIMEOUT
-        while not condition():
-            if self.process.poll() is not None or time.monotonic() > deadline:
-                raise AssertionError(f"{self.workdir.name}: {what} never came; it said: {self.said()}")
-            time.sleep(0.005)
+        for _ in range(int(TIMEOUT / LOOK)):  # not by the clock: somebody may pause both processes for a while
+            if condition():
+                return
+            if self.process.poll() is not None:
+                break
+            time.sleep(LOOK)
+        raise AssertionError(f"{self.workdir.name}: {what} never came; it said: {self.said()}")
 
     def until_step(self, step: int) -> None:
         self.until(lambda: self.step() >= step, f"step {step}")
@@ -96,7 +100,11 @@ class Run:
         self.process.send_signal(number)
 
     def end(self) -> int:
-        return self.process.wait(timeout=TIMEOUT)
+        for _ in range(int(TIMEOUT / LOOK)):
+            if self.process.poll() is not None:
+                return self.process.returncode
+            time.sleep(LOOK)
+        raise AssertionError(f"{self.workdir.name}: did not end; it said: {self.said()}")
 
     def kill(self) -> None:
         self.signal(signal.SIGKILL)

@@ -36,7 +36,7 @@ from truepose_jax.initial import resolve_init_from
 from truepose_jax.programs import keep_programs, parse_size, run_with_config
 from truepose_jax.scaling import batch, devices, memory, times
 from truepose_jax.scaling.hardware import Topology
-from truepose_jax.scaling.table import Row, Table
+from truepose_jax.scaling.table import Row, Table, write
 from truepose_jax.schema import Config, ConfigError, from_config_dict, to_dict
 
 STOPPED = 143
@@ -131,7 +131,7 @@ def _batch(config: Config, folder: pathlib.Path) -> Work:
     def report(found: Table) -> pathlib.Path:
         from truepose_jax.scaling.batch_report import write_report
 
-        return write_report(found, config, settings, _command())
+        return write_report(found, config, settings, _commands(folder))
 
     shared = dataclasses.asdict(settings)
     if settings.target is not None:
@@ -165,7 +165,7 @@ def _devices(config: Config, folder: pathlib.Path) -> Work:
         return devices.row(run, config, settings, folder, on_cpu=on_cpu, tpu_python=TPU_PYTHON.value)
 
     def report(found: Table) -> pathlib.Path:
-        return devices.write_report(found, config, settings, _command(), notes)
+        return devices.write_report(found, config, settings, _commands(folder), notes)
 
     return Work(
         common={"study": "devices", "config": to_dict(config), "settings": dataclasses.asdict(settings)},
@@ -203,7 +203,7 @@ def _memory(config: Config, folder: pathlib.Path) -> Work:
         return memory.row(run, config, settings, folder, on_cpu=on_cpu, tpu_python=TPU_PYTHON.value)
 
     def report(found: Table) -> pathlib.Path:
-        return memory.write_report(found, config, settings, _command(), notes)
+        return memory.write_report(found, config, settings, _commands(folder), notes)
 
     return Work(
         common={"study": "memory", "config": to_dict(config), "settings": dataclasses.asdict(settings)},
@@ -223,10 +223,20 @@ def _device_bytes() -> int:
 
 
 def _command() -> str:
-    """The command that was given, for the report; paths of this machine's interpreter are left out."""
+    """The command that was given, for the report; this machine's interpreters are left out."""
     words = [w for w in sys.argv[1:] if not w.startswith("--tpu-python")]
     words += ["--tpu-python=PYTHON"] if TPU_PYTHON.value else []
     return " ".join(["python -m truepose_jax.scaling", *(shlex.quote(w) for w in words)])
+
+
+def _commands(folder: pathlib.Path) -> str:
+    """Every command that rows came from, this one last; kept in commands.txt."""
+    path = folder / "commands.txt"
+    known = path.read_text().splitlines() if path.exists() else []
+    if _command() not in known:
+        known.append(_command())
+        write(path, "\n".join(known) + "\n")
+    return "\n".join(known)
 
 
 def main(argv: list[str]) -> int:
@@ -245,6 +255,7 @@ def main(argv: list[str]) -> int:
     if DRY_RUN.value:
         return _dry_run(work, folder)
     found = Table(folder, work.common)
+    _commands(folder)
     keep_programs()
     with Preemption() if STUDY.value == "batch" else contextlib.nullcontext() as preemption, lock_workdir(folder):
         todo = [run for run in work.runs if found.done(run.name) is None]

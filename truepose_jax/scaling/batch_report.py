@@ -65,7 +65,7 @@ def write_report(found: Table, config: Config, settings: Settings, command: str)
 
 def _protocol(config: Config, settings: Settings, seeds: int) -> list[str]:
     goal = (
-        f"to a held-out loss of {settings.target:g}, or {settings.examples:,} examples"
+        f"to a held-out loss of {settings.target:g}, or gives up at the commands' --examples"
         if settings.target is not None
         else f"over {settings.examples:,} examples"
     )
@@ -154,6 +154,8 @@ def _steps_figure(path: pathlib.Path, reached: Mapping[str, list[Row]], fits: Ma
     batches = sorted({r["batch"] for rows in reached.values() for r in rows})
     with plots.figure(path, x="batch (examples)", y="steps to the target loss") as axis:
         for i, (name, rows) in enumerate(reached.items()):
+            if not rows:
+                continue
             axis.plot([r["batch"] for r in rows], [r["steps_to_target"] for r in rows], ls="", **plots.style(i))
             label = name
             if fit := fits[name]:
@@ -171,7 +173,7 @@ def _loss_figure(
 ) -> None:
     batches = sorted({r["batch"] for rows in series.values() for r in rows})
     colours = dict(zip(batches, plots.shades(len(batches)), strict=True))
-    with plots.figure(path, x="examples", y="held-out loss", panels=len(series), legend="first") as axes:
+    with plots.figure(path, x="examples", y="held-out loss", panels=len(series), legend="beside") as axes:
         for axis, (name, rows) in zip(axes if len(series) > 1 else [axes], series.items(), strict=True):
             for row in rows:
                 seen = evaluations(folder / "runs" / row["name"])
@@ -189,7 +191,7 @@ def _noise_figure(path: pathlib.Path, folder: pathlib.Path, series: Mapping[str,
     batches = sorted({r["batch"] for rows in series.values() for r in rows})
     colours = dict(zip(batches, plots.shades(len(batches)), strict=True))
     y = "gradient noise scale (examples)"
-    with plots.figure(path, x="examples seen", y=y, panels=len(series), legend="first") as axes:
+    with plots.figure(path, x="examples seen", y=y, panels=len(series), legend="beside") as axes:
         for axis, (name, rows) in zip(axes if len(series) > 1 else [axes], series.items(), strict=True):
             for row in rows:
                 steps, signal, noise = step_moments(folder / "runs" / row["name"])

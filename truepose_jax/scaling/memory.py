@@ -148,7 +148,12 @@ def write_report(found: Table, config: Config, settings: Settings, command: str,
         f"Budget: {settings.budget / 2**20:,.0f} MiB per device. Of each setting the train step was compiled at several batch "
         "sizes and its memory_analysis read (arguments + results + temporaries - donated buffers); nothing was run. "
         f"The largest batch is found {within}, by closing in on the budget from both sides. What a "
-        "runtime keeps beside the program is not in these numbers.",
+        "runtime keeps beside the program is not in these numbers."
+        + (
+            " With fsdp above 1 optim.layout is 'tree', since 'flat' cannot be cut."
+            if config.optim.layout == "flat"
+            else ""
+        ),
         "",
     ]
     if any(r["prediction"] for r in rows):
@@ -192,7 +197,7 @@ def _effects(rows: Sequence[Row]) -> list[str]:
         ]
         if ratios:
             mean = math.exp(sum(map(math.log, ratios)) / len(ratios))
-            said.append(f"{column} {before} to {after}: x {mean:.2f} ({len(ratios)} pairs)")
+            said.append(f"{column} {before} to {after}: x {mean:.2f} ({len(ratios)} pair{'s' * (len(ratios) > 1)})")
     return ["", f"Effect on the largest batch, the rest being equal: {'; '.join(said)}."] if said else []
 
 

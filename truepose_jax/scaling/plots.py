@@ -37,8 +37,9 @@ def style(i: int) -> dict[str, Any]:
 
 
 @contextlib.contextmanager
-def figure(path: pathlib.Path, *, x: str, y: str, panels: int = 1, legend: str = "best") -> Iterator[Any]:
-    """Axes (a list of them for panels > 1) to draw on; saved to `path`. x, y: what the axes show, with units."""
+def figure(path: pathlib.Path, *, x: str, y: str, panels: int = 1, legend: str = "inside") -> Iterator[Any]:
+    """Axes (a list of them for panels > 1) to draw on; saved to `path`. x, y: what the axes show, with units. legend: of
+    the first panel's series, "inside" it, or "beside" them all."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -51,11 +52,12 @@ def figure(path: pathlib.Path, *, x: str, y: str, panels: int = 1, legend: str =
             axis.set_xlabel(x)
         axes[0][0].set_ylabel(y)
         yield axes[0][0] if panels == 1 else list(axes[0])
-        for axis in axes[0]:
-            if axis.get_legend_handles_labels()[0] and (legend != "first" or axis is axes[0][0]):
-                axis.legend(loc="best" if legend == "first" else legend)
         made.tight_layout()
-        made.savefig(path, metadata={"Software": None})
+        if legend == "beside":
+            made.legend(*axes[0][0].get_legend_handles_labels(), loc="center left", bbox_to_anchor=(1.0, 0.5))
+        elif axes[0][0].get_legend_handles_labels()[0]:
+            axes[0][0].legend()
+        made.savefig(path, metadata={"Software": None}, bbox_inches="tight")
         plt.close(made)
 
 
