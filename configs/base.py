@@ -2,6 +2,9 @@
 
 from ml_collections import ConfigDict
 
+METHOD = {"regions": 2, "features": "source_net", "texture": "hpfa", "alignment": "caa"}
+READINGS = {"source_attention": "side", "score": "logits", "reading": "printed", "mask_axis": "key"}
+
 
 def get_config() -> ConfigDict:
     return ConfigDict(
@@ -31,15 +34,7 @@ def get_config() -> ConfigDict:
                     "norm_num_groups": 32,
                     "norm_eps": 1e-5,
                 },
-                "fusion": {
-                    "regions": 2,
-                    "delta": 0.6,
-                    "sigma": 0.3,
-                    "reading": "printed",
-                    "mask_axis": "key",
-                    "init": "random",
-                    "out_init": "zeros",
-                },
+                "fusion": {**METHOD, **READINGS, "delta": 0.6, "sigma": 0.3, "init": "random", "out_init": "zeros"},
                 "positions": "none",
                 "source_parsing": "none",
                 "clip": {

@@ -8,8 +8,8 @@ As truepose_deepfashion_512.py (see there for the folders), with the paper's bat
 from configs import truepose_deepfashion_512
 
 
-def get_config():
-    config = truepose_deepfashion_512.get_config()
+def get_config(variant: str = "full"):
+    config = truepose_deepfashion_512.get_config(variant)
     config.total_steps = 85_000
     config.batch_size = 60
     config.model.size = (256, 176)

@@ -28,7 +28,7 @@ PATHS = {
 def run(params, q, k, coverage, tokens, present, x, keep=None, *, regions=2):
     source = SourceAttention(*(a.reshape(*a.shape[:2], 2, -1) for a in (q, k)))
     caa = CAASource(SITE, regions=regions)
-    kv = caa.apply({"params": params["source"]}, tokens, present, source, coverage, keep)
+    kv = caa.apply({"params": params["source"]}, tokens, present, region_scores(source, coverage), keep)
     return CAA(SITE).apply({"params": params["target"]}, x, kv)
 
 
@@ -36,10 +36,8 @@ def run(params, q, k, coverage, tokens, present, x, keep=None, *, regions=2):
 def params():
     def init():
         flat = jnp.zeros((1, 3, 8))
-        p = jnp.zeros((1, 3, 4))
-        source = SourceAttention(flat.reshape(1, 3, 2, 4), flat.reshape(1, 3, 2, 4))
         tokens, present = jnp.zeros((1, 4, TOKEN)), jnp.ones((1, 4), bool)
-        kv, made = CAASource(SITE).init_with_output(jax.random.key(0), tokens, present, source, p)
+        kv, made = CAASource(SITE).init_with_output(jax.random.key(0), tokens, present, jnp.zeros((1, 4)))
         return {"source": made["params"], "target": CAA(SITE).init(jax.random.key(1), flat, kv)["params"]}
 
     return tiny.randomise(jax.eval_shape(init), 1)

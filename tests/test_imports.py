@@ -7,7 +7,7 @@ import pytest
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 PROGRAMS = {
-    "train", "generate", "evaluate", "convert", "prepare", "study", "scaling", "demo",
+    "train", "generate", "evaluate", "convert", "prepare", "study", "scaling", "demo", "train_clip",
 }  # fmt: skip
 LEAVES = {"kernels", "diffusion", "rng", "sharding", "schema", "metrics"}
 
@@ -34,7 +34,7 @@ HOUSE = {
 # The parts that programs are made of: they may use anything but programs.
 PARTS = {
     "pipeline", "programs", "initial", "distributed", "estimate", "region_tokens", "datasets", "frozen", "sampling",
-    "evaluation", "pictures", "stored", "record_rows",
+    "evaluation", "pictures", "stored", "record_rows", "file_rows", "assembly", "editing", "flops", "contrastive",
 }  # fmt: skip
 TORCH_STACK = {"torch", "transformers", "diffusers", "torchvision"}
 THIRD_PARTY = {

@@ -85,6 +85,22 @@ def test_converted_weights(tmp_path, given):
     ))  # fmt: skip
 
 
+def test_an_ablation_takes_what_it_has_use_for(tmp_path, given, capsys):
+    """B4 of the full method's weights: HPFA's are left out, and that is said; a tensor that it wants is still missed."""
+    folder = write_folder(tmp_path / "weights", given, tiny_config())
+    b4 = {"model__fusion__texture": "concat"}
+    state, _ = begin(tiny_config(init_from=str(folder), **b4), tmp_path / "run")
+    for path, leaf in leaves(state.params):
+        assert "/hpfa/" not in path
+        if not path.startswith("pose_encoder/"):
+            assert np.array_equal(leaf, given[path].astype(np.float32)), path
+    left_out = sum("/hpfa/" in path for path in given)
+    assert f"no use for them: {left_out} tensors" in capsys.readouterr().out
+    less = write_folder(tmp_path / "less", {p: a for p, a in given.items() if "conv_in" not in p}, tiny_config())
+    with pytest.raises(ConfigError, match="lacks source_net/conv_in"):
+        begin(tiny_config(init_from=str(less), **b4), tmp_path / "other")
+
+
 def test_another_run(tmp_path):
     """Its EMA weights; with its raw ones where it keeps no EMA. A run that has a checkpoint of its own takes that."""
     config = tiny_config(init_from=str(shared_run()))

@@ -8,11 +8,20 @@ import pathlib
 
 import pytest
 
+from configs import synthetic_ablation, synthetic_clip, truepose_deepfashion_256, truepose_deepfashion_512
 from configs.base import get_config
+from configs.variants import VARIANTS
 from tests import tiny
-from truepose_jax.schema import Config, ConfigError, from_config_dict, to_dict
+from truepose_jax.contrastive import ClipTraining
+from truepose_jax.schema import Config, ConfigError, from_config_dict, to_dict, with_defaults
 
-CONFIGS = sorted((pathlib.Path(__file__).parent.parent / "configs").glob("[!_]*.py"))
+OTHER_CONFIGS = {"variants", "synthetic_clip"}
+"""A table of changes, and the settings of another program."""
+CONFIGS = sorted(
+    path
+    for path in (pathlib.Path(__file__).parent.parent / "configs").glob("[!_]*.py")
+    if path.stem not in OTHER_CONFIGS
+)
 
 
 def changed(path, value):
@@ -45,6 +54,40 @@ def test_every_config_loads(file):
     config = from_config_dict(Config, module.get_config(*["" for _ in required]))
     assert config.token_width == config.model.unet.cross_attention_dim
     assert from_config_dict(Config, json.loads(json.dumps(to_dict(config)))) == config
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_every_variant_loads(variant):
+    changed = {**VARIANTS["full"], **VARIANTS[variant]}
+    for module in (synthetic_ablation, truepose_deepfashion_512, truepose_deepfashion_256):
+        fusion = from_config_dict(Config, module.get_config(variant)).model.fusion
+        assert {name: getattr(fusion, name) for name in changed} == changed
+    # zero_init is the paper's default, and the synthetic network's change.
+    assert variant in ("full", "zero_init") or fusion != from_config_dict(Config, get_config()).model.fusion
+
+
+def test_unknown_variant():
+    with pytest.raises(KeyError, match="unknown variant 'B5'; known: full, B1"):
+        synthetic_ablation.get_config("B5")
+
+
+def test_settings_of_the_clip_trainer():
+    values = synthetic_clip.get_config()
+    assert from_config_dict(ClipTraining, values).clip.image_size == 32
+    values.identities_per_step = 5_000
+    with pytest.raises(ConfigError, match="identities_per_step is 5000; it must be from 2 to"):
+        from_config_dict(ClipTraining, values)
+
+
+def test_config_of_an_older_run():
+    """Settings that came later have their defaults; a setting without one is still missed."""
+    config = from_config_dict(Config, get_config())
+    saved = json.loads(json.dumps(to_dict(config)))
+    del saved["model"]["fusion"]["texture"], saved["model"]["unet"]["norm_eps"]
+    assert from_config_dict(Config, with_defaults(Config, saved)) == config
+    del saved["model"]["remat"]
+    with pytest.raises(ConfigError, match=r"config\.model lacks remat"):
+        from_config_dict(Config, with_defaults(Config, saved))
 
 
 def test_base_is_the_paper():

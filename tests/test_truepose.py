@@ -10,6 +10,7 @@ import pytest
 
 from tests import tiny
 from truepose_jax.methods.truepose import TruePose
+from truepose_jax.models.hpfa import FusionConfig
 from truepose_jax.models.source_net import source_features, source_net, without_gradient
 from truepose_jax.models.unet import UNetConfig
 from truepose_jax.models.vae import PixelAutoencoder
@@ -78,7 +79,7 @@ def test_what_no_tap_depends_on(levels, layers, latent):
         cross_attention_dim=4,
         norm_num_groups=4,
     )
-    net, rng = source_net(config), np.random.default_rng(0)
+    net, rng = source_net(config, FusionConfig()), np.random.default_rng(0)
     x, token = rng.standard_normal((1, *latent, 3)).astype(np.float32), rng.standard_normal((1, 4)).astype(np.float32)
     t = jnp.zeros(1, jnp.int32)
     params = tiny.randomise(jax.eval_shape(lambda: net.init(jax.random.key(0), x, t, token[:, None])["params"]), 0)

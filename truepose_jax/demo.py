@@ -22,11 +22,10 @@ from configs.demo import get_config
 from input_pipeline.poses import Pose, framed_pose
 from input_pipeline.synthetic import SyntheticPeople, render
 from truepose_jax import train
+from truepose_jax.assembly import assemble
 from truepose_jax.checkpoint import Checkpoints
 from truepose_jax.datasets import EVAL_SEED, Dataset
 from truepose_jax.evaluation import Pairs, make_sampler, region_scores, swap_costs, swap_scores
-from truepose_jax.frozen import load_autoencoder
-from truepose_jax.methods import make_method
 from truepose_jax.metrics.regions import retrieval
 from truepose_jax.pictures import sheet, to_uint8
 from truepose_jax.programs import keep_programs, run_with_config
@@ -117,11 +116,9 @@ def garment_retrieval(images: np.ndarray, pairs: Pairs) -> float:
 def judge(config: Config, workdir: str) -> tuple[Verdict, np.ndarray]:
     """Restores the run's last checkpoint and measures it; the verdict and a sheet uint8 of half of the pairs."""
     encoder = make_encoder(config.model.clip, config.token_width)
-    autoencoder, autoencoder_params, _ = load_autoencoder(config.model)
-    frozen = {"autoencoder": autoencoder_params} if autoencoder_params else {}
+    method, frozen, _, _ = assemble(config, encoder)
     checkpoints = Checkpoints(workdir, keep=config.checkpoint.keep, every=config.checkpoint.every, read_only=True)
     params = checkpoints.restore_part("ema" if config.optim.ema_decay else "params")
-    method = make_method(config, autoencoder)
     sampler = make_sampler(config, method, steps=config.diffusion.steps, guidance=config.diffusion.guidance)
 
     def sample(batch, keys):

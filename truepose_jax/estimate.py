@@ -1,35 +1,57 @@
 """How much memory a training step takes, from shapes alone: no device is touched and nothing is compiled.
 
-The step is traced, and its operations are walked in order with what is alive at each: an array lives from the operation that
-makes it to the last that reads it. What a compiler fuses away is taken as free (broadcasts, reshapes) or as written in place
-(elementwise operations whose operand dies). benchmarks/results tells how near that comes to XLA's own account.
+The step is traced as the platform it is planned for would run it (its attention above all), and its operations are walked in
+order with what is alive at each: an array lives from the operation that makes it to the last that reads it. What a compiler
+fuses away is taken as free (broadcasts, reshapes) or as written in place (elementwise operations whose operand dies); a Pallas
+kernel is taken as its results. Of what XLA schedules side by side the walk knows nothing: OVERLAP stands for it on TPUs.
+benchmarks/tpu_train_step.py holds the estimate against XLA's own account.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.extend import core
+from jax.sharding import AbstractDevice, AbstractMesh, AxisType
 
 from truepose_jax.frozen import autoencoder_shapes
-from truepose_jax.initial import batch_spec
+from truepose_jax.initial import batch_spec, training_form
 from truepose_jax.methods import make_method
+from truepose_jax.models.vae import MomentsAutoencoder
 from truepose_jax.schema import Config
-from truepose_jax.train_step import Trainer
+from truepose_jax.sharding import AXES
+from truepose_jax.train_step import Trainer, as_floats
 
 GIB = 1 << 30
-DEVICE_GIB = (16, 32, 80, 141)
-"""v5e, v6e, A100 / H100, H200."""
+DEVICES = (
+    ("v5e", "tpu", 16),
+    ("v6e", "tpu", 32),
+    ("v5p", "tpu", 95),
+    ("A100, H100", "gpu", 80),
+    ("H200", "gpu", 141),
+)
+"""(name, platform, GiB)."""
+PLATFORMS = ("tpu", "gpu")
 
 FSDP = (1, 8)
 
-TRACED = (8, 16)
-"""Sources in the two batches whose difference is the cost of an image: enough for activations to outweigh gradients."""
+PRIMES = (61, 67, 71, 73, 79, 83, 89, 97, 101, 103)
+"""Sources in the traced batch: an array whose size the number divides grows with the batch. The first one is taken that divides
+no other dimension."""
+
+OVERLAP = 1.9
+"""Bytes per image of a rematerialised step compiled for TPUs, over those of this walk: XLA recomputes several blocks at once and
+encodes sources and targets side by side. From one program (two levels, 256x176, v5e:4x4, FSDP over 16, 64 images a chip;
+benchmarks/results/tpu_train_step.md); not measured on GPUs, nor without rematerialisation."""
+
+BATCHES = (1, 2, 64, 128)
+"""Sources in the batches between which the bytes are taken as a straight line: the first two, and the last two."""
 
 _FREE = frozenset({"broadcast_in_dim", "iota", "reshape", "squeeze", "expand_dims", "stop_gradient", "copy"})
 """Operations whose result is their operand looked at differently, or is made where it is read."""
@@ -41,13 +63,26 @@ _IN_PLACE = frozenset(
 )  # fmt: skip
 """Operations that can be written over an operand which nobody reads after them."""
 
+_KERNELS = frozenset({"pallas_call"})
+"""Operations whose insides hold nothing in the device's memory."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Step:
+    """Bytes that a step needs on one device beside the state: gradients, activations, cast weights.
+
+    max(least, fixed + batch * per_image): with few images the gradients at the end outweigh the activations. FSDP cuts least
+    and fixed.
+    """
+
+    least: int
+    fixed: int
+    per_image: int
+
 
 @dataclasses.dataclass(frozen=True)
 class Estimate:
-    """Bytes on one device that holds everything. networks: parameters (counts, not bytes) by network.
-
-    step_fixed + batch * step_per_image: what a step needs beside the state: gradients, activations, cast weights.
-    """
+    """Bytes on one device that holds everything. networks: parameters (counts, not bytes) by network. steps: by platform."""
 
     networks: Mapping[str, int]
     parameters: int
@@ -55,28 +90,34 @@ class Estimate:
     optimizer: int
     ema: int
     frozen: int
-    step_fixed: int
-    step_per_image: int
+    steps: Mapping[str, Step]
 
     @property
     def state(self) -> int:
         return self.parameters + self.optimizer + self.ema + self.frozen
 
-    def largest_batch(self, memory: int, *, fsdp: int = 1) -> int:
-        """Images per device that fit into `memory` bytes where state and gradients are cut over `fsdp` devices."""
-        fixed = (self.parameters + self.optimizer + self.ema + self.step_fixed) / fsdp + self.frozen
-        return max(int((memory - fixed) / max(self.step_per_image, 1)), 0)
+    def bytes(self, batch: int, platform: str, *, fsdp: int = 1) -> int:
+        """Of `batch` images per device where state and gradients are cut over `fsdp` devices."""
+        step, cut = self.steps[platform], (self.state - self.frozen) / fsdp
+        return round(cut + self.frozen + max(step.least / fsdp, step.fixed / fsdp + batch * step.per_image))
+
+    def largest_batch(self, memory: int, platform: str, *, fsdp: int = 1) -> int:
+        """Images per device that fit into `memory` bytes; 0: none does."""
+        if self.bytes(1, platform, fsdp=fsdp) > memory:
+            return 0
+        step = self.steps[platform]
+        fixed = (self.state - self.frozen + step.fixed) / fsdp + self.frozen
+        return max(int((memory - fixed) / max(step.per_image, 1)), 1)
 
 
-def estimate(config: Config) -> Estimate:
+def estimate(config: Config, *, platforms: Sequence[str] = PLATFORMS) -> Estimate:
     """Of the configuration's train step; its mesh and accumulation do not matter here."""
     config = dataclasses.replace(config, optim=dataclasses.replace(config.optim, accumulation=1, noise_scale="off"))
     autoencoder, shapes = autoencoder_shapes(config.model)
     frozen = {"autoencoder": shapes} if shapes else {}
-    trainer = Trainer(config, make_method(config, autoencoder))
-    k = config.data.targets_per_source
+    reads = MomentsAutoencoder(autoencoder) if config.data.latents == "stored" else autoencoder
+    trainer = Trainer(config, make_method(config, reads))
     state = jax.eval_shape(lambda key: trainer.init_state(key, batch_spec(config)), jax.random.key(0))
-    eight, sixteen = (_step_bytes(trainer, state.params, frozen, batch_spec(config, targets=n * k)) for n in TRACED)
     return Estimate(
         networks={name: _count(tree) for name, tree in state.params.items()},
         parameters=_bytes_of(state.params),
@@ -84,8 +125,7 @@ def estimate(config: Config) -> Estimate:
         optimizer=_bytes_of(state.opt_state),
         ema=_bytes_of(state.ema),
         frozen=_bytes_of(frozen),
-        step_fixed=max(2 * eight - sixteen, 0),
-        step_per_image=-(-(sixteen - eight) // (TRACED[0] * k)),
+        steps={platform: _step(trainer, state.params, frozen, platform) for platform in platforms},
     )
 
 
@@ -99,26 +139,68 @@ def report(config: Config, found: Estimate) -> str:
         f"optimizer            {found.optimizer / GIB:8.2f} GiB   of {found.trained:,} trained parameters",
         f"EMA                  {found.ema / GIB:8.2f} GiB",
         f"frozen networks      {found.frozen / GIB:8.2f} GiB",
-        f"step, any batch      {found.step_fixed / GIB:8.2f} GiB   gradients, cast weights",
-        f"step, per image      {found.step_per_image / GIB:8.2f} GiB   activations",
-        "largest batch per device:",
-        "  memory   " + "".join(f"{f'fsdp {n}':>10}" for n in FSDP),
     ]
-    for memory in DEVICE_GIB:
-        batches = (found.largest_batch(memory * GIB, fsdp=n) for n in FSDP)
-        rows.append(f"  {memory:>4} GiB " + "".join(f"{batch or '-':>10}" for batch in batches))
+    for platform, step in found.steps.items():
+        rows += [
+            f"step, any batch, {platform} {step.fixed / GIB:8.2f} GiB   gradients, cast weights; {step.least / GIB:.2f} at least",
+            f"step, per image, {platform} {step.per_image / GIB:8.2f} GiB   activations",
+        ]
+    rows += ["largest batch per device:", "  device      memory  " + "".join(f"{f'fsdp {n}':>8}" for n in FSDP)]
+    for name, platform, memory in DEVICES:
+        if platform in found.steps:
+            batches = (found.largest_batch(memory * GIB, platform, fsdp=n) for n in FSDP)
+            rows.append(f"  {name:<10} {memory:>4} GiB  " + "".join(f"{batch or '-':>8}" for batch in batches))
     return "\n".join(rows)
 
 
-def _step_bytes(trainer: Trainer, params: Any, frozen: Any, spec: Mapping[str, jax.ShapeDtypeStruct]) -> int:
-    """Peak of the gradient's operations, inputs left out."""
-    keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), spec["target"].shape[0]))
-    closed = jax.make_jaxpr(trainer.gradients)(params, frozen, dict(spec), keys)
-    return peak_bytes(closed.jaxpr)
+def described(platform: str) -> AbstractMesh:
+    """One device of a platform that need not be here: what is traced under it is traced for it."""
+    device = AbstractDevice(device_kind=platform, num_cores=1, platform=platform)
+    return AbstractMesh((1,) * len(AXES), AXES, axis_types=(AxisType.Auto,) * len(AXES), abstract_device=device)
 
 
-def peak_bytes(jaxpr: core.Jaxpr) -> int:
-    """Most bytes alive at once among what the operations make, results included and inputs left out."""
+def _step(trainer: Trainer, params: Any, frozen: Any, platform: str) -> Step:
+    config, k = trainer.config, trainer.config.data.targets_per_source
+    prime = _prime(params, frozen, batch_spec(config, form=training_form(config)))
+    spec = batch_spec(config, targets=prime * k, form=training_form(config))
+
+    def gradients(params, frozen, batch, keys):
+        return trainer.gradients(params, frozen, as_floats(batch), keys)
+
+    keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), prime * k))
+    with jax.sharding.use_abstract_mesh(described(platform)):
+        jaxpr = jax.make_jaxpr(gradients)(params, frozen, dict(spec), keys).jaxpr
+
+    def scaled(sources: int) -> Callable[[int], int]:
+        return lambda size: size // prime * sources if size % prime == 0 else size
+
+    few, two, many, more = (peak_bytes(jaxpr, scaled=scaled(sources)) for sources in BATCHES)
+    per_source = (more - many) / (BATCHES[3] - BATCHES[2])
+    overlap = OVERLAP if platform == "tpu" and config.model.remat else 1.0
+    return Step(
+        least=max(2 * few - two, 0),
+        fixed=max(round(many - BATCHES[2] * per_source), 0),
+        per_image=-(-round(overlap * per_source) // k),
+    )
+
+
+def _prime(*trees: Any) -> int:
+    """The first of PRIMES that divides no dimension of these arrays. Raises ValueError where there is none."""
+    sides = {side for leaf in jax.tree.leaves(trees) for side in leaf.shape}
+    found = next((prime for prime in PRIMES if all(side % prime for side in sides)), None)
+    if found is None:
+        raise ValueError(
+            f"every one of {PRIMES} divides some dimension of this model; the estimate cannot tell its batch"
+        )
+    return found
+
+
+def peak_bytes(jaxpr: core.Jaxpr, *, scaled: Callable[[int], int] = lambda size: size) -> int:
+    """Most bytes alive at once among what the operations make, results included and inputs left out.
+
+    scaled: what an array of that many entries is counted as.
+    """
+    size_of = functools.partial(_bytes, scaled=scaled)
     last_use = {var: i for i, eqn in enumerate(jaxpr.eqns) for var in eqn.invars if isinstance(var, core.Var)}
     last_use |= {var: len(jaxpr.eqns) for var in jaxpr.outvars if isinstance(var, core.Var)}
     root: dict[core.Var, core.Var] = {}  # of a reshaped array, the array
@@ -130,12 +212,13 @@ def peak_bytes(jaxpr: core.Jaxpr) -> int:
     alive: dict[core.Var, int] = {}
     now = peak = 0
     for i, eqn in enumerate(jaxpr.eqns):
-        inner = max((peak_bytes(sub) for sub in _inner(eqn.params)), default=0)
-        made = {var: _bytes(var) for var in eqn.outvars if var not in root}
+        name = eqn.primitive.name
+        subs = [] if name in _KERNELS else _inner(eqn.params)
+        inner = max((peak_bytes(sub, scaled=scaled) for sub in subs), default=0)
+        made = {var: size_of(var) for var in eqn.outvars if var not in root}
         dying = {
             v: alive[v] for v in (root.get(v, v) for v in _variables(eqn.invars)) if v in alive and last_use[v] == i
         }
-        name = eqn.primitive.name
         if name in _FREE:
             made = dict.fromkeys(made, 0)
         size = sum(made.values())
@@ -163,12 +246,12 @@ def _variables(invars: Sequence[Any]) -> set[core.Var]:
     return {v for v in invars if isinstance(v, core.Var)}
 
 
-def _bytes(var: Any) -> int:
+def _bytes(var: Any, *, scaled: Callable[[int], int]) -> int:
     aval = var.aval
     if not hasattr(aval, "shape"):
         return 0
     size = 16 if jnp.issubdtype(aval.dtype, jax.dtypes.prng_key) else aval.dtype.itemsize
-    return math.prod(aval.shape) * size
+    return scaled(math.prod(aval.shape)) * size
 
 
 def _count(tree: Any) -> int:

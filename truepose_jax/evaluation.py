@@ -149,7 +149,7 @@ class Evaluator:
             loss, metrics = self._loss(params, frozen, put_whole_batch(self.mesh, piece), keys)
             count = float(piece["valid"].sum())
             total, weight = total + float(loss) * count, weight + count
-            norms.append({part: np.asarray(metrics[part]) for part in ("hpfa_rms", "caa_rms")})
+            norms.append({part: np.asarray(metrics[part]) for part in metrics if part.endswith("_rms")})
             poll()
         names = [site.name for site in self.config.model.unet.sites]
         means = {part: np.mean([n[part] for n in norms], axis=0) for part in norms[0]}

@@ -19,11 +19,14 @@ import numpy as np
 from input_pipeline.schema import batch_shapes
 from truepose_jax.checkpoint import CheckpointError, Checkpoints, read_config, read_metadata
 from truepose_jax.conversion.key_maps import leaves, nest
-from truepose_jax.conversion.safetensors_io import ConversionError
+from truepose_jax.conversion.safetensors_io import ConversionError, TensorInfo
 from truepose_jax.conversion.weights_folder import WEIGHTS_FILE, WeightsFolder, open_weights
 from truepose_jax.frozen import KINDS
 from truepose_jax.schema import Config, ConfigError, to_dict
 from truepose_jax.train_step import Trainer, TrainState
+
+SCRATCH = ("parsing_encoder", "clip_source")
+"""Networks that no UNet has anything for, beside what a weights folder itself calls fresh."""
 
 
 def resolve_init_from(config: Config) -> Config:
@@ -70,14 +73,19 @@ def origin(config: Config) -> dict[str, Any] | None:
     return read_metadata(config.init_from).get("origin")
 
 
-def batch_spec(config: Config, *, targets: int | None = None) -> dict[str, jax.ShapeDtypeStruct]:
+def batch_spec(config: Config, *, targets: int | None = None, form: str = "floats") -> dict[str, jax.ShapeDtypeStruct]:
     """A batch of `targets`; None: of one source, which parameters are initialised with (no parameter's shape depends on
-    the batch size)."""
+    the batch size). form: a key of input_pipeline.schema.FORMS."""
     k = config.data.targets_per_source
     shapes = batch_shapes(
-        batch_size=targets or k, targets_per_source=k, size=config.model.size, token_width=config.token_width
+        batch_size=targets or k, targets_per_source=k, size=config.model.size, token_width=config.token_width, form=form
     )
     return {name: jax.ShapeDtypeStruct(shape, np.dtype(dtype)) for name, (shape, dtype) in shapes.items()}
+
+
+def training_form(config: Config) -> str:
+    """The form in which training's batches travel, a key of input_pipeline.schema.FORMS."""
+    return "moments" if config.data.latents == "stored" else "bytes"
 
 
 def first_state(config: Config, trainer: Trainer, checkpoints: Checkpoints, abstract: TrainState) -> TrainState:
@@ -112,8 +120,13 @@ def _converted(config: Config, trainer: Trainer, key: jax.Array, abstract: Mappi
     """Parameters of a weights folder, each read, widened and put on its devices before the next."""
     weights = _open(config)
     wanted = dict(leaves(abstract))
-    fresh = [name for name in abstract if name in weights.fresh]
-    _check_fits(config, weights, {p: leaf for p, leaf in wanted.items() if p.split("/", 1)[0] not in fresh})
+    # A folder made of a plain UNet (it says so by what is fresh) has nothing for the networks that only we have.
+    without = {*weights.fresh, *(SCRATCH if weights.fresh else ())}
+    fresh = [name for name in abstract if name in without]
+    # The ablations' networks are smaller than the method's own.
+    surplus = set() if config.model.fusion.is_paper else weights.infos.keys() - wanted.keys()
+    taken = {path: info for path, info in weights.infos.items() if path not in surplus}
+    _check_fits(config, taken, {p: leaf for p, leaf in wanted.items() if p.split("/", 1)[0] not in fresh})
     params: dict[str, jax.Array] = {}
     if fresh:
         places = {name: jax.tree.map(lambda x: x.sharding, abstract[name]) for name in fresh}
@@ -123,10 +136,11 @@ def _converted(config: Config, trainer: Trainer, key: jax.Array, abstract: Mappi
             return {name: whole[name] for name in fresh}
 
         params |= dict(leaves(jax.jit(make, out_shardings=places)(key)))
-    for path in weights.infos:
+    for path in taken:
         params[path] = _put(weights.read(path), wanted[path])
     origin = weights.origin.get("name", config.init_from)
-    print(f"parameters of {config.init_from} ({origin}); random: {', '.join(fresh) or 'none'}", flush=True)
+    left = f"; left out, this variant has no use for them: {len(surplus)} tensors" if surplus else ""
+    print(f"parameters of {config.init_from} ({origin}); random: {', '.join(fresh) or 'none'}{left}", flush=True)
     return nest({path: params[path] for path in wanted})
 
 
@@ -175,10 +189,10 @@ def _per_level(value: Any, levels: int) -> list[int]:
     return list(value) if isinstance(value, list | tuple) else [value] * levels
 
 
-def _check_fits(config: Config, weights: WeightsFolder, wanted: Mapping[str, Any]) -> None:
+def _check_fits(config: Config, infos: Mapping[str, TensorInfo], wanted: Mapping[str, Any]) -> None:
     """Names and shapes, and no dtype that float32 does not hold exactly."""
-    problems = [f"lacks {path}" for path in wanted if path not in weights.infos]
-    for path, info in weights.infos.items():
+    problems = [f"lacks {path}" for path in wanted if path not in infos]
+    for path, info in infos.items():
         if path not in wanted:
             problems.append(f"holds {path}, which this model has not")
         elif tuple(info.shape) != tuple(wanted[path].shape):

@@ -48,6 +48,10 @@ class RegionEncoder:
     offset: np.ndarray | float = 0.0
     scale: np.ndarray | float = 1.0
 
+    @property
+    def network(self) -> RegionEncoder:
+        return self
+
     @functools.cached_property
     def _apply(self):
         module = CLIPVisionModelWithProjection(self.config)
@@ -90,16 +94,17 @@ class LazyEncoder:
             _check_width(clip, token_width)
 
     @functools.cached_property
-    def _encoder(self) -> RegionEncoder:
+    def network(self) -> RegionEncoder:
+        """The encoder itself, loaded now."""
         return make_encoder(self._clip, self._width)
 
     @functools.cached_property
     def fingerprint(self) -> str:
-        return folder_fingerprint(self._clip.path, "clip") if self._clip.path else self._encoder.fingerprint
+        return folder_fingerprint(self._clip.path, "clip") if self._clip.path else self.network.fingerprint
 
     def tokens(self, records: Sequence[ImageRecord | None], labels: str) -> tuple[np.ndarray, np.ndarray]:
         """See RegionEncoder.tokens."""
-        return self._encoder.tokens(records, labels)
+        return self.network.tokens(records, labels)
 
 
 def make_encoder(clip: ClipConfig, token_width: int) -> RegionEncoder:
@@ -132,12 +137,9 @@ def _shapes(config: CLIPVisionConfig):
     return jax.eval_shape(module.init, jax.random.key(0), pixels)["params"]
 
 
-def _untrained(clip: ClipConfig, token_width: int) -> RegionEncoder:
-    logging.warning(
-        "region tokens come from an UNTRAINED, seeded CLIP (config.model.clip.path is empty): fine for synthetic "
-        "people and for trying things out, useless for real clothes"
-    )
-    config = CLIPVisionConfig(
+def untrained_config(clip: ClipConfig, token_width: int) -> CLIPVisionConfig:
+    """The small network of the config's own sizes."""
+    return CLIPVisionConfig(
         hidden_size=clip.hidden_size,
         intermediate_size=4 * clip.hidden_size,
         projection_dim=token_width,
@@ -146,6 +148,14 @@ def _untrained(clip: ClipConfig, token_width: int) -> RegionEncoder:
         image_size=clip.image_size,
         patch_size=clip.patch_size,
     )
+
+
+def _untrained(clip: ClipConfig, token_width: int) -> RegionEncoder:
+    logging.warning(
+        "region tokens come from an UNTRAINED, seeded CLIP (config.model.clip.path is empty): fine for synthetic "
+        "people and for trying things out, useless for real clothes"
+    )
+    config = untrained_config(clip, token_width)
     module = CLIPVisionModelWithProjection(config)
     pixels = np.zeros((1, clip.image_size, clip.image_size, 3), np.float32)
     params = module.init(jax.random.key(clip.seed), pixels)["params"]

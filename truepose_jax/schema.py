@@ -69,6 +69,11 @@ class ModelConfig:
     remat: bool
     dtype: str
 
+    @property
+    def uses_clip(self) -> bool:
+        """Whether the network itself looks through CLIP at the source (ablation B1), beside its region tokens."""
+        return self.fusion.features == "clip"
+
     def __post_init__(self):
         _one_of("model.method", self.method, ("truepose",))
         _one_of("model.autoencoder", self.autoencoder, ("sd15", "pixels"))
@@ -300,6 +305,11 @@ class Config:
                 f"config.data.latents is 'stored' and config.model.autoencoder {self.model.autoencoder!r}; stored latents "
                 "are of the VAE ('sd15')"
             )
+        if self.data.latents == "stored" and self.model.uses_clip:
+            raise ConfigError(
+                "config.data.latents is 'stored' and config.model.fusion.features 'clip'; CLIP needs the photos: set "
+                "data.latents to 'off'"
+            )
         if self.optim.layout == "flat" and (self.mesh.fsdp, self.mesh.tensor) != (1, 1):
             raise ConfigError("config.optim.layout 'flat' cannot be sharded: mesh.fsdp and mesh.tensor must be 1")
         micro = self.optim.accumulation * self.data.targets_per_source
@@ -371,6 +381,18 @@ def from_config_dict(cls: type, values: Mapping[str, Any], where: str = "config"
         raise
     except ValueError as error:
         raise ConfigError(f"{where}: {error}") from error
+
+
+def with_defaults(cls: type, values: Mapping[str, Any]) -> dict[str, Any]:
+    """The saved config of an older run: settings that came later, and have a default, are added."""
+    found, kinds = dict(values), typing.get_type_hints(cls)
+    for field in dataclasses.fields(cls):
+        if field.name not in found:
+            if field.default is not dataclasses.MISSING:
+                found[field.name] = field.default
+        elif dataclasses.is_dataclass(kinds[field.name]) and isinstance(found[field.name], Mapping):
+            found[field.name] = with_defaults(kinds[field.name], found[field.name])
+    return found
 
 
 def to_dict(config: Any) -> dict[str, Any]:

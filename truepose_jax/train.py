@@ -18,6 +18,7 @@ from ml_collections import config_flags
 
 from input_pipeline.loader import make_loader
 from truepose_jax import distributed
+from truepose_jax.assembly import assemble
 from truepose_jax.checkpoint import (
     STOPPED,
     CheckpointError,
@@ -31,9 +32,7 @@ from truepose_jax.checkpoint import (
 from truepose_jax.datasets import Dataset, evaluation_set, training_set
 from truepose_jax.estimate import estimate, report
 from truepose_jax.evaluation import Evaluator
-from truepose_jax.frozen import load_autoencoder
 from truepose_jax.initial import batch_spec, first_state, origin, resolve_init_from
-from truepose_jax.methods import make_method
 from truepose_jax.monitor import CannotWrite, Monitor, NonFinite
 from truepose_jax.programs import keep_programs, run_with_config
 from truepose_jax.region_tokens import LazyEncoder
@@ -73,17 +72,16 @@ def main_of(config: Config, workdir: str, *, profile: bool = False) -> int:
         _announce(config, mesh)
 
         # What never changes: the autoencoder and the region tokens.
-        autoencoder, autoencoder_params, autoencoder_hash = load_autoencoder(config.model)
         encoder = LazyEncoder(config.model.clip, config.token_width)
+        method, frozen, autoencoder, autoencoder_hash = assemble(config, encoder)
         cache = os.path.join(workdir, "cache")
         train_set = training_set(config, encoder, cache)
         eval_set = evaluation_set(config, encoder, cache)
         if not eval_set.heldout:
             logging.warning("config.data.eval_pairs is empty: evaluation runs on the training pairs")
-        frozen = replicate(mesh, {"autoencoder": autoencoder_params} if autoencoder_params else {})
+        frozen = replicate(mesh, frozen)
 
         with jax.set_mesh(mesh):
-            method = make_method(config, autoencoder)
             trainer = Trainer(config, training_method(config, method, train_set.images, autoencoder, autoencoder_hash))
             abstract = abstract_state(config, trainer, mesh)
             metadata = write_metadata(

@@ -268,6 +268,13 @@ def test_another_configurations_parameters_are_an_error(tmp_path):
         write_export(tmp_path / "out", case("linear")[1], config=wider, run=RUN)
 
 
+def test_ablations_have_no_form_in_pytorch(tmp_path):
+    cfg, params = case("linear")
+    variant = tiny.config({"model": {"unet": to_dict(cfg.model.unet), "fusion": {"texture": "concat"}}})
+    with pytest.raises(ConversionError, match="is an ablation or another reading"):
+        write_export(tmp_path / "out", params, config=variant, run=RUN)
+
+
 def test_nothing_is_overwritten(tmp_path):
     cfg, params = case("linear")
     (tmp_path / "out").mkdir()

@@ -59,6 +59,7 @@ def main():
     xla.attend = watched
     for name, mesh, b, g in (
         ("reference", "all", 4, 4),
+        ("reference", "all", 3, 3),
         ("xla", "data", 8, 1),
         ("xla", "all", 4, 4),
         ("xla", "all", 3, 4),

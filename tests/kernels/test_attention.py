@@ -11,11 +11,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import AbstractMesh, AxisType, PartitionSpec
 
 from tests.kernels import oracle64
 from tests.kernels.oracle64 import Case
 from truepose_jax.kernels.attention import api, pallas_gpu, pallas_tpu, xla
 from truepose_jax.kernels.attention.reference import Slopes
+from truepose_jax.sharding import AXES
 
 SIDES = (Slopes(0.6, 1.0), Slopes(1.3, -1.0))
 """Eq. 6 with delta 0.6 and sigma 0.3: inside 1.6 a or 0.6 a, outside 0.3 a or 1.3 a."""
@@ -329,7 +331,7 @@ def sharded():
 
 
 def test_eight_devices_give_the_same(sharded):
-    assert len(sharded["errors"]) == 7
+    assert len(sharded["errors"]) == 8
     for what, error in sharded["errors"].items():
         assert error < 2e-5, what
 
@@ -338,3 +340,22 @@ def test_every_device_works_on_its_own_part(sharded):
     """Over data 2, fsdp 2, tensor 2; images x heads as named. 3 of either cannot be cut, 2 images over data only."""
     assert sharded["parts"] == {"4x4": [1, 37, 2, 8], "3x4": [3, 37, 2, 8], "2x3": [1, 37, 3, 8]}
     assert sharded["kernel_sees"] == [1, 19, 2, 8]
+
+
+@pytest.mark.parametrize(
+    ("images", "heads", "spec"),
+    [(8, 4, (("data", "fsdp"), None, ("tensor",))), (2, 3, (("data",), None, None)), (3, 4, (None, None, ("tensor",)))],
+)
+def test_reference_lies_on_a_mesh_as_the_kernels_do(images, heads, spec):
+    """Queries, keys, values and output each: left alone, FSDP's cut of the projections reached the activations."""
+    mesh = AbstractMesh((2, 2, 2), AXES, axis_types=(AxisType.Auto,) * 3)
+    q, k = (jax.ShapeDtypeStruct((images, length, heads, 8), jnp.float32) for length in (37, 2))
+    mask = jax.ShapeDtypeStruct((images, 2), bool)
+    sloped = functools.partial(api.sloped_attention, inside=SIDES[0], outside=SIDES[1])
+    for attend in (lambda q, k, mask: api.attention(q, k, k, key_mask=mask), lambda q, k, mask: sloped(q, k, k, mask)):
+        with jax.sharding.use_abstract_mesh(mesh):
+            jaxpr = jax.make_jaxpr(attend)(q, k, mask)
+        pins = [eqn for eqn in jaxpr.eqns if eqn.primitive.name == "sharding_constraint"]
+        assert [pin.invars[0].aval.shape[1] for pin in pins] == [37, 2, 2, 37]
+        assert all(pin.params["sharding"].spec == PartitionSpec(*spec, None) for pin in pins)
+    assert not [eqn for eqn in jax.make_jaxpr(attend)(q, k, mask).eqns if eqn.primitive.name == "sharding_constraint"]

@@ -116,9 +116,13 @@ def read_metadata(workdir: str | os.PathLike[str]) -> dict[str, Any]:
 def read_config(workdir: str | os.PathLike[str]) -> schema.Config:
     """The resolved config of the run in `workdir`. Raises CheckpointError."""
     try:
-        return schema.from_config_dict(schema.Config, read_metadata(workdir)["config"])
+        return schema.from_config_dict(schema.Config, _saved(workdir))
     except schema.ConfigError as error:
         raise CheckpointError(f"{Path(workdir) / 'metadata.json'}: {error}") from error
+
+
+def _saved(workdir: str | os.PathLike[str]) -> dict[str, Any]:
+    return schema.with_defaults(schema.Config, read_metadata(workdir)["config"])
 
 
 def _flat(tree: Any, prefix: str = "") -> dict[str, Any]:
@@ -136,7 +140,7 @@ def check_same_config(workdir: str | os.PathLike[str], config: schema.Config) ->
             raise CheckpointError(f"{folder} holds checkpoints but no metadata.json; take another --workdir")
         return
     sides = {
-        "was": _flat(read_metadata(workdir)["config"]),
+        "was": _flat(_saved(workdir)),
         "is": _flat(json.loads(json.dumps(schema.to_dict(config)))),
     }
     differing = []

@@ -94,6 +94,11 @@ def write_export(
         raise ConversionError(f"export dtype is {dtype!r}; choose one of {tuple(to_torch.DTYPES)} or none")
     if run["weights"] not in WEIGHTS:
         raise ConversionError(f"export weights are {run['weights']!r}; choose one of {WEIGHTS}")
+    if not config.model.fusion.is_paper:
+        raise ConversionError(
+            "this run is an ablation or another reading of TruePose (config.model.fusion: features, texture, alignment, "
+            "source_attention, score); only the method itself has a form in PyTorch"
+        )
     trees = _by_file(params)
     infos = {file: to_torch.infos(tree, dtype, _tensor_name) for file, tree in trees.items()}
     _check_whole(infos, config)

@@ -11,10 +11,10 @@ import jax.numpy as jnp
 from truepose_jax import rng
 from truepose_jax.diffusion import losses
 from truepose_jax.methods.base import BatchSpec, Conditioning
-from truepose_jax.models.layers import position_sinusoids
-from truepose_jax.models.masks import coverage_levels, parsing_mask
+from truepose_jax.methods.truepose_source import SourceReader, positions
+from truepose_jax.models.clip import CLIPVisionConfig
 from truepose_jax.models.pose_encoder import PoseEncoder
-from truepose_jax.models.source_net import ParsingEncoder, source_features, source_net, without_gradient
+from truepose_jax.models.source_net import without_gradient
 from truepose_jax.models.target_net import Fusion, target_net
 from truepose_jax.models.vae import Autoencoder
 from truepose_jax.schema import DiffusionConfig, ModelConfig
@@ -31,11 +31,16 @@ TENSOR_RULES = (
 @dataclasses.dataclass(frozen=True)
 class TruePose:
     """The Method of TruePose. Parameters: source_net, target_net, fusion (the source side of HPFA and CAA),
-    pose_encoder; with model.source_parsing "coverage" also parsing_encoder. Frozen: autoencoder (empty for pixels)."""
+    pose_encoder; with model.source_parsing "coverage" also parsing_encoder. Frozen: autoencoder (empty for pixels).
+
+    Its ablations are settings of model.fusion. With features "clip" (B1) there is no source_net but clip_source, and
+    `clip` and frozen["clip"] are the network that sees the source; its `condition` needs photos, not latents.
+    """
 
     model: ModelConfig
     diffusion: DiffusionConfig
     autoencoder: Autoencoder
+    clip: CLIPVisionConfig | None = None
 
     param_rules = TENSOR_RULES
 
@@ -44,8 +49,12 @@ class TruePose:
         return jnp.dtype(self.model.dtype)
 
     @functools.cached_property
+    def reader(self) -> SourceReader:
+        return SourceReader(self.model, self.autoencoder.factor, self.clip)
+
+    @property
     def source_net(self):
-        return source_net(self.model.unet, remat=self.model.remat, dtype=self.dtype)
+        return self.reader.source_net
 
     @functools.cached_property
     def target_net(self):
@@ -61,17 +70,16 @@ class TruePose:
 
     @functools.cached_property
     def no_decay(self) -> str:
-        return without_gradient(self.model.unet)
+        parts = [without_gradient(self.model.unet)]
+        if self.model.fusion.alignment == "global":  # attn2 meets one key: its softmax is 1
+            parts += [r"^target_net/.*/(norm2|attn2/to_q)/", r"^fusion/.*/attn2/to_k/"]
+        return "|".join(parts)
 
     def latent_spec(self, image_hw):
         factor = self.autoencoder.factor
         if any(side % factor for side in image_hw):
             raise ValueError(f"image size {image_hw} is not divisible by the autoencoder's factor {factor}")
         return image_hw[0] // factor, image_hw[1] // factor, self.autoencoder.channels
-
-    @functools.cached_property
-    def parsing_encoder(self):
-        return ParsingEncoder(self.model.unet.block_out_channels[0], dtype=self.dtype)
 
     def init(self, key, batch_spec: BatchSpec):
         batch = {name: jnp.zeros(spec.shape, spec.dtype) for name, spec in batch_spec.items()}
@@ -81,18 +89,10 @@ class TruePose:
         # The twins start with the same weights, as they do when both come from SD1.5: like features then meet like
         # features in Eq. 8 from the first step.
         twin_key, fusion_key, pose_key = (rng.key(key, name) for name in ("twins", "fusion", "pose_encoder"))
-        source_latents = jnp.zeros((batch["source"].shape[0], *latents.shape[1:]))
-        context = batch["region_tokens"][:, -1:]
-        params = {
-            "source_net": self.source_net.init(twin_key, source_latents, t[: source_latents.shape[0]], context)[
-                "params"
-            ]
-        }
-        if self.model.source_parsing == "coverage":
-            coverage = jnp.zeros((*source_latents.shape[:3], batch["class_on"].shape[1]))
-            params["parsing_encoder"] = self.parsing_encoder.init(rng.key(key, "parsing_encoder"), coverage)["params"]
-        inputs = self._fusion_inputs(params, source_latents, batch)
-        sites, fusion_params = self.fusion.init_with_output(fusion_key, *inputs)
+        source = jnp.zeros((batch["source"].shape[0], *latents.shape[1:]))
+        params = self.reader.init(key, twin_key, source, batch)
+        side = self.reader.read(params, {}, source, batch)
+        sites, fusion_params = self.fusion.init_with_output(fusion_key, side)
         pose, pose_params = self.pose_encoder.init_with_output(pose_key, batch["target_pose"])
         target_params = self.target_net.init(twin_key, latents, t, None, features=sites, after_conv_in=pose)["params"]
         return params | {
@@ -101,42 +101,14 @@ class TruePose:
             "pose_encoder": pose_params["params"],
         }
 
-    def _fusion_inputs(self, params, source_latents, batch):
-        """F', masks, coverages, tokens and presence, one row per target: sources repeat for their targets."""
-        b, s = batch["target_pose"].shape[0], batch["source"].shape[0]
-        each = functools.partial(jnp.repeat, repeats=b // s, axis=0)
-        coverages = coverage_levels(
-            batch["source_parsing"],
-            num_classes=batch["class_on"].shape[1],
-            factor=self.autoencoder.factor,
-            levels=len(self.model.unet.block_out_channels),
-        )
-        extra = self._positions(source_latents)
-        if self.model.source_parsing == "coverage":
-            extra = extra + self.parsing_encoder.apply({"params": params["parsing_encoder"]}, coverages[0])
-        taps = source_features(
-            self.source_net, params["source_net"], source_latents, batch["region_tokens"][:, -1], after_conv_in=extra
-        )
-        coverages = [each(c) for c in coverages]
-        masks = [parsing_mask(c, batch["class_on"]) for c in coverages]
-        flat = [c.reshape(b, -1, c.shape[-1]) for c in coverages]
-        tokens, present = batch["region_tokens"][:, :-1], batch["region_valid"][:, :-1]
-        return {name: each(tap) for name, tap in taps.items()}, masks, flat, each(tokens), each(present)
-
-    def _positions(self, latents):
-        """What a network without pretrained weights is told of place; SD1.5's has learned it."""
-        if self.model.positions == "none":
-            return 0.0
-        return position_sinusoids(*latents.shape[1:3], self.model.unet.block_out_channels[0])
-
     def condition(self, params, frozen, batch, *, keep=None) -> Conditioning:
         """keep [b]: 0 drops that sample's F' and region tokens together, at the features (A15)."""
         latents = self.autoencoder.encode_mean(frozen.get("autoencoder"), batch["source"])
         latents = constrain(latents, "batch", "height", "width", "channels")
-        inputs = self._fusion_inputs(params, latents, batch)
-        sites = self.fusion.apply({"params": params["fusion"]}, *inputs, keep)
+        side = self.reader.read(params, frozen, latents, batch)
+        sites = self.fusion.apply({"params": params["fusion"]}, side, keep)
         pose = self.pose_encoder.apply({"params": params["pose_encoder"]}, batch["target_pose"])
-        return Conditioning(pose=pose + self._positions(latents), sites=sites)
+        return Conditioning(pose=pose + positions(self.model, latents), sites=sites)
 
     def null(self, conditioning: Conditioning) -> Conditioning:
         """No source at all; the pose stays (C of the paper does not list it)."""
@@ -161,8 +133,8 @@ class TruePose:
     def loss(self, params, frozen, batch, keys):
         """Eq. 2 / 10 with the schedule's prediction, mean over the valid samples of the global batch.
 
-        Metrics: loss, bin_sums and bin_counts [NUM_BINS], hpfa_rms and caa_rms [sites] (updates' root mean squares
-        over the kept samples).
+        Metrics: loss, bin_sums and bin_counts [NUM_BINS], hpfa_rms (where there is HPFA) and caa_rms [sites] (updates'
+        root mean squares over the kept samples).
         """
         schedule = self.diffusion.schedule
         batch = _zero_invalid(batch)
@@ -182,7 +154,7 @@ class TruePose:
         loss = losses.weighted_mean(errors, batch["valid"])
         bin_sums, bin_counts = losses.timestep_bins(errors, batch["valid"], t, schedule.steps)
         metrics = {"loss": loss, "bin_sums": bin_sums, "bin_counts": bin_counts}
-        for part in ("hpfa", "caa"):
+        for part in norms[self.model.unet.sites[0].name]:
             metrics[f"{part}_rms"] = jnp.stack(
                 [losses.weighted_mean(norms[site.name][part], keep * batch["valid"]) for site in self.model.unet.sites]
             )

@@ -7,9 +7,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from truepose_jax.kernels.attention import api
+from truepose_jax.kernels.attention import api, reference
 from truepose_jax.models.attention import Site, merge_heads, split_heads
-from truepose_jax.models.hpfa import KeysValues, SourceAttention
+from truepose_jax.models.hpfa import FusionConfig, KeysValues, SourceAttention
 
 
 def region_scores(source: SourceAttention, coverage: Float[Array, "b n p"]) -> Float[Array, "b p"]:
@@ -17,10 +17,24 @@ def region_scores(source: SourceAttention, coverage: Float[Array, "b n p"]) -> F
     keys weighted by coverage. The mean is linear in q and in k, so it costs O(n) and is exact. A region without any
     coverage gets 0."""
     q, k = source.q.astype(jnp.float32), source.k.astype(jnp.float32)
-    weights = coverage / jnp.maximum(jnp.sum(coverage, axis=1, keepdims=True), 1e-12)
-    region_keys = jnp.einsum("bnp,bngd->bpgd", weights, k)
+    region_keys = jnp.einsum("bnp,bngd->bpgd", _shares(coverage), k)
     scores = jnp.einsum("bgd,bpgd->bpg", jnp.mean(q, axis=1), region_keys)
     return jnp.mean(scores, axis=-1) / jnp.sqrt(jnp.float32(q.shape[-1]))
+
+
+def reweighted_scores(
+    source: SourceAttention, coverage: Float[Array, "b n p"], mask: Bool[Array, "b n"], config: FusionConfig
+) -> Float[Array, "b p"]:
+    """The other readings of A17: the same mean of A' with Eq. 6's weights ("reweighted"), or of Eq. 7's softmax. They
+    need the whole n x n map, so they are for sweeps at small sizes. M by its keys, whatever config.mask_axis says."""
+    a = reference.sloped_logits(*source, mask, *reference.eq6_slopes(config.delta, config.sigma, config.reading))
+    if config.score == "softmax":
+        a = jax.nn.softmax(a, axis=-1)
+    return jnp.einsum("bnp,bn->bp", _shares(coverage), jnp.mean(a, axis=(1, 2)))
+
+
+def _shares(coverage: Float[Array, "b n p"]) -> Float[Array, "b n p"]:
+    return coverage / jnp.maximum(jnp.sum(coverage, axis=1, keepdims=True), 1e-12)
 
 
 def lowest_regions(
@@ -46,11 +60,10 @@ class CAASource(nn.Module):
         self,
         tokens: Float[Array, "b p e"],
         present: Bool[Array, "b p"],
-        source: SourceAttention,
-        coverage: Float[Array, "b n p"],
+        scores: Float[Array, "b p"],
         keep: Float[Array, " b"] | None = None,
     ) -> KeysValues:
-        index, valid = lowest_regions(region_scores(source, coverage), present, self.regions)
+        index, valid = lowest_regions(scores, present, self.regions)
         chosen = jnp.take_along_axis(tokens, index[..., None], axis=1)
         if keep is not None:
             chosen = chosen * keep[:, None, None].astype(chosen.dtype)

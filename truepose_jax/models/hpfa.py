@@ -14,6 +14,11 @@ from truepose_jax.models.attention import Site, layer_norm, merge_heads, split_h
 
 INITS = ("random", "identity")
 OUT_INITS = ("zeros", "random")
+FEATURES = ("source_net", "clip")
+TEXTURES = ("hpfa", "concat")
+ALIGNMENTS = ("caa", "global")
+SOURCE_ATTENTIONS = ("side", "inplace")
+SCORES = ("logits", "reweighted", "softmax")
 
 
 def identity(key, shape, dtype=jnp.float32):
@@ -45,9 +50,23 @@ class FusionConfig:
     A23). init "identity": HPFA's square projections start as identities, so that a network without pretrained weights
     begins by attending to like features instead of averaging the whole image. out_init "zeros": the network starts as
     if HPFA were not there.
+
+    What the paper's ablations exchange (section 5.3; methods.md 1.6):
+    features: F' is what SourceNet's blocks see, or the whole image's CLIP patches through an MLP for each site.
+    texture: F' reaches TargetNet through HPFA, or "concat": as further keys and values of its self-attention.
+    alignment: attn2 reads the K chosen regions (CAA), or "global": the CLIP token of the whole image.
+
+    What we decided by reading, for the sweeps of benchmarks/ablation.py:
+    source_attention (A5): Eq. 7 is a branch beside SourceNet's self-attention, or "inplace": it is that self-attention.
+    score (A17): what of the source attention is averaged per region: A', A' with Eq. 6's weights, or its softmax.
     """
 
     regions: int = 2
+    features: str = "source_net"
+    texture: str = "hpfa"
+    alignment: str = "caa"
+    source_attention: str = "side"
+    score: str = "logits"
     delta: float = 0.6
     sigma: float = 0.3
     reading: str = "printed"
@@ -56,14 +75,32 @@ class FusionConfig:
     out_init: str = "zeros"
 
     def __post_init__(self):
-        if self.init not in INITS or self.out_init not in OUT_INITS:
-            raise ValueError(f"HPFA init is {self.init!r} of {INITS}, out_init {self.out_init!r} of {OUT_INITS}")
-        if self.mask_axis not in api.MASK_AXES or self.reading not in api.READINGS:
-            raise ValueError(
-                f"HPFA mask_axis is {self.mask_axis!r} of {api.MASK_AXES}, reading {self.reading!r} of {api.READINGS}"
-            )
+        choices = {
+            "features": FEATURES,
+            "texture": TEXTURES,
+            "alignment": ALIGNMENTS,
+            "source_attention": SOURCE_ATTENTIONS,
+            "score": SCORES,
+            "init": INITS,
+            "out_init": OUT_INITS,
+            "mask_axis": api.MASK_AXES,
+            "reading": api.READINGS,
+        }
+        for name, allowed in choices.items():
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"{name} is {getattr(self, name)!r}; choose one of {allowed}")
         if self.regions < 1:
-            raise ValueError(f"CAA regions is {self.regions}; it must be at least 1")
+            raise ValueError(f"regions (CAA's K) is {self.regions}; it must be at least 1")
+        if self.source_attention == "inplace" and (self.features, self.texture) != ("source_net", "hpfa"):
+            raise ValueError("source_attention 'inplace' needs features 'source_net' and texture 'hpfa'")
+        if self.features == "clip" and self.texture != "hpfa":
+            raise ValueError("features 'clip' needs texture 'hpfa': no self-attention of theirs could be joined")
+
+    @property
+    def is_paper(self) -> bool:
+        """Whether these are the method's own modules, which have a form in PyTorch; an ablation or reading is not."""
+        mine = (self.features, self.texture, self.alignment, self.source_attention, self.score)
+        return mine == ("source_net", "hpfa", "caa", "side", "logits")
 
     @property
     def square_init(self) -> dict:
@@ -71,11 +108,18 @@ class FusionConfig:
         return {"kernel_init": identity} if self.init == "identity" else {}
 
 
+def reweighted(config: FusionConfig, q: Array, k: Array, v: Array, mask: Bool[Array, "b n"]) -> Float[Array, "b n g d"]:
+    """H' of Eq. 7 before the heads are joined, with the settings of Eq. 6."""
+    return api.reweighted_attention(
+        q, k, v, mask, delta=config.delta, sigma=config.sigma, reading=config.reading, mask_axis=config.mask_axis
+    )
+
+
 class HPFASource(nn.Module):
     """Eq. 6, 7 and the keys and values of Eq. 8, from SourceNet's features F' [b n c] and the mask M [b n].
 
     keep [b]: 0 drops a sample: its F' is taken as zero, so its keys and values are exactly zero (no bias before
-    Eq. 8, methods.md A15).
+    Eq. 8, methods.md A15). inplace (A5): H' and A' of SourceNet's own attention, in place of F' and Eq. 7 here.
     """
 
     site: Site
@@ -88,21 +132,22 @@ class HPFASource(nn.Module):
         features: Float[Array, "b n c"],
         mask: Bool[Array, "b n"],
         keep: Float[Array, " b"] | None = None,
+        inplace: SourceAttention | None = None,
     ) -> tuple[KeysValues, SourceAttention]:
         c = self.config
 
         def dense(name):
             return nn.Dense(features.shape[-1], use_bias=False, dtype=self.dtype, name=name, **c.square_init)
 
-        q, k, v = (split_heads(dense(f"source_to_{x}")(features), self.site.heads) for x in "qkv")
-        undropped = SourceAttention(q, k)
-        if keep is not None:
-            q, k, v = (x * keep[:, None, None, None].astype(x.dtype) for x in (q, k, v))
-        fused = merge_heads(
-            api.reweighted_attention(
-                q, k, v, mask, delta=c.delta, sigma=c.sigma, reading=c.reading, mask_axis=c.mask_axis
-            )
-        )
+        if inplace is not None:
+            undropped = inplace
+            fused = features if keep is None else features * keep[:, None, None].astype(features.dtype)
+        else:
+            q, k, v = (split_heads(dense(f"source_to_{x}")(features), self.site.heads) for x in "qkv")
+            undropped = SourceAttention(q, k)
+            if keep is not None:
+                q, k, v = (x * keep[:, None, None, None].astype(x.dtype) for x in (q, k, v))
+            fused = merge_heads(reweighted(c, q, k, v, mask))
         return KeysValues(*(split_heads(dense(name)(fused), self.site.heads) for name in ("to_k", "to_v"))), undropped
 
 

@@ -3,18 +3,94 @@
 from __future__ import annotations
 
 import functools
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float
 
-from truepose_jax.models.attention import plain_block
+from truepose_jax.models.attention import (
+    Attention,
+    FeedForward,
+    Site,
+    layer_norm,
+    merge_heads,
+    plain_block,
+    split_heads,
+)
+from truepose_jax.models.hpfa import FusionConfig, SourceAttention, reweighted
 from truepose_jax.models.unet import UNet2DCondition, UNetConfig
 
 
-def source_net(config: UNetConfig, *, remat: bool = False, dtype=jnp.float32) -> UNet2DCondition:
-    """An unmodified SD1.5 UNet, so that SD1.5's weights are its weights."""
-    return UNet2DCondition(config, functools.partial(plain_block, dtype=dtype), remat=remat, dtype=dtype)
+def source_net(config: UNetConfig, fusion: FusionConfig, *, remat: bool = False, dtype=jnp.float32) -> UNet2DCondition:
+    """An SD1.5 UNet with its own blocks, so that SD1.5's weights are its weights; taps are F'. With
+    fusion.source_attention "inplace" its self-attention is Eq. 7 (the same weights): `features` are then the masks M
+    [b n] by site, and taps are InplaceTap."""
+    make_block = functools.partial(plain_block, dtype=dtype)
+    if fusion.source_attention == "inplace":
+
+        def make_block(site: Site, *, name: str) -> nn.Module:
+            return InplaceBlock(site.heads, fusion, dtype=dtype, name=name)
+
+    return UNet2DCondition(config, make_block, remat=remat, dtype=dtype)
+
+
+class InplaceTap(NamedTuple):
+    """H' of Eq. 7, the heads joined [b n c], and its A'."""
+
+    fused: Array
+    attention: SourceAttention
+
+
+class InplaceBlock(nn.Module):
+    """SD1.5's block whose self-attention is Eq. 7's (the other reading of methods.md A5)."""
+
+    heads: int
+    config: FusionConfig
+    dtype: jnp.dtype = jnp.float32
+
+    @nn.compact
+    def __call__(
+        self, x: Float[Array, "b n c"], context: Float[Array, "b m e"], features: Bool[Array, "b n"]
+    ) -> tuple[Float[Array, "b n c"], InplaceTap]:
+        attn1 = _ReweightedSelfAttention(self.heads, self.config, dtype=self.dtype, name="attn1")
+        update, tap = attn1(layer_norm(self.dtype, "norm1")(x), features)
+        x = x + update
+        x = x + Attention(self.heads, dtype=self.dtype, name="attn2")(layer_norm(self.dtype, "norm2")(x), context)
+        return x + FeedForward(dtype=self.dtype, name="ff")(layer_norm(self.dtype, "norm3")(x)), tap
+
+
+class _ReweightedSelfAttention(nn.Module):
+    heads: int
+    config: FusionConfig
+    dtype: jnp.dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "b n c"], mask: Bool[Array, "b n"]):
+        width = x.shape[-1]
+        q, k, v = (
+            split_heads(nn.Dense(width, use_bias=False, dtype=self.dtype, name=f"to_{which}")(x), self.heads)
+            for which in "qkv"
+        )
+        fused = merge_heads(reweighted(self.config, q, k, v, mask))
+        update = nn.Dense(width, dtype=self.dtype, name="to_out_0")(fused)
+        return update, InplaceTap(fused, SourceAttention(q, k))
+
+
+def self_attention_of(params, features: Float[Array, "b n c"], site: Site) -> SourceAttention:
+    """A' of SourceNet's own attn1 at a site, from its parameters and its F': for CAA where there is no HPFA (B4)."""
+    block = params
+    for part in site_path(site):
+        block = block[part]
+    q, k = (features @ block["attn1"][f"to_{which}"]["kernel"].astype(features.dtype) for which in "qk")
+    return SourceAttention(split_heads(q, site.heads), split_heads(k, site.heads))
+
+
+def site_path(site: Site) -> tuple[str, ...]:
+    """Where a site's block lies in a UNet's parameters: ('mid_block', 'attentions_0', 'transformer_blocks_0')."""
+    block, rest = site.name.split("_attentions_")
+    attention, transformer = rest.split("_transformer_blocks_")
+    return block, f"attentions_{attention}", f"transformer_blocks_{transformer}"
 
 
 class ParsingEncoder(nn.Module):
@@ -37,14 +113,15 @@ def source_features(
     latents: Float[Array, "b h w c"],
     whole_image_token: Float[Array, "b e"],
     after_conv_in: Float[Array, "*b h w d"] | None = None,
-) -> dict[str, Float[Array, "b n c"]]:
-    """F' of every site: norm1's output of each transformer block, at t = 0 (A6, A13).
+    masks: dict[str, Bool[Array, "b n"]] | None = None,
+) -> dict[str, Any]:
+    """F' of every site: norm1's output of each transformer block, at t = 0 (A6, A13). masks: see source_net.
 
     The cross-attention's context is one token, the CLIP embedding of the whole source image (A12).
     """
     t = jnp.zeros((latents.shape[0],), jnp.int32)
     context = whole_image_token[:, None, :]
-    _, taps = net.apply({"params": params}, latents, t, context, after_conv_in=after_conv_in)
+    _, taps = net.apply({"params": params}, latents, t, context, features=masks, after_conv_in=after_conv_in)
     return taps
 
 
@@ -52,13 +129,12 @@ def without_gradient(config: UNetConfig) -> str:
     """Regex of SourceNet parameters that never get a gradient: those that no tap depends on, which come after the last
     block's norm1 (A14), and those of the queries and keys that meet one context token alone, where softmax is 1 (A12).
     """
-    block, inside = config.sites[-1].name.split("_attentions_")
-    attention, transformer = inside.split("_transformer_blocks_")
-    last = f"{block}/attentions_{attention}"
+    block, attention, transformer = site_path(config.sites[-1])
+    last = f"{block}/{attention}"
     ups = range(len(config.up_block_types))
     later = [i for i in ups if block == "mid_block" or i > int(block.removeprefix("up_blocks_"))]
     parts = [
-        f"{last}/transformer_blocks_{transformer}/(attn1|norm2|attn2|norm3|ff)",
+        f"{last}/{transformer}/(attn1|norm2|attn2|norm3|ff)",
         f"{last}/proj_out",
         f"{block}/upsamplers_0",
         *(f"up_blocks_{i}" for i in later),

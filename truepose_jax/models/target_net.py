@@ -9,16 +9,38 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
 from truepose_jax.models.attention import Attention, FeedForward, Site, layer_norm
-from truepose_jax.models.caa import CAA, CAASource
-from truepose_jax.models.hpfa import HPFA, FusionConfig, HPFASource, KeysValues
+from truepose_jax.models.caa import CAA, CAASource, region_scores, reweighted_scores
+from truepose_jax.models.hpfa import HPFA, FusionConfig, HPFASource, KeysValues, SourceAttention
 from truepose_jax.models.unet import UNet2DCondition, UNetConfig
 
 
-class SiteFeatures(NamedTuple):
-    """What one block of TargetNet reads of the source."""
+class SourceTokens(NamedTuple):
+    """F' itself [b n c], for self-attention that reads it beside its own tokens; keep [b]: 0 drops the sample's."""
 
-    hpfa: KeysValues
+    tokens: Array
+    keep: Array | None
+
+
+class SiteFeatures(NamedTuple):
+    """What one block of TargetNet reads of the source: its texture through HPFA (or as tokens, where
+    config.texture is "concat"), and attn2's keys and values."""
+
+    texture: KeysValues | SourceTokens
     caa: KeysValues
+
+
+class SourceSide(NamedTuple):
+    """What the fusion modules are given: F' [b n c] by site; A' by site where SourceNet's own attention serves for it
+    (None: HPFA makes it); masks M [b n] and coverages [b n p] by UNet level; the regions' tokens [b p e], which of them
+    are present [b p], and the whole image's token [b e]. One row per target."""
+
+    features: dict[str, Array]
+    attention: dict[str, SourceAttention] | None
+    masks: list[Array]
+    coverages: list[Array]
+    tokens: Array
+    present: Array
+    whole: Array
 
 
 class Fusion(nn.Module):
@@ -32,20 +54,10 @@ class Fusion(nn.Module):
     dtype: jnp.dtype = jnp.float32
 
     @nn.compact
-    def __call__(
-        self,
-        features: dict[str, Float[Array, "b n c"]],
-        masks: list[Bool[Array, "b n"]],
-        coverages: list[Float[Array, "b n p"]],
-        tokens: Float[Array, "b p e"],
-        present: Bool[Array, "b p"],
-        keep: Float[Array, " b"] | None = None,
-    ) -> dict[str, SiteFeatures]:
-        """masks and coverages: one per UNet level. keep [b]: 0 drops the sample's F' and tokens together (A15)."""
+    def __call__(self, source: SourceSide, keep: Float[Array, " b"] | None = None) -> dict[str, SiteFeatures]:
+        """keep [b]: 0 drops the sample's F' and tokens together (A15)."""
         return {
-            site.name: _FusionSite(site, self.config, dtype=self.dtype, name=site.name)(
-                features[site.name], masks[site.level], coverages[site.level], tokens, present, keep
-            )
+            site.name: _FusionSite(site, self.config, dtype=self.dtype, name=site.name)(source, keep)
             for site in self.unet.sites
         }
 
@@ -56,14 +68,33 @@ class _FusionSite(nn.Module):
     dtype: jnp.dtype = jnp.float32
 
     @nn.compact
-    def __call__(self, features, mask, coverage, tokens, present, keep) -> SiteFeatures:
-        keys_values, source = HPFASource(self.site, self.config, dtype=self.dtype, name="hpfa")(features, mask, keep)
-        caa = CAASource(self.site, regions=self.config.regions, dtype=self.dtype, name="attn2")
-        return SiteFeatures(keys_values, caa(tokens, present, source, coverage, keep))
+    def __call__(self, source: SourceSide, keep) -> SiteFeatures:
+        site, config = self.site, self.config
+        features, mask, coverage = source.features[site.name], source.masks[site.level], source.coverages[site.level]
+        attention = None if source.attention is None else source.attention[site.name]
+        if config.texture == "hpfa":
+            hpfa = HPFASource(site, config, dtype=self.dtype, name="hpfa")
+            texture, attention = hpfa(features, mask, keep, inplace=attention)
+        else:
+            texture = SourceTokens(features, keep)
+        if config.alignment == "global":
+            caa = CAASource(site, regions=1, dtype=self.dtype, name="attn2")
+            one = jnp.ones((source.whole.shape[0], 1), bool)
+            return SiteFeatures(texture, caa(source.whole[:, None], one, one.astype(jnp.float32), keep))
+        if config.score == "logits":
+            scores = region_scores(attention, coverage)
+        else:
+            scores = reweighted_scores(attention, coverage, mask, config)
+        caa = CAASource(site, regions=config.regions, dtype=self.dtype, name="attn2")
+        return SiteFeatures(texture, caa(source.tokens, source.present, scores, keep))
 
 
 class TruePoseBlock(nn.Module):
-    """attn1, HPFA, CAA (as attn2), feed-forward; each normed first and added (A7 to A9). features None: dropped."""
+    """attn1, HPFA, CAA (as attn2), feed-forward; each normed first and added (A7 to A9). features None: dropped.
+
+    config.texture "concat" (ablations B2 and B4): no HPFA; attn1's own projections also make keys and values of F',
+    beside those of the hidden state (AnimateAnyone's spatial attention).
+    """
 
     site: Site
     config: FusionConfig
@@ -74,14 +105,32 @@ class TruePoseBlock(nn.Module):
         self, x: Float[Array, "b n c"], context: None, features: SiteFeatures | None
     ) -> tuple[Float[Array, "b n c"], dict[str, Float[Array, " b"]]]:
         """Returns the hidden state and the root-mean-square of each update, a sign of life of its path."""
-        hpfa, caa = (None, None) if features is None else features
-        x = x + Attention(self.site.heads, dtype=self.dtype, name="attn1")(layer_norm(self.dtype, "norm1")(x))
-        from_hpfa = HPFA(self.site, self.config, dtype=self.dtype, name="hpfa")(x, hpfa)
-        x = x + from_hpfa
+        texture, caa = (None, None) if features is None else features
+        norms = {}
+        normed = layer_norm(self.dtype, "norm1")(x)
+        attn1 = Attention(self.site.heads, dtype=self.dtype, name="attn1")
+        if self.config.texture == "hpfa":
+            x = x + attn1(normed)
+            from_hpfa = HPFA(self.site, self.config, dtype=self.dtype, name="hpfa")(x, texture)
+            x, norms["hpfa"] = x + from_hpfa, _rms(from_hpfa)
+        else:
+            x = x + attn1(normed, *_beside(normed, texture))
         from_caa = CAA(self.site, dtype=self.dtype, name="attn2")(layer_norm(self.dtype, "norm2")(x), caa)
-        x = x + from_caa
-        x = x + FeedForward(dtype=self.dtype, name="ff")(layer_norm(self.dtype, "norm3")(x))
-        return x, {"hpfa": _rms(from_hpfa), "caa": _rms(from_caa)}
+        x, norms["caa"] = x + from_caa, _rms(from_caa)
+        return x + FeedForward(dtype=self.dtype, name="ff")(layer_norm(self.dtype, "norm3")(x)), norms
+
+
+def _beside(x: Float[Array, "b n c"], source: SourceTokens | None) -> tuple[Array, Bool[Array, "b m"] | None]:
+    """(context, key mask) of self-attention that reads the source's tokens beside its own. A dropped sample sees only
+    its own, as it does where `source` is None."""
+    if source is None:
+        return x, None
+    context = jnp.concatenate([x, source.tokens.astype(x.dtype)], axis=1)
+    if source.keep is None:
+        return context, None
+    b, n = x.shape[:2]
+    kept = jnp.broadcast_to(source.keep[:, None] > 0, (b, source.tokens.shape[1]))
+    return context, jnp.concatenate([jnp.ones((b, n), bool), kept], axis=1)
 
 
 def _rms(x: Float[Array, "b n c"]) -> Float[Array, " b"]:

@@ -11,8 +11,9 @@ import jax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from truepose_jax.frozen import autoencoder_shapes
-from truepose_jax.initial import batch_spec
+from truepose_jax.initial import batch_spec, training_form
 from truepose_jax.methods import make_method
+from truepose_jax.models.vae import MomentsAutoencoder
 from truepose_jax.scaling.collectives import collective_bytes, wire_bytes
 from truepose_jax.schema import Config
 from truepose_jax.sharding import BATCH_AXES, like_params, make_mesh, param_specs
@@ -51,12 +52,13 @@ def compile_step(config: Config, mesh: Mesh, *, options: dict[str, Any] | None =
         return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), tree)
 
     with jax.set_mesh(mesh):
-        trainer = Trainer(config, make_method(config, autoencoder))
+        reads = MomentsAutoencoder(autoencoder) if config.data.latents == "stored" else autoencoder
+        trainer = Trainer(config, make_method(config, reads))
         state = abstract_state(config, trainer, mesh)
         shardings = jax.tree.map(lambda x: x.sharding, state)
         step = jax.jit(trainer.step, donate_argnums=0, out_shardings=(shardings, None))
         frozen = placed({"autoencoder": shapes} if shapes else {}, whole)
-        batch = placed(batch_spec(config, targets=config.batch_size), cut)
+        batch = placed(batch_spec(config, targets=config.batch_size, form=training_form(config)), cut)
         return step.lower(state, frozen, batch).compile(compiler_options=options)
 
 

@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from types import ModuleType
 
 import jax
-from jax.sharding import AxisType, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, PartitionSpec
 from jaxtyping import Array, Bool, Float
 
 from truepose_jax.kernels.attention import reference
@@ -65,7 +65,7 @@ def attention(
     """softmax(q k^T / sqrt d) v; keys with key_mask False are left out, a row without keys gives 0."""
     name = _choose("attention", implementation, q, k, v, key_mask is not None)
     if name == "reference":
-        return reference.attention(q, k, v, key_mask=key_mask)
+        return _pinned(reference.attention(*map(_pinned, (q, k, v)), key_mask=key_mask))
     return _on_mesh(name, q, k, v, None if key_mask is None else plain_rows(key_mask, q.shape[-1]))
 
 
@@ -95,7 +95,9 @@ def reweighted_attention(
         return sloped_attention(q, k, v, key_mask, inside=inside, outside=outside, implementation=implementation)
     _check(implementation)
     keys, queries = (key_mask | True, key_mask) if mask_axis == "query" else (key_mask, key_mask)
-    return reference.reweighted_attention(q, k, v, keys, inside=inside, outside=outside, query_mask=queries)
+    q, k, v = map(_pinned, (q, k, v))
+    out = reference.reweighted_attention(q, k, v, keys, inside=inside, outside=outside, query_mask=queries)
+    return _pinned(out)
 
 
 def sloped_attention(
@@ -111,7 +113,8 @@ def sloped_attention(
     """The general form: softmax(slope * a + kink * max(a, 0)) v, a = q k^T / sqrt d, slope and kink by the key's bit."""
     name = _choose("reweighted_attention", implementation, q, k, v, True)
     if name == "reference":
-        return reference.reweighted_attention(q, k, v, key_mask, inside=inside, outside=outside)
+        q, k, v = map(_pinned, (q, k, v))
+        return _pinned(reference.reweighted_attention(q, k, v, key_mask, inside=inside, outside=outside))
     return _on_mesh(name, q, k, v, key_rows(key_mask, inside, outside, q.shape[-1]))
 
 
@@ -163,27 +166,14 @@ def _say(operation: str, shape: tuple[int, int, int], keys: int, dtype: str, nam
 
 
 def _on_mesh(name: str, q: Array, k: Array, v: Array, rows: Array | None) -> Array:
-    """The kernel on every device's own part of the batch and the heads; on one device, just the kernel.
-
-    A mesh axis that does not divide its dimension is left out: its devices repeat the work.
-    """
+    """The kernel on every device's own part of the batch and the heads; on one device, just the kernel."""
     attend = functools.partial(_kernel(name).attend, **_interpreted(name))
     mesh = jax.sharding.get_abstract_mesh()
-    free = {axis for axis, kind in zip(mesh.axis_names, mesh.axis_types, strict=True) if kind != AxisType.Manual}
+    free = _free(mesh)
     if not any(mesh.shape[axis] > 1 for axis in free):
         return attend(q, k, v, rows)
-
-    def cut(logical: str, size: int) -> tuple[str, ...]:
-        taken, parts = [], 1
-        for axis in LOGICAL_AXES[logical]:
-            if axis in free and size % (parts * mesh.shape[axis]) == 0:
-                taken.append(axis)
-                parts *= mesh.shape[axis]
-        return tuple(taken)
-
-    batch, heads = cut("batch", q.shape[0]), cut("heads", q.shape[2])
-    of_array = PartitionSpec(batch or None, None, heads or None, None)
-    specs = (of_array,) * 3 + (() if rows is None else (PartitionSpec(batch or None, None, None),))
+    of_array = _cut(mesh, q)
+    specs = (of_array,) * 3 + (() if rows is None else (PartitionSpec(of_array[0], None, None),))
     # check_vma: Pallas calls do not say along which axes their outputs vary
     call = jax.shard_map(
         lambda q, k, v, rows=None: attend(q, k, v, rows),
@@ -193,6 +183,34 @@ def _on_mesh(name: str, q: Array, k: Array, v: Array, rows: Array | None) -> Arr
         check_vma=False,
     )
     return call(q, k, v) if rows is None else call(q, k, v, rows)
+
+
+def _pinned(x: Array) -> Array:
+    """`reference` lies on the mesh as the kernels do. Left alone, XLA let FSDP's cut of CAA's projections through to the
+    activations and gathered those of all images on every chip: 4.2 GB sent per chip and step instead of 0.5 (v5e:4x4, two
+    levels, 64 images a chip; compiled, not run)."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if not any(mesh.shape[axis] > 1 for axis in _free(mesh)):
+        return x
+    return jax.lax.with_sharding_constraint(x, _cut(mesh, x))
+
+
+def _free(mesh: AbstractMesh) -> set[str]:
+    return {axis for axis, kind in zip(mesh.axis_names, mesh.axis_types, strict=True) if kind != AxisType.Manual}
+
+
+def _cut(mesh: AbstractMesh, x: Array) -> PartitionSpec:
+    """How [b n g d] is cut. A mesh axis that does not divide its dimension is left out: its devices repeat the work."""
+
+    def axes(logical: str, size: int) -> tuple[str, ...] | None:
+        taken, parts = [], 1
+        for axis in LOGICAL_AXES[logical]:
+            if axis in _free(mesh) and size % (parts * mesh.shape[axis]) == 0:
+                taken.append(axis)
+                parts *= mesh.shape[axis]
+        return tuple(taken) or None
+
+    return PartitionSpec(axes("batch", x.shape[0]), None, axes("heads", x.shape[2]), None)
 
 
 def _interpreted(name: str) -> dict[str, bool]:

@@ -85,11 +85,24 @@ def reweighted_attention(
 
     With `query_mask`, an entry counts as inside only where both its query and its key do (mask_axis "outer").
     """
+    weights = jax.nn.softmax(sloped_logits(q, k, key_mask, inside, outside, query_mask=query_mask), axis=-1)
+    return _weighted_values(weights, v, q.dtype)
+
+
+def sloped_logits(
+    q: Float[Array, "b n g d"],
+    k: Float[Array, "b m g d"],
+    key_mask: Bool[Array, "b m"],
+    inside: Slopes,
+    outside: Slopes,
+    *,
+    query_mask: Bool[Array, "b n"] | None = None,
+) -> Float[Array, "b g n m"]:
+    """(q k^T / sqrt d) * M' of Eq. 7, before the softmax; float32."""
     a = _logits(q, k)
     m = key_mask[:, None, None, :]
     if query_mask is not None:
         m = m & query_mask[:, None, :, None]
     slope = jnp.where(m, inside.slope, outside.slope).astype(jnp.float32)
     kink = jnp.where(m, inside.kink, outside.kink).astype(jnp.float32)
-    weights = jax.nn.softmax(slope * a + kink * jnp.maximum(a, 0.0), axis=-1)
-    return _weighted_values(weights, v, q.dtype)
+    return slope * a + kink * jnp.maximum(a, 0.0)

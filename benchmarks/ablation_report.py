@@ -1,0 +1,181 @@
+"""From rows of numbers per pair to what can be said: means with intervals, paired differences, a table and a sheet."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import pathlib
+import platform
+from collections.abc import Iterable, Mapping
+
+import numpy as np
+from PIL import Image
+
+from benchmarks.ablation_runs import PAIRS, SHOWN, TRAIN_PAIRS, Bench
+from configs.variants import ABLATIONS, READINGS
+from truepose_jax.pictures import sheet
+
+METRICS = ("psnr", "ssim", "psnr_person", "psnr_clothes", "psnr_face", "psnr_background")
+TITLES = ("PSNR", "SSIM", "person", "clothes", "face", "background")
+SWAPS = ("image_swapped", "tokens_swapped")
+PAPER_ORDER = ("full", "B3", "B4", "B2", "B1")
+"""By LPIPS, SSIM and PSNR in the paper's Table 2, best first."""
+PAPER = {
+    "full": (17.627, 0.7444),
+    "B3": (17.426, 0.7363),
+    "B4": (16.686, 0.7149),
+    "B2": (16.267, 0.7059),
+    "B1": (14.613, 0.6895),
+}
+"""(PSNR, SSIM) published, DeepFashion 512x352."""
+DRAWS = 2_000
+GATE = 3.0
+"""dB inside the person that another source image must cost with CAA off (B3) before the comparison means anything."""
+
+Rows = Mapping[str, Mapping[str, np.ndarray]]
+"""variant -> metric -> [seeds pairs]; swap costs [seeds]."""
+
+
+def read(bench: Bench, variants: Iterable[str]) -> dict[str, dict[str, np.ndarray]]:
+    """The rows there are, seeds in order."""
+    found = {}
+    for variant in variants:
+        paths = sorted(bench.row(variant, 0).parent.glob(f"{variant}_[0-9]*.npz"))
+        paths = [path for path in paths if not path.name.endswith(".part.npz")]
+        if paths:
+            rows = [dict(np.load(path, allow_pickle=False)) for path in paths]
+            found[variant] = {name: np.stack([row[name] for row in rows]) for name in rows[0]}
+    return found
+
+
+def interval(values: np.ndarray, *, seed: int = 0) -> tuple[float, float, float]:
+    """(mean, low, high): 95 % bootstrap of values [seeds pairs] over both, NaN left out.
+
+    Every held-out pair is of another person or nearly so; with three seeds the interval's own uncertainty is large.
+    """
+    random = np.random.default_rng(seed)
+    s, n = values.shape
+    draws = []
+    for _ in range(DRAWS):
+        draws.append(np.nanmean(values[random.integers(0, s, s)][:, random.integers(0, n, n)]))
+    low, high = np.percentile(draws, [2.5, 97.5])
+    return float(np.nanmean(values)), float(low), float(high)
+
+
+def difference(a: np.ndarray, b: np.ndarray) -> tuple[float, float, float]:
+    """`a` - `b` paired by seed and pair, over the seeds that both have."""
+    s = min(len(a), len(b))
+    return interval(a[:s] - b[:s])
+
+
+def verdict(found: tuple[float, float, float]) -> str:
+    mean, low, high = found
+    return "not distinguished" if low <= 0 <= high else ("better" if mean > 0 else "worse")
+
+
+def summary(rows: Rows) -> dict:
+    """Everything the report says, as plain numbers."""
+    variants = {}
+    for name, row in rows.items():
+        near = row["moved"] <= np.median(row["moved"][0])
+        found = {metric: interval(row[metric]) for metric in METRICS}
+        found |= {
+            f"psnr_person_{side}": interval(np.where(where, row["psnr_person"], np.nan))
+            for side, where in (("near", near), ("far", ~near))
+        }
+        found |= {f"swap_{swap}": [float(x) for x in row[f"swap_{swap}"]] for swap in SWAPS}
+        found["seeds"] = len(row["psnr"])
+        found["seed_means_psnr_person"] = [float(np.nanmean(x)) for x in row["psnr_person"]]
+        variants[name] = found
+    differences = {}
+    if "full" in rows:
+        for name in rows.keys() - {"full"}:
+            differences[name] = {m: difference(rows[name][m], rows["full"][m]) for m in METRICS}
+    order = [name for name in PAPER_ORDER if name in rows]
+    steps = {
+        f"{a} > {b}": {m: difference(rows[a][m], rows[b][m]) for m in METRICS} for a, b in itertools.pairwise(order)
+    }
+    return {"variants": variants, "against_full": differences, "paper_order": steps}
+
+
+def table(found: dict, names: Iterable[str]) -> list[str]:
+    lines = [
+        "| variant | seeds | "
+        + " | ".join(TITLES)
+        + " | person, near | person, far | image swapped | tokens swapped |",
+        "|---" * (len(TITLES) + 6) + "|",
+    ]
+    for name in names:
+        v = found["variants"][name]
+        cells = [_cell(v[metric], digits=3 if metric == "ssim" else 2) for metric in METRICS]
+        cells += [_cell(v[f"psnr_person_{side}"]) for side in ("near", "far")]
+        cells += [f"{np.mean(v[f'swap_{swap}']):.2f}" for swap in SWAPS]
+        lines.append(f"| {name} | {v['seeds']} | " + " | ".join(cells) + " |")
+    return lines
+
+
+def _cell(value: tuple[float, float, float], digits: int = 2) -> str:
+    mean, low, high = value
+    return f"{mean:.{digits}f} ({low:.{digits}f} to {high:.{digits}f})"
+
+
+def markdown(found: dict, bench: Bench) -> str:
+    names = [n for n in PAPER_ORDER if n in found["variants"]]
+    lines = [
+        "# Ablations on synthetic people",
+        "",
+        f"`python benchmarks/ablation.py --scratch=runs/ablation --steps={bench.steps}`, {platform.machine()} CPU.",
+        f"{PAIRS} pairs of held-out people, 64x48, {bench.steps} steps of 12 targets ({TRAIN_PAIRS:,} training pairs),",
+        "4 DDIM steps, EMA weights. Mean (95 % bootstrap over seeds and pairs); PSNR in dB; SSIM Gaussian, 11 taps. LPIPS and",
+        "FID need pretrained networks and are not here. `near`, `far`: pairs whose joints move less, more than the median.",
+        "`swapped`: dB lost inside the person with another person's source image, region tokens. The region encoder is a small",
+        "CLIP trained on other synthetic people and frozen (configs/synthetic_clip.py).",
+        "",
+        *table(found, names),
+        "",
+    ]
+    if "B3" in found["variants"]:
+        cost = float(np.mean(found["variants"]["B3"]["swap_image_swapped"]))
+        word = "passed" if cost >= GATE else "NOT passed: the comparison below says little"
+        lines += [
+            f"Gate: with CAA off (B3) another source image costs {cost:.2f} dB inside the person; {GATE:g} are asked: {word}.",
+            "",
+        ]
+    lines += [
+        "The paper's order by PSNR and SSIM (512x352, DeepFashion: "
+        + ", ".join(f"{n} {PAPER[n][0]:.2f} / {PAPER[n][1]:.3f}" for n in PAPER_ORDER)
+        + "), step by step:",
+        "",
+        "| is the first better? | PSNR | SSIM | person | clothes |",
+        "|---|---|---|---|---|",
+    ]
+    for step, of in found["paper_order"].items():
+        cells = [f"{verdict(of[m])}: {_cell(of[m], 3 if m == 'ssim' else 2)}" for m in METRICS[:4]]
+        lines.append(f"| {step} | " + " | ".join(cells) + " |")
+    swept = [n for n in READINGS if n in found["variants"]]
+    if swept:
+        lines += ["", "## Readings, one seed each (against `full`'s same seed)", "", *table(found, swept), ""]
+        lines += ["| reading | PSNR | SSIM | person | clothes |", "|---|---|---|---|---|"]
+        for name in swept:
+            of = found["against_full"][name]
+            cells = [f"{verdict(of[m])}: {_cell(of[m], 3 if m == 'ssim' else 2)}" for m in METRICS[:4]]
+            lines.append(f"| {name} | " + " | ".join(cells) + " |")
+        lines += ["", "One seed: the intervals are over pairs alone, and two seeds of one variant may differ as much."]
+    return "\n".join(lines) + "\n"
+
+
+def write(bench: Bench, out: pathlib.Path) -> list[pathlib.Path]:
+    """ablation.json, ablation.md, ablation.png; nothing where there are no rows."""
+    rows = read(bench, [*ABLATIONS, *READINGS])
+    if not rows:
+        return []
+    out.mkdir(parents=True, exist_ok=True)
+    found = summary(rows) | {"steps": bench.steps, "machine": platform.machine(), "python": platform.python_version()}
+    paths = [out / f"ablation.{end}" for end in ("json", "md", "png")]
+    paths[0].write_text(json.dumps(found, indent=1) + "\n")
+    paths[1].write_text(markdown(found, bench))
+    first = next(iter(rows.values()))
+    columns = {"source": first["source"][0], "pose": first["pose"][0], "truth": first["target"][0]}
+    columns |= {name: rows[name]["shown"][0] for name in PAPER_ORDER if name in rows}
+    Image.fromarray(sheet({name: cells[:SHOWN] for name, cells in columns.items()})).save(paths[2])
+    return paths

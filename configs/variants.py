@@ -1,0 +1,38 @@
+"""The paper's ablations (section 5.3) and the readings that sweeps compare, as changes of any configuration.
+
+    --config=configs/synthetic_ablation.py:B3      --config=configs/truepose_deepfashion_512.py:B4
+
+B1  CLIP's patches through an MLP in SourceNet's place, then HPFA and CAA as in the full model
+B2  AnimateAnyone's fusion: F' beside TargetNet's own tokens in its self-attention; attn2 reads the whole image's token
+B3  without CAA: HPFA, and attn2 reads the whole image's token
+B4  without HPFA: B2's fusion with CAA, whose scores come from SourceNet's own attention
+The others change one decision that we took by reading (methods A1, A5, A17, A23; zero-initialised HPFA output).
+"""
+
+ABLATIONS = {
+    "full": {},
+    "B1": {"features": "clip"},
+    "B2": {"texture": "concat", "alignment": "global"},
+    "B3": {"alignment": "global"},
+    "B4": {"texture": "concat"},
+}
+READINGS = {
+    "A1_query": {"mask_axis": "query"},
+    "A1_outer": {"mask_axis": "outer"},
+    "A1_none": {"mask_axis": "none"},
+    "A5_inplace": {"source_attention": "inplace"},
+    "A17_reweighted": {"score": "reweighted"},
+    "A17_softmax": {"score": "softmax"},
+    "A23_prose": {"reading": "prose"},
+    "zero_init": {"out_init": "zeros"},
+}
+VARIANTS = ABLATIONS | READINGS
+
+
+def vary(config, name: str):
+    """`config` as the named variant. Raises KeyError with the known names."""
+    if name not in VARIANTS:
+        raise KeyError(f"unknown variant {name!r}; known: {', '.join(VARIANTS)}")
+    for key, value in VARIANTS[name].items():
+        config.model.fusion[key] = value
+    return config

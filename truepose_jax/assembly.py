@@ -1,0 +1,32 @@
+"""From a configuration to its method and the networks that no optimizer touches."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+from truepose_jax.frozen import load_autoencoder
+from truepose_jax.methods import Method, make_method
+from truepose_jax.models.vae import Autoencoder
+from truepose_jax.region_tokens import LazyEncoder, RegionEncoder
+from truepose_jax.schema import Config
+
+
+class Assembly(NamedTuple):
+    """frozen: host arrays, {"autoencoder": ...} (none for pixels) and, where the network looks through CLIP, "clip".
+    fingerprint: of the autoencoder's weights."""
+
+    method: Method
+    frozen: Mapping[str, Any]
+    autoencoder: Autoencoder
+    fingerprint: str
+
+
+def assemble(config: Config, encoder: RegionEncoder | LazyEncoder) -> Assembly:
+    """Raises ConfigError where weights are missing or not what the config says."""
+    autoencoder, params, fingerprint = load_autoencoder(config.model)
+    frozen = {"autoencoder": params} if params else {}
+    clip = None
+    if config.model.uses_clip:
+        clip, frozen["clip"] = encoder.network.config, encoder.network.params
+    return Assembly(make_method(config, autoencoder, clip), frozen, autoencoder, fingerprint)

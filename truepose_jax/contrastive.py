@@ -1,0 +1,210 @@
+"""Training of a small CLIP vision tower on synthetic people.
+
+Contrastive (InfoNCE, van den Oord et al. 2018; CLIP's symmetric form, Radford et al. 2021): two crops of one garment of one
+person in two poses belong together, all other crops of the step do not. The folder it writes is transformers' format
+(config.json, model.safetensors), so runs load it as they load OpenAI's.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import pathlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import tqdm
+from jaxtyping import Array, Float
+
+from input_pipeline.parsing import label_set
+from input_pipeline.regions import clip_normalise, region_crops
+from input_pipeline.schema import MAX_CLASSES
+from input_pipeline.synthetic import SyntheticPeople
+from truepose_jax.conversion import to_torch
+from truepose_jax.models.clip import CLIPVisionConfig, CLIPVisionModelWithProjection
+from truepose_jax.region_tokens import CROPS_PER_CALL, untrained_config
+from truepose_jax.schema import ClipConfig, ConfigError, SyntheticConfig
+
+REGIONS_PER_PERSON = 8
+"""Crops of a person that enter a step; people have 6 to 12 regions, and a step has one shape."""
+
+WARMUP = 0.1
+
+
+@dataclasses.dataclass(frozen=True)
+class ClipTraining:
+    """The settings of configs/synthetic_clip.py. size: (height, width) of the pictures. width: of the tokens."""
+
+    seed: int
+    total_steps: int
+    identities_per_step: int
+    learning_rate: float
+    temperature: float
+    size: tuple[int, int]
+    width: int
+    clip: ClipConfig
+    synthetic: SyntheticConfig
+
+    def __post_init__(self):
+        for name in ("total_steps", "learning_rate", "temperature"):
+            if getattr(self, name) <= 0:
+                raise ConfigError(f"config.{name} is {getattr(self, name)}; it must be above 0")
+        if not 2 <= self.identities_per_step <= self.synthetic.identities:
+            raise ConfigError(
+                f"config.identities_per_step is {self.identities_per_step}; it must be from 2 to synthetic.identities "
+                f"({self.synthetic.identities})"
+            )
+
+
+@dataclasses.dataclass(frozen=True)
+class Crops:
+    """uint8 crops [identities poses 21 s s 3] and which are there [identities poses 21]; the last row: the whole picture."""
+
+    pixels: np.ndarray
+    valid: np.ndarray
+
+
+def read_crops(config: ClipTraining, *, split: str) -> Crops:
+    """Renders the people of a split and cuts their regions out."""
+    s, train = config.synthetic, split == "train"
+    identities = s.identities if train else s.heldout_identities
+    poses = s.poses_per_identity if train else s.heldout_poses_per_identity
+    people = SyntheticPeople(
+        seed=config.seed,
+        split=split,
+        identities=identities,
+        poses_per_identity=poses,
+        size=config.size,
+        patterns=s.patterns,
+        background=s.background,
+        framing=s.framing,
+    )
+    side, names = config.clip.image_size, label_set(people.labels)
+    pixels = np.zeros((len(people), MAX_CLASSES + 1, side, side, 3), np.uint8)
+    valid = np.zeros(pixels.shape[:2], bool)
+    for i in tqdm.tqdm(range(len(people)), desc=f"{split} people", unit="image", mininterval=1):
+        record = people.image(i)
+        pixels[i], valid[i], _ = region_crops(record.image, record.parsing, names, out=side)
+    return Crops(pixels.reshape(identities, poses, *pixels.shape[1:]), valid.reshape(identities, poses, -1))
+
+
+def draw_pairs(crops: Crops, random: np.random.Generator, people: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """(first, second, weight): crops [n s s 3] of the same region of the same person in two poses, and 0 where a person
+    has fewer than REGIONS_PER_PERSON regions in both."""
+    count, poses = crops.valid.shape[:2]
+    first, second = [], []
+    weight = np.zeros((people, REGIONS_PER_PERSON), np.float32)
+    for row, person in enumerate(random.choice(count, people, replace=False)):
+        a, b = random.choice(poses, 2, replace=False)
+        regions = random.permutation(np.flatnonzero(crops.valid[person, a] & crops.valid[person, b]))
+        weight[row, : len(regions)] = 1
+        regions = np.resize(regions, REGIONS_PER_PERSON)
+        first.append(crops.pixels[person, a, regions])
+        second.append(crops.pixels[person, b, regions])
+    return np.concatenate(first), np.concatenate(second), weight.reshape(-1)
+
+
+def info_nce(
+    a: Float[Array, "n e"], b: Float[Array, "n e"], weight: Float[Array, " n"], temperature: float
+) -> Float[Array, ""]:
+    """Mean over rows and both directions of -log softmax of the row's own partner; cosine similarities / temperature.
+
+    Rows of weight 0 neither count nor are offered as partners.
+    """
+    a, b = (x / jnp.linalg.norm(x, axis=-1, keepdims=True).clip(1e-6) for x in (a, b))
+    logits = a @ b.T / temperature
+    own = jnp.diagonal(logits)
+    missing = jnp.where(weight > 0, 0.0, -jnp.inf)
+
+    def direction(x):
+        return jax.nn.logsumexp(jnp.where(jnp.eye(len(x), dtype=bool), x, x + missing[None]), axis=1) - own
+
+    return jnp.sum(weight * (direction(logits) + direction(logits.T))) / (2 * jnp.maximum(jnp.sum(weight), 1.0))
+
+
+def known_again(first: Float[Array, "n p e"], second: Float[Array, "n p e"], there: np.ndarray) -> float:
+    """Share of regions in one pose whose nearest (cosine) among all people's same region in the other pose is their own."""
+    hits: list[np.ndarray] = []
+    for region in range(there.shape[1]):
+        rows = np.flatnonzero(there[:, region])
+        if len(rows) < 2:
+            continue
+        a, b = (x[rows, region] / np.linalg.norm(x[rows, region], axis=-1, keepdims=True) for x in (first, second))
+        hits.append(np.argmax(a @ b.T, axis=1) == np.arange(len(rows)))
+    return float(np.concatenate(hits).mean()) if hits else 0.0
+
+
+def embed(module: CLIPVisionModelWithProjection, params, crops: np.ndarray) -> np.ndarray:
+    """uint8 [n s s 3] -> float32 [n e]."""
+    apply = jax.jit(lambda params, pixels: module.apply({"params": params}, pixels).image_embeds)
+    found = []
+    for start in range(0, len(crops), CROPS_PER_CALL):
+        piece = clip_normalise(crops[start : start + CROPS_PER_CALL])
+        padded = np.zeros((CROPS_PER_CALL, *piece.shape[1:]), np.float32)
+        padded[: len(piece)] = piece
+        found.append(np.asarray(apply(params, padded))[: len(piece)])
+    return np.concatenate(found)
+
+
+def train(config: ClipTraining) -> tuple[CLIPVisionConfig, dict, dict]:
+    """(network, parameters, results): how often a held-out garment is known again, before and after."""
+    vision = untrained_config(config.clip, config.width)
+    module = CLIPVisionModelWithProjection(vision)
+    params = module.init(jax.random.key(config.seed), jnp.zeros((1, vision.image_size, vision.image_size, 3)))["params"]
+    crops, held_out = read_crops(config, split="train"), read_crops(config, split="heldout")
+    rate = optax.warmup_cosine_decay_schedule(
+        0.0, config.learning_rate, max(int(WARMUP * config.total_steps), 1), config.total_steps
+    )
+    tx = optax.adamw(rate, weight_decay=1e-2)
+
+    @jax.jit
+    def step(params, state, first, second, weight):
+        def loss(params):
+            pixels = jnp.concatenate([first, second])
+            a, b = jnp.split(module.apply({"params": params}, pixels).image_embeds, 2)
+            return info_nce(a, b, weight, config.temperature)
+
+        value, gradients = jax.value_and_grad(loss)(params)
+        updates, state = tx.update(gradients, state, params)
+        return optax.apply_updates(params, updates), state, value
+
+    def score(params) -> float:
+        everything = held_out.pixels[:, :2]
+        tokens = embed(module, params, everything.reshape(-1, *everything.shape[3:]))
+        tokens = tokens.reshape(*everything.shape[:3], -1)
+        return known_again(tokens[:, 0], tokens[:, 1], held_out.valid[:, 0] & held_out.valid[:, 1])
+
+    results = {"untrained": score(params)}
+    state, losses = tx.init(params), []
+    bar = tqdm.trange(config.total_steps, desc="contrastive", unit="step", mininterval=1)
+    for number in bar:
+        random = np.random.default_rng((config.seed, number))
+        first, second, weight = draw_pairs(crops, random, config.identities_per_step)
+        params, state, value = step(params, state, clip_normalise(first), clip_normalise(second), weight)
+        losses.append(float(value))
+        bar.set_postfix(loss=f"{losses[-1]:.3f}")
+    results |= {"trained": score(params), "first_loss": losses[0], "last_loss": float(np.mean(losses[-20:]))}
+    return vision, _unit_tokens(module, params, held_out), results
+
+
+def _unit_tokens(module, params, crops: Crops):
+    """The same network with tokens of about unit variance, as linear layers behind it expect: the cosine, which is all
+    that was trained, leaves their scale open."""
+    valid = crops.pixels[crops.valid]
+    spread = float(embed(module, params, valid).std(axis=0).mean())
+    kernel = params["visual_projection"]["kernel"] / spread
+    return {**params, "visual_projection": {"kernel": kernel}}
+
+
+def write(folder: pathlib.Path, vision: CLIPVisionConfig, params: dict, about: dict) -> None:
+    """A transformers CLIPVisionModelWithProjection folder, and training.json beside it."""
+    folder.mkdir(parents=True)
+    fields = dataclasses.asdict(vision) | {
+        "model_type": "clip_vision_model",
+        "architectures": [CLIPVisionModelWithProjection.__name__],
+    }
+    (folder / "config.json").write_text(json.dumps(fields, indent=2) + "\n")
+    (folder / "training.json").write_text(json.dumps(about, indent=2) + "\n")
+    to_torch.save(params, folder / "model.safetensors")
