@@ -6,7 +6,8 @@ and shuffles through a bucket file first. So the shards are written here, with i
 writer, and its DatasetInfo is written last: `tfds.builder_from_directory` opens the result like any other.
 
 What a shard holds is a function of the raw set alone: `shard_records` images in the order of their items, less the
-dropped ones. A finished shard has a note in DIR/build/; a shard without one is written again.
+dropped ones. A finished shard has a note in DIR/build/; a shard without one is written again. So several processes can build
+their shares of the shards, and another number of processes can go on; tables, checksums and info are one process's, at the end.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ from input_pipeline.record_pictures import read_items
 from input_pipeline.record_schema import VERSION, RecordWriter, features
 from input_pipeline.records import IMAGE_COLUMNS, PAIR_COLUMNS, read_json
 from input_pipeline.schema import InputError
+from input_pipeline.shares import ALONE, Share
 
 SHARD_RECORDS = 1024
 """Images in a shard: what a killed build loses at most. 37,016 photos of 512x352 make 37 shards of about 70 MB."""
@@ -50,27 +52,32 @@ def build_records(
     annotators: Sequence[Annotator] = (),
     settings: Mapping[str, Any] | None = None,
     shard_records: int = SHARD_RECORDS,
+    share: Share = ALONE,
 ) -> dict[str, Any]:
     """Builds `raw` in the folder `out`, or goes on with the build there; returns its report (report.json).
 
     size: photos are fitted to (h, w) and stored so (None: as they are). workers: processes that read photos; 1 reads
     here. annotators: run in this process on every shard before it is written. settings: whatever else makes this
-    build what it is; a build of other settings in the same folder is an error. Raises InputError.
+    build what it is; a build of other settings in the same folder is an error. share: of this process, whose shards it
+    builds; `out` is then a folder that all see. Raises InputError.
     """
     out = pathlib.Path(out)
     plan = _plan(raw, size, dict(settings or {}), shard_records)
-    if _begin(out, plan):
+    share.agree("the build", plan | {"out": str(out)})
+    if share.lead("the folder", lambda: _begin(out, plan)):
         return read_json(out / "report.json")
     work = out / "build"
+    share.see(work / "plan.json")
     shards = [
         _Shard(raw.name, split, i, -(-len(content.items) // shard_records), tuple(content.items[start:start + shard_records]))
         for split, content in sorted(raw.splits.items())
         for i, start in enumerate(range(0, len(content.items), shard_records))
     ]  # fmt: skip
-    todo = [shard for shard in shards if not shard.is_done(out, work)]
-    total = sum(len(shard.items) for shard in shards)
-    left = sum(len(shard.items) for shard in todo)
-    with tqdm.tqdm(total=total, initial=total - left, desc=raw.name, unit="image", delay=0.5) as bar:
+    mine = share.mine(shards)
+    todo = [shard for shard in mine if not shard.is_done(out, work)]
+    total, left = (sum(len(shard.items) for shard in some) for some in (mine, todo))
+    settings_of_bar = {"desc": raw.name, "unit": "image", "delay": 0.5, "disable": not share.leads}
+    with tqdm.tqdm(total=total, initial=total - left, **settings_of_bar) as bar:
         pictures = read_items([item for shard in todo for item in shard.items], raw.labels, size, workers)
         writer = RecordWriter() if todo else None
         for shard in todo:
@@ -78,11 +85,22 @@ def build_records(
             for _ in shard.items:
                 found.append(next(pictures))
                 bar.update()
+                share.check()
             records = [fields for fields in found if isinstance(fields, dict)]
             for annotate in annotators:
                 annotate(records)
             shard.write(out, work, writer, records, [drop for drop in found if isinstance(drop, Dropped)])
-    return _finish(raw, out, work, plan, shards)
+    share.meet("all shards")
+
+    def finish() -> None:
+        for shard in shards:
+            for path in (out / shard.file, shard.note(work)):
+                share.see(path)
+        _finish(raw, out, work, plan, shards)
+
+    share.lead("tables and info", finish)
+    share.see(out / "report.json")
+    return read_json(out / "report.json")
 
 
 # ------------------------------------------------------------------------------------------------- one shard
@@ -173,7 +191,7 @@ def _begin(out: pathlib.Path, plan: dict[str, Any]) -> bool:
     return False
 
 
-def _finish(raw: RawSet, out: pathlib.Path, work: pathlib.Path, plan: dict, shards: Sequence[_Shard]) -> dict[str, Any]:
+def _finish(raw: RawSet, out: pathlib.Path, work: pathlib.Path, plan: dict, shards: Sequence[_Shard]) -> None:
     """Writes tables, checksums, the report and, last, what makes the folder a dataset."""
     notes = {shard: read_json(shard.note(work)) for shard in shards}
     dropped = list(raw.dropped) + [Dropped(*drop) for note in notes.values() for drop in note["dropped"]]
@@ -212,7 +230,6 @@ def _finish(raw: RawSet, out: pathlib.Path, work: pathlib.Path, plan: dict, shar
     _write_info(raw, out, plan, lengths, report)
     for shard in shards:
         shard.note(work).unlink()
-    return report
 
 
 def _told(drop: Dropped) -> dict[str, str]:

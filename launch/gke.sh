@@ -1,21 +1,25 @@
 #!/usr/bin/env bash
-# A training run on GKE as a JobSet, on TPU slices or GPU nodes.
+# A training run on GKE as a JobSet, on TPU slices or GPU nodes, or other work that its pods share.
 #
 #   launch/gke.sh [--dry-run] tpu NAME IMAGE TYPE TOPOLOGY -- --config=... --workdir=gs://... [--config.key=value ...]
 #   launch/gke.sh [--dry-run] gpu NAME IMAGE NODES GPUS_PER_NODE -- --config=... --workdir=... [...]
+#   launch/gke.sh [--dry-run] tpu|gpu ... -- generate|evaluate|prepare ARGUMENT...       e.g. prepare build --dataset=...
 #
 # TYPE and TOPOLOGY as in the node pool's labels: tpu-v5-lite-podslice 4x4, tpu-v6e-slice 4x8, tpu-v5p-slice 2x2x4. --dry-run
 # prints the JobSet. A pod that is preempted or fails restarts all of them; each start goes on from the saved step.
 # Needs kubectl and the JobSet controller in the cluster (https://jobset.sigs.k8s.io).
 set -euo pipefail
 
-usage() { sed -n '2,9s/^# \{0,1\}//p' "$0" >&2; exit 2; }
+usage() { sed -n '2,10s/^# \{0,1\}//p' "$0" >&2; exit 2; }
 
 dry=
 if [[ ${1-} == --dry-run ]]; then dry=1; shift; fi
 [[ $# -ge 7 && $6 == -- ]] || usage
 kind=$1 name=$2 image=$3 fourth=$4 fifth=$5
 shift 6
+program=train
+if [[ $1 =~ ^(train|generate|evaluate|prepare)$ ]]; then program=$1; shift; fi
+[[ $# -gt 0 ]] || usage
 [[ $name =~ ^[a-z]([-a-z0-9]{0,40}[a-z0-9])?$ ]] || { echo "error: NAME '$name' must be lower-case letters, digits and -" >&2; exit 2; }
 
 # The arguments as a JSON list, which is YAML too.
@@ -78,6 +82,7 @@ spec:
             containers:
             - name: train
               image: $image
+              command: [python, -m, truepose_jax.$program]
               args: [$arguments]
               resources: {limits: {$resource}}$environment"
 

@@ -1,19 +1,22 @@
 #!/usr/bin/env bash
-# Several processes on this machine as one training run: to try multi-host things out, or one process per GPU.
+# Several processes on this machine as one program: to try multi-host things out, or one process per GPU.
 #
 #   launch/local.sh [--dry-run] COUNT --config=configs/demo.py --workdir=runs/two [--config.key=value ...]
+#   launch/local.sh [--dry-run] COUNT generate|evaluate|prepare ARGUMENT...         e.g. prepare build --dataset=...
 #
 # On a machine with GPUs each process sees one of them. Ctrl-C reaches all: they save and end with 143.
 set -euo pipefail
 
-usage() { sed -n '2,6s/^# \{0,1\}//p' "$0" >&2; exit 2; }
+usage() { sed -n '2,7s/^# \{0,1\}//p' "$0" >&2; exit 2; }
 
 dry=
 if [[ ${1-} == --dry-run ]]; then dry=1; shift; fi
 count=${1-}
 [[ $count =~ ^[1-9][0-9]*$ ]] || usage
 shift
-[[ $# -gt 0 ]] || usage
+program=train
+if [[ ${1-} =~ ^(train|generate|evaluate|prepare)$ ]]; then program=$1; shift; fi
+[[ $# -gt 0 && ${1-} != -h ]] || usage
 
 python=${PYTHON:-.venv/bin/python}
 port=${PORT:-$((20000 + RANDOM % 20000))}
@@ -21,27 +24,35 @@ gpus=$( (command -v nvidia-smi > /dev/null && nvidia-smi --list-gpus 2> /dev/nul
 
 pids=()
 for ((i = 0; i < count; i++)); do
-  command=("$python" -m truepose_jax.train "$@" "--coordinator=localhost:$port" "--process=$i" "--processes=$count")
+  command=("$python" -m "truepose_jax.$program" "$@" "--coordinator=localhost:$port" "--process=$i" "--processes=$count")
   settings=()
   if ((gpus >= count)); then settings=("CUDA_VISIBLE_DEVICES=$i"); fi
   if [[ $dry ]]; then
     printf '%q ' "${settings[@]}" "${command[@]}"
     echo
   else
-    env "${settings[@]}" "${command[@]}" &
+    # Away from the terminal: Ctrl-C there and the trap's signal would be two, and the second ends at once.
+    env "${settings[@]}" setsid "${command[@]}" &
     pids+=($!)
   fi
 done
 [[ ! $dry ]] || exit 0
 
-# A process that dies leaves the others waiting for it: end them too, and keep its code.
-trap 'kill -TERM "${pids[@]}" 2> /dev/null || true' INT TERM
+# A process that dies leaves the others waiting for it: end them too, and keep its code. One that was asked to stop (143)
+# is not alone in that: the others are saving and must not get a second signal.
+asked=
+trap 'asked=1; kill -TERM "${pids[@]}" 2> /dev/null || true' INT TERM
 code=0
-for ((i = 0; i < count; i++)); do
-  wait -n || {
-    found=$?
+left=$count
+while ((left > 0)); do
+  asked=
+  found=0
+  wait -n || found=$?
+  if [[ $asked ]] && ((found > 128)); then continue; fi # that was the signal and not the end of a process: wait on
+  left=$((left - 1))
+  if ((found != 0)); then
     ((code != 0)) || code=$found
-    kill -TERM "${pids[@]}" 2> /dev/null || true
-  }
+    ((found == 143)) || kill -TERM "${pids[@]}" 2> /dev/null || true
+  fi
 done
 exit "$code"

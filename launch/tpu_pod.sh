@@ -3,12 +3,13 @@
 #
 #   launch/tpu_pod.sh [--dry-run] TPU_NAME ZONE setup [GIT_URL]            once: the repository and its packages, on every worker
 #   launch/tpu_pod.sh [--dry-run] TPU_NAME ZONE train --config=... --workdir=gs://... [--config.key=value ...]
+#   launch/tpu_pod.sh [--dry-run] TPU_NAME ZONE generate|evaluate|prepare ARGUMENT...      e.g. prepare build --dataset=...
 #   launch/tpu_pod.sh [--dry-run] TPU_NAME ZONE stop                       save and end, on every worker
 #
-# The run goes on when this shell goes: its output is in ~/truepose-jax/train.log of each worker.
+# The run goes on when this shell goes: its output is in ~/truepose-jax/train.log (generate.log, ...) of each worker.
 set -euo pipefail
 
-usage() { sed -n '2,8s/^# \{0,1\}//p' "$0" >&2; exit 2; }
+usage() { sed -n '2,9s/^# \{0,1\}//p' "$0" >&2; exit 2; }
 
 dry=
 if [[ ${1-} == --dry-run ]]; then dry=1; shift; fi
@@ -23,13 +24,14 @@ case $what in
     remote="git clone $(printf %q "$url") truepose-jax && cd truepose-jax && python3 -m venv .venv"
     remote+=" && .venv/bin/pip install --quiet -e '.[tpu]'"
     ;;
-  train)
+  train | generate | evaluate | prepare)
     [[ $# -gt 0 ]] || usage
     arguments=$(printf '%q ' "$@")
-    remote="cd truepose-jax && setsid nohup .venv/bin/python -m truepose_jax.train --distributed=always $arguments"
-    remote+="> train.log 2>&1 < /dev/null & sleep 5; tail -n 3 ~/truepose-jax/train.log"
+    # Last: `prepare` wants its sub-command first.
+    remote="cd truepose-jax && setsid nohup .venv/bin/python -m truepose_jax.$what $arguments--distributed=always "
+    remote+="> $what.log 2>&1 < /dev/null & sleep 5; tail -n 3 ~/truepose-jax/$what.log"
     ;;
-  stop) remote="pkill -TERM -f truepose_jax.train || echo 'nothing was running'" ;;
+  stop) remote="pkill -TERM -f '[t]ruepose_jax.(train|generate|evaluate|prepare)' || echo 'nothing was running'" ;;
   *) usage ;;
 esac
 

@@ -20,7 +20,7 @@ from truepose_jax.sharding import (
 )
 from truepose_jax.train_step import Trainer
 
-MESHES = {"data": (8, 1, 1), "fsdp": (2, 4, 1), "tensor": (2, 2, 2)}
+MESHES = {"data": (8, 1, 1), "fsdp": (1, 8, 1), "tensor": (2, 2, 2)}
 BATCH = 8
 RATE = 0.1
 
@@ -43,10 +43,13 @@ def on_mesh(sizes, made, cfg, params, batch, keys, want):
     with jax.set_mesh(mesh):
         call = jax.jit(step(made), out_shardings=(whole, specs, specs), compiler_options=tiny.compiler_options())
         lowered = call.lower(placed, put_global_batch(mesh, batch), replicate(mesh, keys))
-        loss, grads, moved = lowered.compile()(placed, put_global_batch(mesh, batch), replicate(mesh, keys))
+        compiled = lowered.compile()
+        loss, grads, moved = compiled(placed, put_global_batch(mesh, batch), replicate(mesh, keys))
         trainer = Trainer(cfg, made)
         state = jax.eval_shape(lambda: trainer.init_state(jax.random.key(0), tiny.spec(cfg)))
         layout = like_params(state, params, specs, mesh)
+        begin = jax.jit(trainer.state_of, out_shardings=layout, compiler_options=tiny.compiler_options())
+        whole_state = begin.lower(placed).compile()
     tiny.check_gradients(grads, want[1])
     tiny.check_gradients(moved, want[2])
     cut = {axis: 0 for axis in ("fsdp", "tensor")}
@@ -62,6 +65,15 @@ def on_mesh(sizes, made, cfg, params, batch, keys, want):
     return {
         "loss": abs(float(loss) / float(want[0]) - 1),
         "leaf": tiny.error(grads, want[1]),
+        "gradients": apart(grads, want[1]),
+        "moved": apart(moved, want[2]),
+        # What one device holds, as the compiler counts it, over what all of it takes.
+        "bytes": {
+            "params": (compiled.memory_analysis().argument_size_in_bytes - bytes_of((batch, keys), batch_parts(mesh)))
+            / bytes_of(params),
+            "gradients": compiled.memory_analysis().output_size_in_bytes / bytes_of((params, params)),
+            "state": whole_state.memory_analysis().output_size_in_bytes / bytes_of(state),
+        },
         "cut": {axis: size / sum(leaf.size for leaf in jax.tree.leaves(params)) for axis, size in cut.items()},
         "shards_fit": bool(shards_fit),
         "moments_like_params": adam == jax.tree.leaves(specs),
@@ -69,6 +81,16 @@ def on_mesh(sizes, made, cfg, params, batch, keys, want):
         "step_replicated": layout.step.spec == PartitionSpec(),
         "constraints": lowered.as_text().count("sharding_constraint"),
     }
+
+
+def apart(found, want):
+    """Norm of the difference of two trees over the norm of the second."""
+    a, b = (np.concatenate([np.ravel(np.float64(x)) for x in jax.tree.leaves(tree)]) for tree in (found, want))
+    return float(np.linalg.norm(a - b) / np.linalg.norm(b))
+
+
+def bytes_of(tree, parts=1):
+    return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(tree)) / parts
 
 
 def batches():

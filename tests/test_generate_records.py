@@ -1,6 +1,15 @@
-"""`generate --records`: every pair of a split, named for others, stopped and gone on with."""
+"""`generate --records`: every pair of a split, named for others, stopped and gone on with, shared by several processes."""
 
+import argparse
+import contextlib
 import csv
+import os
+import pathlib
+import signal
+import socket
+import subprocess
+import sys
+import time
 
 import numpy as np
 import pytest
@@ -11,12 +20,16 @@ from input_pipeline.keypoints import canonical_name, patn_name
 from input_pipeline.records import RecordImages
 from input_pipeline.schema import InputError
 from tests.records import NoiseItem, RawSet, RawSplit, all_pairs
-from tests.tiny_run import SIZE, quick_starts, shared_pipeline, shared_run
+from tests.shares import share_work
+from tests.tiny_run import SETTINGS, SIZE, quick_starts, shared_pipeline, shared_run
 from truepose_jax import generate
 from truepose_jax.evaluate.pairing import Folder, pair_folders, read_pair_list
 from truepose_jax.pipeline import Pipeline, Request
 from truepose_jax.record_rows import record_rows
 
+STEPS = 100
+"""Of sampling, so that a signal to processes with six pictures each comes before the end."""
+ROOT = pathlib.Path(__file__).resolve().parent.parent
 FASHION = [f"WOMEN/Blouses_Shirts/id_0000337{i}/0{i}_{i}_front" for i in range(1, 4)]
 
 
@@ -101,9 +114,119 @@ def test_it_goes_on_and_does_not_mix_settings(records, tmp_path, loaded, capsys)
     assert "other settings: seed" in capsys.readouterr().err
 
 
+# ------------------------------------------------------------------------------------------------- several processes
+
+
+@contextlib.contextmanager
+def nobody(may_leave):
+    """In place of Preemption, which wants the main thread."""
+    del may_leave
+    yield argparse.Namespace(stop=lambda made: False)
+
+
+@pytest.fixture
+def shared(records, loaded, monkeypatch):
+    """make(out, count): how `count` processes that make these pictures end, each a thread."""
+    monkeypatch.setattr(generate, "Preemption", nobody)
+
+    def make(out, count, *flags):
+        flags = [f"--workdir={shared_run()}", f"--records={records}", f"--out-dir={out}", "--batch-size=1", *flags]
+        given = generate.make_parser().parse_args(flags)
+        return share_work(count, lambda share: generate.generate_list(given, share))
+
+    return make
+
+
+def pictures(root):
+    return {path.name: path.read_bytes() for path in root.rglob("*") if path.is_file()}
+
+
+def test_pictures_of_several_are_those_of_one(records, shared, tmp_path, capsys):
+    alone, several = tmp_path / "alone", tmp_path / "several"
+    assert run(records, alone) == 0
+    capsys.readouterr()
+    assert shared(several, 3) == [0, 0, 0]
+    said = capsys.readouterr().out
+    assert said.count("12 pairs, 0 of them done before") == 1 and said.count("12 pictures of 12 pairs") == 1
+    assert pictures(several) == pictures(alone), "the same bits, and one generate.json and pairs.csv"
+
+    made = {path: path.stat().st_mtime_ns for path in several.rglob("*.png")}
+    gone = sorted(made)[1::4]
+    for path in gone:
+        path.unlink()
+    assert shared(several, 2) == [0, 0]
+    assert "12 pairs, 9 of them done before" in capsys.readouterr().out
+    assert pictures(several) == pictures(alone)
+    assert all(path.stat().st_mtime_ns == when for path, when in made.items() if path not in gone)
+    assert all("other settings: seed" in str(end) for end in shared(several, 2, "--seed=1"))
+
+
+def test_rows_that_fail_are_everybodys(records, shared, tmp_path, capsys, monkeypatch):
+    """Whoever's the row is, all end with 2, one says which they are, and the rest is made."""
+    monkeypatch.setattr(RecordImages, "fields", broken(RecordImages.fields))
+    assert shared(tmp_path, 2) == [2, 2]
+    said = capsys.readouterr()
+    assert "6 pictures of 12 pairs" in said.out
+    assert said.err.count("6 of 12 rows failed (lines 2, 5, 6, 7, 9, 12)") == 1
+
+
+def broken(fields):
+    def read(images, index):
+        if images.names[index] == FASHION[1]:
+            raise InputError("is broken")
+        return fields(images, index)
+
+    return read
+
+
+def test_where_one_cannot_write_all_end(shared, tmp_path, monkeypatch):
+    save, saved = generate.save_png, []
+
+    def full(picture, path):
+        saved.append(path)
+        if len(saved) == 4:
+            raise InputError(f"{path}: cannot be written (no space)")
+        save(picture, path)
+
+    monkeypatch.setattr(generate, "save_png", full)
+    ends = shared(tmp_path, 2)
+    assert all(isinstance(end, InputError) and "no space" in str(end) for end in ends) and 4 <= len(saved) < 8
+
+
+def test_a_signal_to_one_process_stops_both_and_another_number_goes_on(records, tmp_path, loaded, capsys):
+    """Two real ones, as a user starts them: SIGTERM to the second once there are pictures; then one process goes on."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    with_cache = {name.upper(): str(value) for name, value in SETTINGS.items()}
+    out, program = tmp_path / "out", [sys.executable, "-m", "truepose_jax.generate", f"--workdir={shared_run()}"]
+    program += [f"--records={records}", f"--out-dir={out}", "--batch-size=1", f"--steps={STEPS}"]
+    program += [f"--coordinator=localhost:{port}", "--processes=2"]
+    (row, *_) = record_rows(RecordImages(records, "test"), out, "cfld")
+    loaded.sample([row.read(loaded.run, 0)], steps=STEPS, batch_size=1)  # compiled once, for all three
+    pipe = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    started = [
+        subprocess.Popen([*program, f"--process={i}"], cwd=ROOT, env=os.environ | with_cache, **pipe) for i in range(2)
+    ]
+    until = time.monotonic() + 300
+    while len(list(out.rglob("*.png"))) < 2 and all(p.poll() is None for p in started) and time.monotonic() < until:
+        time.sleep(0.01)
+    started[1].send_signal(signal.SIGTERM)
+    ends = [process.communicate(timeout=300) for process in started]
+    assert [process.returncode for process in started] == [143, 143], ends
+    made = {path: path.stat().st_mtime_ns for path in out.rglob("*.png")}
+    assert f"asked to stop: {len(made)} of 12 pairs done" in ends[0][0] and 2 <= len(made) < 12
+    assert "process 1 of 2" in ends[1][0] and "pairs done" not in ends[1][0]
+    assert not list(out.rglob(".*")), "nothing in halves"
+    assert run(records, out, f"--steps={STEPS}") == 0
+    assert f"{len(made)} of them done before" in capsys.readouterr().out
+    assert all(path.stat().st_mtime_ns == when for path, when in made.items())
+
+
 @pytest.mark.parametrize(
     ("flags", "words"),
     [
+        (["--process=1"], "--coordinator is missing"),
         (["--split=train"], "no split 'train'"),
         (["--pairs=x.csv"], "two lists"),
         (["--pose=x.json"], "--pose is for one picture and --records"),

@@ -46,6 +46,63 @@ def test_local_dry_run():
     ]
 
 
+SHARED = {
+    "generate": ["--workdir=runs/a", "--records=DATA", "--out-dir=out"],
+    "evaluate": ["--generated=out", "--reference=photos", "--protocol=plain", "--out=report.json"],
+    "prepare": ["build", "--dataset=deepfashion", "--raw=RAW", "--out=with space"],
+}
+
+
+@pytest.mark.parametrize("program", SHARED)
+def test_every_launcher_starts_the_other_programs(program):
+    """The program's name in front, and what it is shared by behind its arguments, where `prepare build` takes it."""
+    given = [program, *SHARED[program]]
+    lines = shell("local.sh", "--dry-run", "3", *given, PORT="12345", PYTHON="py").stdout.splitlines()
+    join = ["--coordinator=localhost:12345", "--process=2", "--processes=3"]
+    assert len(lines) == 3
+    assert shlex.split(lines[2])[-6 - len(given) + 1 :] == ["py", "-m", f"truepose_jax.{program}", *given[1:], *join]
+    done = shell("slurm.sbatch", "--dry-run", *given, PYTHON="py")
+    assert shlex.split(done.stdout)[2:] == ["py", "-m", f"truepose_jax.{program}", *given[1:]]
+    words = shlex.split(shell("tpu_pod.sh", "--dry-run", "slice", "us-east5-a", *given).stdout)
+    (remote,) = (w for w in words if w.startswith("--command="))
+    last = shlex.quote(given[-1]) if " " not in given[-1] else given[-1].replace(" ", "\\ ")
+    assert f"truepose_jax.{program} {given[1]}" in remote and f"{last} --distributed=always > {program}.log" in remote
+    for kind, extra in ((("tpu", "pose", "i", "tpu-v5-lite-podslice", "4x4"), ["--distributed=always"]),
+                        (("gpu", "pose", "i", "2", "8"), [])):  # fmt: skip
+        (container,) = jobset(*kind, "--", *given)[2]["containers"]
+        assert container["command"] == ["python", "-m", f"truepose_jax.{program}"]
+        assert container["args"] == [*given[1:], *extra]
+
+
+@pytest.mark.parametrize("code", [0, 143])
+def test_local_lets_all_of_them_stop(tmp_path, code):
+    """One signal each, however it reaches the script, and time to save: process 0 takes a second longer."""
+    fake = tmp_path / "python"
+    log = tmp_path / "log"
+    fake.write_text(
+        "#!/bin/bash\n"
+        f'leave() {{ echo asked >> {log}; case "$*" in *--process=0*) sleep 1;; esac; echo saved >> {log}; exit {code}; }}\n'
+        f"trap 'leave \"$@\"' TERM INT; echo started >> {log}; while :; do sleep 0.05; done\n"
+    )
+    fake.chmod(0o755)
+    running = subprocess.Popen(
+        [LAUNCH / "local.sh", "3", *TRAIN],
+        env=os.environ | {"PYTHON": str(fake)},
+        start_new_session=True,
+        # Shells start what they put into the background with Ctrl-C ignored, and nobody after them can undo that.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
+    try:
+        deadline = time.monotonic() + 30
+        while not (log.exists() and log.read_text().count("started") == 3) and time.monotonic() < deadline:
+            time.sleep(0.02)
+        os.killpg(running.pid, signal.SIGINT)  # as a terminal does
+        assert running.wait(timeout=30) == code
+    finally:
+        subprocess.run(["pkill", "-9", "-f", str(fake)], check=False)
+    assert log.read_text().count("asked") == 3 and log.read_text().count("saved") == 3
+
+
 def test_local_ends_all_where_one_fails(tmp_path):
     """Process 1 fails at once; process 0 would run for a minute."""
     fake = tmp_path / "python"
@@ -94,6 +151,7 @@ def test_gke_tpu_dry_run():
     made, job, pod = jobset("tpu", "pose", "image:1", "tpu-v5-lite-podslice", "4x4", "--", *TRAIN, '--config.x="a\\b"')
     assert made["kind"] == "JobSet" and job["parallelism"] == job["completions"] == 4
     (container,) = pod["containers"]
+    assert container["command"] == ["python", "-m", "truepose_jax.train"]
     assert container["args"] == [*TRAIN, '--config.x="a\\b"', "--distributed=always"]
     assert container["resources"]["limits"] == {"google.com/tpu": 4}
     assert pod["nodeSelector"]["cloud.google.com/gke-tpu-topology"] == "4x4"

@@ -1,4 +1,5 @@
-"""Several real processes on this machine, joined by gloo: the examples, losses and stops of one process."""
+"""Several real processes on this machine: training, joined by gloo, with the examples, losses and stops of one process; and work
+that they share (see also test_shares.py and test_generate_records.py)."""
 
 import json
 import os
@@ -7,13 +8,18 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 
 import numpy as np
 import pytest
 
+from input_pipeline.record_check import check_records
+from input_pipeline.schema import InputError
+from tests.metrics.torch_networks import save_weights
 from tests.resume.test_killed import TINY, steps_of, wait_for_step
-from truepose_jax import distributed
-from truepose_jax.schema import ConfigError
+from tests.test_evaluate import folder
+from truepose_jax import distributed, prepare
+from truepose_jax.evaluate.__main__ import main as evaluate
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 STEPS = 6
@@ -60,7 +66,7 @@ def by_slurm(workdir, count):
 
 
 def finish(processes, code=0):
-    outputs = [p.communicate(timeout=500) for p in processes]
+    outputs = [p.communicate(timeout=1500) for p in processes]
     for process, (_, errors) in zip(processes, outputs, strict=True):
         assert process.returncode == code, errors[-3000:]
     return [out for out, _ in outputs]
@@ -117,6 +123,74 @@ def test_sigterm_to_one_stops_both_at_the_same_step(tmp_path):
     assert f"saved step {saved};" in stopped[0]
 
 
+# ------------------------------------------------------------------------------------------------- shared work
+
+
+def local(count, *arguments):
+    """How launch/local.sh ends with `count` processes: (code, stdout, stderr)."""
+    settings = environment(PYTHON=sys.executable, PORT=str(free_port()))
+    command = [ROOT / "launch" / "local.sh", str(count), *map(str, arguments)]
+    done = subprocess.run(command, cwd=ROOT, env=settings, capture_output=True, text=True, timeout=500)
+    return done.returncode, done.stdout, done.stderr
+
+
+def contents(root):
+    return {path.name: path.read_bytes() for path in root.iterdir() if path.suffix != ".png" and path.is_file()}
+
+
+def test_two_processes_build_what_one_builds(tmp_path):
+    flags = ["build", "--dataset=synthetic", "--size=64x48", "--limit=13", "--poses-per-identity=3", "--workers=1"]
+    code, said, errors = local(2, "prepare", *flags, f"--out={tmp_path / 'two'}")
+    assert code == 0, errors
+    assert "process 0 of 2" in said and "process 1 of 2" in said and said.count("13 pairs") == 1
+    assert prepare.main([*flags, f"--out={tmp_path / 'one'}"]) == 0
+    assert contents(tmp_path / "two") == contents(tmp_path / "one")
+    assert check_records(tmp_path / "two")[0] == []
+
+
+@pytest.mark.slow
+def test_three_processes_evaluate_as_one_does(tmp_path):
+    """With LPIPS and FID by networks of the real size: three compilations of each."""
+    names = [f"p{i}.png" for i in range(9)]
+    reference, generated = folder(tmp_path / "reference", names), folder(tmp_path / "generated", names, offset=9)
+    flags = [f"--reference={reference}", f"--generated={generated}", "--protocol=plain", "--batch-size=2"]
+    flags += [f"--{name}-weights={save_weights(tmp_path, name, 1)[0]}" for name in ("lpips", "fid")]
+    flags += [f"--fid-reference={reference}"]
+    code, said, errors = local(3, "evaluate", *flags, f"--out={tmp_path / 'three.json'}")
+    assert code == 0, errors
+    assert said.count("three.json: the report") == 1
+    assert evaluate([*flags, f"--out={tmp_path / 'one.json'}"]) == 0
+    three, one = (json.loads((tmp_path / f"{name}.json").read_text())["metrics"] for name in ("three", "one"))
+    fid = "fid_unverified_weights"
+    np.testing.assert_allclose(three.pop(fid)["mean"], one.pop(fid)["mean"], rtol=1e-6)
+    assert three == one, "per-image metrics exactly"
+
+
+@pytest.mark.slow
+def test_where_one_is_killed_outright_the_others_end(tmp_path):
+    """Nobody tells them: JAX's service misses it after some 100 seconds."""
+    flags = [
+        "build",
+        "--dataset=synthetic",
+        "--size=256x176",
+        "--limit=60000",
+        f"--out={tmp_path / 'r'}",
+        "--workers=1",
+    ]
+    join = [f"--coordinator=localhost:{free_port()}", "--processes=2"]
+    command = [sys.executable, "-m", "truepose_jax.prepare", *flags, *join]
+    pipe = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    started = [subprocess.Popen([*command, f"--process={i}"], cwd=ROOT, env=environment(), **pipe) for i in range(2)]
+    deadline = time.monotonic() + 120
+    while not (tmp_path / "r" / "build" / "plan.json").exists() and time.monotonic() < deadline:
+        time.sleep(0.1)
+    started[1].kill()
+    started[1].wait(timeout=30)
+    killed = time.monotonic()
+    started[0].communicate(timeout=300)
+    assert started[0].returncode not in (0, 143) and 60 < time.monotonic() - killed < 200
+
+
 @pytest.mark.parametrize(
     ("arguments", "text"),
     [
@@ -128,15 +202,15 @@ def test_sigterm_to_one_stops_both_at_the_same_step(tmp_path):
     ],
 )
 def test_bad_flags(arguments, text):
-    with pytest.raises(ConfigError, match=text):
+    with pytest.raises(InputError, match=text):
         distributed.start(**arguments)
 
 
 def test_bad_environment(monkeypatch):
     monkeypatch.setenv("JAX_COORDINATOR_ADDRESS", "localhost:1")
     monkeypatch.setenv("JAX_PROCESS_ID", "first")
-    with pytest.raises(ConfigError, match="JAX_PROCESS_ID is 'first'"):
+    with pytest.raises(InputError, match="JAX_PROCESS_ID is 'first'"):
         distributed.start()
     monkeypatch.delenv("JAX_PROCESS_ID")
-    with pytest.raises(ConfigError, match="--process is missing"):
+    with pytest.raises(InputError, match="--process is missing"):
         distributed.start()

@@ -13,7 +13,7 @@ from tests import oracle, tiny
 from tests.test_masks import brute_force, brute_force_mask
 from truepose_jax.methods.truepose import TruePose
 from truepose_jax.models.vae import PixelAutoencoder
-from truepose_jax.sampling import Sampler
+from truepose_jax.sampling import Sampler, held_as_computed
 
 N = tiny.TARGETS
 STEPS, GUIDANCE = 3, 3.5
@@ -82,7 +82,7 @@ def test_conditioning_equals_the_oracle():
             regions = oracle.chosen_regions(average, batch()["region_valid"][row], 2)
             tokens = batch()["region_tokens"][row, regions]
             chosen_rows.add(tuple(regions))
-            for part, x, weight in (("hpfa", h, "hpfa/to_"), ("caa", tokens, "attn2/to_")):
+            for part, x, weight in (("texture", h, "hpfa/to_"), ("caa", tokens, "attn2/to_")):
                 kv = getattr(got.sites[site.name], part)
                 for name in "kv":
                     want = x @ weights[f"{weight}{name}/kernel"]
@@ -180,3 +180,17 @@ def test_branches_of_the_guidance(guidance, branches):
     image = jax.eval_shape(found.sample, params, {}, batch(), KEYS())
     assert image.shape == (N, 16, 10, 3)
     assert seen[0] == "condition" and sorted(seen[1:]) == branches
+
+
+def test_weights_held_in_bfloat16_change_no_bit():
+    """Every layer casts them anyway. Vectors stay float32; float32 models are left alone."""
+    cfg = tiny.config(tiny.MIDDLE_ONLY, {"model": {"dtype": "bfloat16"}})
+    made = tiny.method(cfg)
+    params = tiny.params(made, cfg)
+    sample = tiny.jit(Sampler(made, cfg.diffusion.schedule, 2, "leading", GUIDANCE).sample)
+    want = sample(params, {}, batch(), KEYS())
+    held = held_as_computed(params, "bfloat16")
+    assert {str(x.dtype) for x in jax.tree.leaves(held) if x.ndim > 1} == {"bfloat16"}
+    assert {str(x.dtype) for x in jax.tree.leaves(held) if x.ndim < 2} == {"float32"}
+    np.testing.assert_array_equal(sample(held, {}, batch(), KEYS()), want)
+    assert held_as_computed(held, "float32") is held

@@ -1,22 +1,27 @@
 """Pictures from a trained model: the person of a photo in another pose.
 
     python -m truepose_jax.generate --workdir=DIR --source=PHOTO --parsing=MAP.png --labels=atr18 --pose=FILE --out=OUT.png
+    python -m truepose_jax.generate --workdir=DIR --source=STYLE --parsing=MAP.png --labels=atr18 \
+        --reference=PHOTO --edit-mask=MASK --pose=FILE --out=OUT.png
     python -m truepose_jax.generate --workdir=DIR --pairs=LIST.csv --out-dir=D
     python -m truepose_jax.generate --workdir=DIR --records=RECORDS --split=test --out-dir=D
 
 --pose: OpenPose JSON (18 or 25 joints), COCO-17 JSON, 18 rows of text, or annotations.csv#image-name. --parsing=none:
-all of the photo is person. LIST.csv has columns source,parsing,pose,out and may have labels,pose_frame; its paths are
-relative to it, `out` (a .png) to D. --records makes all pairs of a split of what `prepare build` wrote, as
-SOURCE_to_TARGET.png (or as --naming says), with D/pairs.csv for `evaluate --pairs`. Rows that are done are skipped: run
-the same command again after a kill. SIGTERM or Ctrl-C: the batch under way is finished and written, then it ends with 143.
+all of the photo is person. --reference makes a region of that photo anew with the source's clothes, in the reference's own
+--pose (its frame is the reference unless the file or --pose-frame says otherwise). MASK is a picture of its size, white where
+it is made anew, or classes such as Upper-clothes,Dress of its --reference-parsing.
+
+LIST.csv has columns source,parsing,pose,out and may have labels,pose_frame; its paths are relative to it, `out` (a .png) to
+D. --records makes all pairs of a split of what `prepare build` wrote, as SOURCE_to_TARGET.png (or as --naming says), with
+D/pairs.csv for `evaluate --pairs`. Rows that are done are skipped: run the same command again after a kill. SIGTERM or
+Ctrl-C: the batch under way is finished and written, then it ends with 143. Several processes (SLURM, a TPU pod, or
+--coordinator, --process and --processes) share a list: the same command on every host, and a D that all of them see.
 """
 
 from __future__ import annotations
 
 import argparse
 import collections
-import csv
-import dataclasses
 import hashlib
 import itertools
 import json
@@ -33,20 +38,28 @@ import numpy as np
 import tqdm
 from PIL import Image
 
-from input_pipeline.keypoints import canonical_name, load_pose
-from input_pipeline.parsing import LABEL_SETS, label_set, read_parsing
-from input_pipeline.photo import one_line, read_photo
+from input_pipeline.parsing import LABEL_SETS, label_set
+from input_pipeline.photo import one_line
 from input_pipeline.records import RecordImages
 from input_pipeline.schema import InputError
+from input_pipeline.shares import Share
 from truepose_jax.checkpoint import STOPPED, Preemption
+from truepose_jax.distributed import add_flags, joined, refuse_flags
+from truepose_jax.editing import OUTSIDE, read_edit, sheet_columns
+from truepose_jax.file_rows import COLUMNS, Row, read_rows
 from truepose_jax.pictures import sheet
-from truepose_jax.pipeline import WEIGHTS, Fitted, Pipeline, Request, Run, fit_request
-from truepose_jax.programs import Parser, keep_programs, parse_size, run_program
+from truepose_jax.pipeline import WEIGHTS, Fitted, Pipeline, Run
+from truepose_jax.programs import BAD_INPUT, Parser, keep_programs, parse_size, run_program
 from truepose_jax.record_rows import NAMINGS, RecordRow, pair_list, record_rows
 from truepose_jax.schema import to_dict
 
-COLUMNS = ("source", "parsing", "pose", "out")
-OPTIONAL_COLUMNS = ("labels", "pose_frame")
+EDIT_FLAGS = ("reference", "edit-mask", "reference-parsing", "reference-labels", "outside")
+"""Of style transfer; the first two need one another."""
+HINTS = {
+    "reference": " (the photo of which --edit-mask is a region)",
+    "edit-mask": " (the region of --reference that is made anew)",
+    "pose": " (the reference's own pose)",
+}
 READERS = 4
 """Threads that read and fit the photos of the next batches while one is sampled."""
 Report = Callable[[int, object], None]
@@ -71,17 +84,24 @@ def _main(argv: Sequence[str]) -> int | None:
     many = "pairs" if flags.pairs else "records"
     if flags.pairs and flags.records:
         raise InputError("--pairs and --records are two lists; give one of them")
+    edit = {name: getattr(flags, name.replace("-", "_")) for name in EDIT_FLAGS}
     if flags.pairs or flags.records:
-        given = [name for name, value in (single | {"sheet": flags.sheet}).items() if value]
+        given = [name for name, value in (single | {"sheet": flags.sheet} | edit).items() if value]
         if given:
             raise InputError(f"--{given[0]} is for one picture and --{many} for a list; give one of them")
         if not flags.out_dir:
             raise InputError(f"--out-dir is missing: name the folder for the pictures of --{many}")
-        return generate_list(flags)
+        with joined(flags) as share:
+            return generate_list(flags, share)
     else:
+        refuse_flags(flags, "one picture is one process's; --pairs and --records are shared")
+        if any(edit.values()):
+            single = single | {name: edit[name] for name in EDIT_FLAGS[:2]}
         missing = [name for name, value in single.items() if not value]
         if missing:
             hint = " (none where there is no map)" if missing[0] == "parsing" else ""
+            if any(edit.values()):
+                hint = HINTS.get(missing[0], hint)
             raise InputError(f"--{missing[0]} is missing{hint}; see --help")
         generate_one(flags)
     return None
@@ -105,6 +125,11 @@ def make_parser() -> argparse.ArgumentParser:
     add("--pose-frame", type=parse_size, metavar="HxW", help="size of the picture the pose was found in")
     add("--out", metavar="PNG", help="the picture")
     add("--sheet", metavar="PNG", help="also draw source, skeleton and picture side by side")
+    add("--reference", metavar="PHOTO", help="style transfer: the photo of which a region gets the source's clothes")
+    add("--edit-mask", metavar="MASK", help="that region: a PNG, or classes of --reference-parsing")
+    add("--reference-parsing", metavar="MAP", help="the reference's parsing map, for classes")
+    add("--reference-labels", help="label set of that map (--labels)")
+    add("--outside", choices=OUTSIDE, help="outside the region: as the autoencoder gives it (default), or pasted")
     add("--pairs", metavar="CSV", help="a list in place of one picture")
     add("--records", metavar="DIR", help="all pairs of records in place of one picture")
     add("--split", default="test", help="of --records (test)")
@@ -119,6 +144,7 @@ def make_parser() -> argparse.ArgumentParser:
     add("--step", type=int, help="checkpoint (the last)")
     add("--vae", metavar="DIR", help="folder of the autoencoder, in place of the config's")
     add("--clip", metavar="DIR", help="folder of CLIP, in place of the config's")
+    add_flags(parser)
     return parser
 
 
@@ -128,7 +154,12 @@ def generate_one(flags: argparse.Namespace) -> None:
     steps, guidance = run.sampling(flags.steps, flags.guidance)
     places = [_new_png(path, flags.overwrite) for path in (flags.out, flags.sheet) if path]
     row = Row(0, flags.source, flags.parsing, flags.pose, flags.labels, flags.pose_frame, places[0])
-    fitted = row.read(run, flags.seed)
+    edit = None
+    if flags.reference:
+        labels, outside = flags.reference_labels or flags.labels, flags.outside or OUTSIDE[0]
+        parsing = flags.reference_parsing
+        edit = read_edit(flags.reference, flags.edit_mask, parsing=parsing, labels=labels, outside=outside)
+    fitted = row.read(run, flags.seed, edit)
     pipeline = Pipeline.of_run(run, vae=flags.vae, clip=flags.clip)
     print(describe(run, steps, guidance, flags.seed), flush=True)
     start = time.perf_counter()
@@ -136,8 +167,10 @@ def generate_one(flags: argparse.Namespace) -> None:
     save_png(picture, places[0])
     if flags.sheet:
         shown = {"source": fitted.source.image, "pose": fitted.skeleton}
-        columns = {name: [fitted.framing.crop(image)] for name, image in shown.items()}
-        save_png(sheet(columns | {"generated": [picture]}), places[1])
+        columns = {name: [fitted.framing.crop(image)] for name, image in shown.items()} | {"generated": [picture]}
+        if fitted.edit:
+            columns = sheet_columns(fitted.source.image, fitted.skeleton, fitted.edit, picture)
+        save_png(sheet(columns), places[1])
     h, w = picture.shape[:2]
     print(f"{flags.out}: {h}x{w}, {time.perf_counter() - start:.1f} s with compilation", flush=True)
 
@@ -148,48 +181,7 @@ def describe(run: Run, steps: int, guidance: float, seed: int) -> str:
     return f"{run.workdir}: step {run.step}, {run.weights} weights; {sampling}"
 
 
-@dataclasses.dataclass(frozen=True)
-class Row:
-    """A picture to make: the files, as FILE or FILE#NAME, and where it goes. line: in the CSV."""
-
-    line: int
-    source: str
-    parsing: str
-    pose: str
-    labels: str | None
-    pose_frame: tuple[int, int] | None
-    out: pathlib.Path
-
-    @property
-    def name(self) -> str:
-        """What keys the noise: photo and pose by their names without folders, so that it does not matter where they
-        lie; DeepFashion's photos, whose file names repeat, by the canonical name."""
-        return f"{_short_name(self.source)} > {_short_name(self.pose)}"
-
-    def read(self, run: Run, seed: int) -> Fitted:
-        """Reads the files and fits them to the model's size. Raises InputError."""
-        photo = read_photo(self.source)
-        if self.parsing == "none":
-            parsing, labels = None, "whole"
-        elif not self.labels:
-            raise InputError(f"{self.parsing}: say whose labels these are by --labels={'|'.join(LABEL_SETS)}")
-        else:
-            labels = self.labels
-            parsing = read_parsing(self.parsing, label_set(labels), photo.shape[:2])
-        pose = load_pose(self.pose, frame_hw=self.pose_frame)
-        if pose.frame_hw is None:
-            raise InputError(f"{self.pose}: the file does not say how large its image was; add --pose-frame=HxW")
-        request = Request(photo, pose.joints, parsing, labels, pose.frame_hw, self.name, seed)
-        return fit_request(request, run.config.model.size)
-
-
 AnyRow = Row | RecordRow
-
-
-def _short_name(spec: str) -> str:
-    file, _, member = spec.partition("#")
-    name = canonical_name(member or file)
-    return name if name.startswith(("WOMEN/", "MEN/")) else pathlib.PurePosixPath(name).name
 
 
 def _new_png(path: str | pathlib.Path, overwrite: bool) -> pathlib.Path:
@@ -229,9 +221,14 @@ def _write_whole(path: pathlib.Path, write: Callable[[pathlib.Path], object]) ->
         partial.unlink(missing_ok=True)
 
 
-def generate_list(flags: argparse.Namespace) -> int:
-    """The pictures of a list that are not there yet; the exit code (0, or STOPPED). Rows that fail are reported and left
-    out; raises InputError at the end where there were any."""
+def generate_list(flags: argparse.Namespace, share: Share) -> int:
+    """This process's share of the pictures of a list that are not there yet; the exit code: 0, STOPPED, or BAD_INPUT at the
+    end where rows failed, which are reported and left out.
+
+    What is a process's is a function of a row's number, so that nobody does another's however the list is started again.
+    Every process holds all parameters on its own devices and samples alone: a picture needs nothing of another one, so
+    hosts never wait for one another between the beginning and the end.
+    """
     if flags.batch_size < 1:
         raise InputError(f"--batch-size is {flags.batch_size}; it must be 1 or more")
     run = Run.open(flags.workdir, weights=flags.weights, step=flags.step)
@@ -248,46 +245,71 @@ def generate_list(flags: argparse.Namespace) -> int:
         rows, problems = read_rows(flags.pairs, out_dir, labels=flags.labels, pose_frame=flags.pose_frame)
     if not flags.overwrite:
         check_settings(out_dir, settings)
-    todo = rows if flags.overwrite else [row for row in rows if not row.out.exists()]
-    print(describe(run, steps, guidance, flags.seed), flush=True)
-    print(f"{source}: {len(rows)} pairs, {len(rows) - len(todo)} of them done before", flush=True)
+    listed = hashlib.sha256("\n".join(f"{row.name} {row.out}" for row in rows).encode()).hexdigest()
+    share.agree("settings and pairs", settings | {"list": listed})
+    mine = share.mine(rows)
+    todo = mine if flags.overwrite else [row for row in mine if not row.out.exists()]
+    left = sum(share.meet("what is left", len(todo)))
+    count = len(rows) + len(problems)
+    if share.leads:
+        print(describe(run, steps, guidance, flags.seed), flush=True)
+        print(f"{source}: {len(rows)} pairs, {len(rows) - left} of them done before", flush=True)
     failed = []
 
     def report(line: int, why: object) -> None:
         failed.append(line)
         tqdm.tqdm.write(f"error: {source}, line {line}: {why}", file=sys.stderr)
 
-    for line, why in problems:
+    for line, why in problems if share.leads else ():
         report(line, why)
-    if todo:
-        pipeline = Pipeline.of_run(run, vae=flags.vae, clip=flags.clip)
+    stopped = False
+    if left:
+        pipeline = Pipeline.of_run(run, vae=flags.vae, clip=flags.clip) if todo else None
         # Old pictures go first: a kill must not leave some that a second start takes for new ones.
         for row in todo:
             row.out.unlink(missing_ok=True)
-        text = json.dumps(settings, indent=1) + "\n"
-        _write_whole(out_dir / SETTINGS_FILE, lambda partial: partial.write_text(text))
-        if flags.records:
-            _write_whole(out_dir / PAIRS_FILE, lambda partial: partial.write_text(pair_list(rows, out_dir)))
-        size = min(flags.batch_size, len(todo))
-        bar = tqdm.tqdm(total=len(rows), initial=len(rows) - len(todo), unit="image", smoothing=0.1)
-        compiled = False  # Until the first batch is sampled there is nothing to save.
-        with bar, Preemption(may_leave=lambda: not compiled) as preemption:
+        share.meet("old pictures are gone")
+
+        def write_about() -> None:
+            text = json.dumps(settings, indent=1) + "\n"
+            _write_whole(out_dir / SETTINGS_FILE, lambda partial: partial.write_text(text))
+            if flags.records:
+                _write_whole(out_dir / PAIRS_FILE, lambda partial: partial.write_text(pair_list(rows, out_dir)))
+
+        share.lead("what the pictures are", write_about)
+        share.see(out_dir / SETTINGS_FILE)
+        # Not of what is left or this process's: one size, so one program and the same bits, however the work is cut.
+        size = min(flags.batch_size, len(rows))
+        made = len(mine) - len(todo)
+        bar = tqdm.tqdm(total=len(mine), initial=made, unit="image", smoothing=0.1, disable=not share.leads)
+        compiled = False  # Until the first batch is sampled there is nothing to save. Others would not hear of the end.
+        with bar, Preemption(may_leave=lambda: not compiled and share.count == 1) as preemption:
             for batch in _batches(todo, run, flags.seed, size, report):
                 fitted = [fitted for _, fitted in batch]
                 pictures = pipeline.sample(fitted, steps=steps, guidance=guidance, batch_size=size)
                 compiled = True
                 for (row, _), picture in zip(batch, pictures, strict=True):
                     save_png(picture, row.out)
+                made += len(batch)
                 bar.update(len(batch))
-                if preemption.stop(bar.n):
-                    print(f"asked to stop: {bar.n} of {len(rows)} pairs done; run the same command again to go on")
-                    return STOPPED
-    count = len(rows) + len(problems)
-    print(f"{out_dir}: {sum(row.out.exists() for row in rows)} pictures of {count} pairs", flush=True)
-    if failed:
-        lines = ", ".join(map(str, failed[:10])) + (", ..." if len(failed) > 10 else "")
-        raise InputError(f"{source}: {len(failed)} of {count} rows failed (lines {lines})")
-    return 0
+                stopped = share.asked(preemption.stop(made))
+                if stopped:
+                    break
+            ends = share.meet("pictures", stopped, meanwhile=lambda: share.asked(preemption.stop(made)))
+        stopped = any(ends)
+    ours = {"pictures": sum(row.out.exists() for row in mine), "failed": failed}
+    found = share.meet("the sum", ours, meanwhile=lambda: share.asked(stopped))
+    failed = sorted(line for part in found for line in part["failed"])
+    if share.leads:
+        pictures = sum(part["pictures"] for part in found)
+        if stopped:
+            print(f"asked to stop: {pictures} of {count} pairs done; run the same command again to go on")
+        else:
+            print(f"{out_dir}: {pictures} pictures of {count} pairs", flush=True)
+        if failed and not stopped:
+            lines = ", ".join(map(str, failed[:10])) + (", ..." if len(failed) > 10 else "")
+            print(f"error: {source}: {len(failed)} of {count} rows failed (lines {lines})", file=sys.stderr)
+    return STOPPED if stopped else BAD_INPUT if failed else 0
 
 
 def _batches(
@@ -311,78 +333,6 @@ def _batches(
             if len(batch) == size or (batch and not waiting):
                 yield batch
                 batch = []
-
-
-def read_rows(
-    path: str, out_dir: pathlib.Path, *, labels: str | None, pose_frame: tuple[int, int] | None
-) -> tuple[list[Row], list[tuple[int, str]]]:
-    """(rows, [(line, what is wrong with it)]) of a list; labels and pose_frame serve rows without their own.
-
-    Raises InputError where the file cannot be read, lacks columns or holds no pairs.
-    """
-    try:
-        with open(path, newline="", encoding="utf-8-sig") as file:
-            reader = csv.reader(file)
-            lines = [(reader.line_num, [cell.strip() for cell in cells]) for cells in reader]
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise InputError(f"{path}: cannot read the list ({one_line(error)}); give a CSV") from error
-    header = [cell.lower() for cell in lines[0][1]] if lines else []
-    missing = [name for name in COLUMNS if name not in header]
-    if missing:
-        raise InputError(f"{path}: lacks columns {', '.join(missing)}; its first line must be {','.join(COLUMNS)}")
-    unknown = [name for name in header if name and name not in COLUMNS + OPTIONAL_COLUMNS]
-    if unknown:
-        logging.warning("%s: columns %s mean nothing here", path, ", ".join(unknown))
-    rows, problems, taken = [], [], {}
-    for line, cells in lines[1:]:
-        if not any(cells):
-            continue
-        values = dict(zip(header, cells, strict=False))
-        try:
-            row = _row(line, values, pathlib.Path(path).parent, out_dir, labels, pose_frame)
-            if row.out in taken:
-                raise InputError(f"out '{values['out']}' is that of line {taken[row.out]} already")
-        except InputError as error:
-            problems.append((line, str(error)))
-            continue
-        taken[row.out] = line
-        rows.append(row)
-    if not rows and not problems:
-        raise InputError(f"{path}: holds no pairs under its header")
-    return rows, problems
-
-
-def _row(
-    line: int,
-    values: dict[str, str],
-    base: pathlib.Path,
-    out_dir: pathlib.Path,
-    labels: str | None,
-    pose_frame: tuple[int, int] | None,
-) -> Row:
-    empty = [name for name in COLUMNS if not values.get(name)]
-    if empty:
-        raise InputError(f"{empty[0]} is empty" + ("; write none where there is no map" if "parsing" in empty else ""))
-    out = (out_dir / values["out"]).resolve()
-    if not out.is_relative_to(out_dir.resolve()):
-        raise InputError(f"out '{values['out']}' leaves the folder {out_dir}")
-    if out.suffix.lower() != ".png" or out.is_dir():
-        raise InputError(f"out '{values['out']}' is no file name that ends in .png")
-    if values.get("pose_frame"):
-        try:
-            pose_frame = parse_size(values["pose_frame"])
-        except argparse.ArgumentTypeError as error:
-            raise InputError(f"pose_frame {error}") from error
-    parsing = values["parsing"]
-    return Row(
-        line,
-        str(base / values["source"]),
-        parsing if parsing == "none" else str(base / parsing),
-        str(base / values["pose"]),
-        label_set(values["labels"]).name if values.get("labels") else labels,
-        pose_frame,
-        out,
-    )
 
 
 def settings_of(run: Run, steps: int, guidance: float, flags: argparse.Namespace) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
     pipe = Pipeline.load("runs/demo")
     picture = pipe(photo, parsing, joints, labels="atr18", seed=0)     # uint8 [h w 3]
+    edited = pipe(photo, parsing, joints_of_reference, edit=Edit(reference, mask))     # style transfer, editing.py
 
 A photo of any size is fitted to the model's (stretched under 2 %, else padded with white) and the padding is
 taken off the result. The pose's frame is fitted into the part that is photo, so no joint falls into the padding.
@@ -30,12 +31,14 @@ from input_pipeline.schema import NUM_JOINTS, ImageRecord, InputError
 from input_pipeline.skeleton import draw_skeleton_uint8
 from input_pipeline.transforms import empty_batch, write_source, write_target
 from truepose_jax import rng
+from truepose_jax.assembly import assemble
 from truepose_jax.checkpoint import CheckpointError, Checkpoints, read_config, read_metadata
-from truepose_jax.frozen import KINDS, load_autoencoder
-from truepose_jax.methods import Method, make_method
+from truepose_jax.editing import MASK_FIELD, Edit, EditSampler, FittedEdit
+from truepose_jax.frozen import KINDS
+from truepose_jax.methods import Method
 from truepose_jax.pictures import to_uint8
 from truepose_jax.region_tokens import RegionEncoder, make_encoder
-from truepose_jax.sampling import Sampler
+from truepose_jax.sampling import Sampler, held_as_computed
 from truepose_jax.schema import Config, ConfigError
 from truepose_jax.sharding import batch_parts, make_mesh, put_whole_batch, replicate
 
@@ -53,7 +56,8 @@ class Request:
 
     source: uint8 [h w 3], RGB. joints: [18 3] (x, y in pixels of a frame of `frame_hw`, visible), OpenPose order;
     frame_hw None: the source's size. parsing: uint8 [h w], ids of the label set `labels`, which need not be the
-    one of the training; None: all of the photo is person. name, seed: key the noise.
+    one of the training; None: all of the photo is person. name, seed: key the noise. edit: what is to be made is a
+    region of this reference; frame_hw None is then the reference's size, and the picture is framed as it is.
     """
 
     source: np.ndarray
@@ -63,11 +67,13 @@ class Request:
     frame_hw: tuple[int, int] | None = None
     name: str = ""
     seed: int = 0
+    edit: Edit | None = None
 
 
 @dataclasses.dataclass(frozen=True)
 class Fitted:
-    """A request at the model's size. joints: the target's, float32 [18 3] in the model's pixels."""
+    """A request at the model's size. joints: the target's, float32 [18 3] in the model's pixels. framing: of the picture
+    that will be made, so the source's, or the reference's where one is edited."""
 
     source: ImageRecord
     labels: LabelSet
@@ -75,6 +81,7 @@ class Fitted:
     framing: Framing
     name: str
     seed: int
+    edit: FittedEdit | None = None
 
     @property
     def skeleton(self) -> np.ndarray:
@@ -101,9 +108,12 @@ def fit_request(request: Request, size: tuple[int, int]) -> Fitted:
         if parsing.dtype != np.uint8:
             raise InputError(f"{name}: a parsing map is uint8 [h w]; got {parsing.dtype}")
     image, parsing, source_joints, framing = fit_photo(photo, parsing, np.zeros((NUM_JOINTS, 3)), size)
+    edit = None if request.edit is None else FittedEdit.fit(request.edit, size, name)
+    if edit is not None:
+        framing, hw = edit.framing, edit.framing.photo_hw
     joints = _place_joints(request.joints, request.frame_hw or hw, framing, name)
     record = ImageRecord(image, parsing, source_joints, name, identity=name)
-    return Fitted(record, labels, joints, framing, request.name, request.seed)
+    return Fitted(record, labels, joints, framing, request.name, request.seed, edit)
 
 
 def _place_joints(joints: np.ndarray, frame_hw: tuple[int, int], framing: Framing, name: str) -> np.ndarray:
@@ -186,7 +196,7 @@ class Pipeline:
     frozen: Mapping[str, Any]
     encoder: RegionEncoder
     mesh: Mesh
-    _samplers: dict[tuple[int, float], Sampler] = dataclasses.field(default_factory=dict)
+    _samplers: dict[tuple[int, float, type[Sampler]], Sampler] = dataclasses.field(default_factory=dict)
 
     @classmethod
     def load(
@@ -213,16 +223,16 @@ class Pipeline:
         model = dataclasses.replace(
             model, vae=vae or model.vae, clip=dataclasses.replace(model.clip, path=clip or model.clip.path)
         )
-        autoencoder, autoencoder_params, autoencoder_print = load_autoencoder(model)
         encoder = make_encoder(model.clip, config.token_width)
+        method, frozen, _, autoencoder_print = assemble(dataclasses.replace(config, model=model), encoder)
         recorded = read_metadata(run.workdir).get("frozen", {})
         _check_frozen("vae", recorded.get("autoencoder"), autoencoder_print, folder=model.vae, override=vae)
         _check_frozen("clip", recorded.get("clip"), encoder.fingerprint, folder=model.clip.path, override=clip)
         mesh = make_mesh(data=-1, fsdp=1, tensor=1, devices=jax.local_devices())
         place = NamedSharding(mesh, PartitionSpec())
         params = run.checkpoints.restore_part(WEIGHTS[run.weights], run.step, place=place)
-        frozen = replicate(mesh, {"autoencoder": autoencoder_params} if autoencoder_params else {})
-        return cls(run, make_method(config, autoencoder), params, frozen, encoder, mesh)
+        params = held_as_computed(params, model.dtype)
+        return cls(run, method, params, replicate(mesh, frozen), encoder, mesh)
 
     def __call__(
         self,
@@ -236,9 +246,10 @@ class Pipeline:
         guidance: float | None = None,
         seed: int = 0,
         name: str = "",
+        edit: Edit | None = None,
     ) -> np.ndarray:
         """One picture, uint8 [h w 3]; see `Request` for the arguments and `sample` for the result."""
-        request = Request(source, joints, parsing, labels, frame_hw, name, seed)
+        request = Request(source, joints, parsing, labels, frame_hw, name, seed, edit)
         return self.batch([request], steps=steps, guidance=guidance)[0]
 
     def batch(
@@ -264,19 +275,22 @@ class Pipeline:
         """uint8 [h w 3] for each: of the model's size, less the padding, so of the photo's aspect ratio.
 
         batch_size None: all at once. Every batch is filled up to it, so that one program serves all of them; there
-        is one program per batch size, steps and guidance. steps, guidance None: the run's.
+        is one program per batch size, steps and guidance, and another for edits. steps, guidance None: the run's.
         Raises CheckpointError where the weights give values that are not finite.
         """
         steps, guidance = self.run.sampling(steps, guidance)
         diffusion = self.run.config.diffusion
+        kind = EditSampler if any(f.edit for f in fitted) else Sampler
         sampler = self._samplers.setdefault(
-            (steps, guidance), Sampler(self.method, diffusion.schedule, steps, diffusion.spacing, guidance)
+            (steps, guidance, kind), kind(self.method, diffusion.schedule, steps, diffusion.spacing, guidance)
         )
         size = batch_size or max(len(fitted), 1)
         found = []
         for start in range(0, len(fitted), size):
             piece = fitted[start : start + size]
-            batch, keys = self._batch(piece, size)
+            batch, keys = self.batch_of(piece, size)
+            if kind is EditSampler:
+                batch[MASK_FIELD] = _edit_masks(piece, batch["target"].shape[:3])
             with jax.set_mesh(self.mesh):
                 images = np.asarray(sampler(self.params, self.frozen, put_whole_batch(self.mesh, batch), keys))
             if not np.isfinite(images).all():
@@ -284,12 +298,13 @@ class Pipeline:
                     f"{self.run.workdir}, step {self.run.step}: the {self.run.weights} weights give values that are "
                     "not finite; try another step or other weights"
                 )
-            found += [f.framing.crop(image) for f, image in zip(piece, to_uint8(images), strict=False)]
+            for f, image in zip(piece, to_uint8(images), strict=False):
+                found.append(f.framing.crop(image if f.edit is None else f.edit.finish(image)))
         return found
 
-    def _batch(self, fitted: Sequence[Fitted], size: int) -> tuple[dict[str, np.ndarray], jax.Array]:
-        """The batch of schema.BATCH_FIELDS and a key per row. Rows beyond len(fitted), up to a multiple of the
-        devices that holds `size`, repeat the last one."""
+    def batch_of(self, fitted: Sequence[Fitted], size: int) -> tuple[dict[str, np.ndarray], jax.Array]:
+        """The batch of schema.BATCH_FIELDS and a key per row. `target` is black, or the reference of an edit. Rows beyond
+        len(fitted), up to a multiple of the devices that holds `size`, repeat the last one."""
         config = self.run.config
         batch = empty_batch(
             batch_size=len(fitted),
@@ -302,13 +317,23 @@ class Pipeline:
             tokens, valid = self.encoder.tokens([fitted[row].source for row in rows], labels.name)
             for i, row in enumerate(rows):
                 source = fitted[row].source
-                unknown = dataclasses.replace(source, image=np.zeros_like(source.image), joints=fitted[row].joints)
+                target = np.zeros_like(source.image) if fitted[row].edit is None else fitted[row].edit.reference
+                unknown = dataclasses.replace(source, image=target, joints=fitted[row].joints)
                 write_source(batch, row, source, tokens[i], valid[i])
                 write_target(batch, row, unknown, labels)
         parts = batch_parts(self.mesh)
         order = np.minimum(np.arange(-(-size // parts) * parts), len(fitted) - 1)
         keys = jnp.stack([rng.key_of_name(jax.random.key(f.seed), f.name) for f in fitted])
         return {name: array[order] for name, array in batch.items()}, keys[order]
+
+
+def _edit_masks(fitted: Sequence[Fitted], shape: tuple[int, int, int]) -> np.ndarray:
+    """bool [b h w]: everywhere where a row edits nothing; rows beyond len(fitted) are of no account."""
+    masks = np.ones(shape, bool)
+    for row, f in enumerate(fitted):
+        if f.edit is not None:
+            masks[row] = f.edit.mask
+    return masks
 
 
 def _check_frozen(kind: str, recorded: str | None, found: str, *, folder: str, override: str | None) -> None:

@@ -6,12 +6,26 @@ import dataclasses
 import functools
 
 import jax
+import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from truepose_jax.diffusion.guidance import guided
-from truepose_jax.diffusion.samplers import ddim_sample
+from truepose_jax.diffusion.guidance import guided_denoise
+from truepose_jax.diffusion.samplers import Amend, ddim_sample
 from truepose_jax.diffusion.schedule import Schedule
 from truepose_jax.methods.base import Batch, Frozen, Method, Params
+
+
+def held_as_computed(params: Params, dtype: str) -> Params:
+    """Parameters as sampling holds them: matrices and kernels cast once to the compute dtype, to which every layer casts
+    them at every step anyway (so no bit of a picture changes), at half the memory for bfloat16. Vectors stay: norms
+    multiply by their float32 scales. The arrays given are used up."""
+
+    def cast(x):
+        return x.astype(dtype) if x.ndim > 1 else x
+
+    if jnp.dtype(dtype) == jnp.float32:
+        return params
+    return jax.jit(lambda tree: jax.tree.map(cast, tree), donate_argnums=0)(params)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,17 +48,28 @@ class Sampler:
 
     def sample(self, params: Params, frozen: Frozen, batch: Batch, keys: jax.Array) -> Float[Array, "b h w 3"]:
         """The same, for use inside another jit."""
+        return self.method.decode(frozen, self.latents(params, frozen, batch, self.noise(batch, keys)))
+
+    def noise(self, batch: Batch, keys: jax.Array) -> Float[Array, "b h w c"]:
+        """What sampling begins with."""
+        shape = self.method.latent_spec(batch["target_pose"].shape[1:3])
+        return jax.vmap(lambda key: jax.random.normal(key, shape))(keys)
+
+    def latents(
+        self,
+        params: Params,
+        frozen: Frozen,
+        batch: Batch,
+        noise: Float[Array, "b h w c"],
+        *,
+        amend: Amend | None = None,
+    ) -> Float[Array, "b h w c"]:
+        """amend: see ddim_sample."""
         conditioning = self.method.condition(params, frozen, batch)
         null = self.method.null(conditioning)
-        shape = self.method.latent_spec(batch["target_pose"].shape[1:3])
-        noise = jax.vmap(lambda key: jax.random.normal(key, shape))(keys)
-
-        def predict(x, t):
-            return guided(
-                lambda: self.method.denoise(params, x, t, conditioning),
-                lambda: self.method.denoise(params, x, t, null),
-                self.guidance,
-            )
-
-        latents = ddim_sample(predict, noise, self.schedule, steps=self.steps, spacing=self.spacing)
-        return self.method.decode(frozen, latents)
+        predict = guided_denoise(
+            lambda x, t: self.method.denoise(params, x, t, conditioning),
+            lambda x, t: self.method.denoise(params, x, t, null),
+            self.guidance,
+        )
+        return ddim_sample(predict, noise, self.schedule, steps=self.steps, spacing=self.spacing, amend=amend)

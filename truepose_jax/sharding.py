@@ -71,22 +71,45 @@ def path_of(key_path: Sequence[Any]) -> str:
     return "/".join(str(getattr(part, "key", getattr(part, "name", getattr(part, "idx", part)))) for part in key_path)
 
 
-def param_specs(params: Any, mesh: Mesh, rules: Sequence[tuple[str, tuple[str | None, ...]]]) -> Any:
-    """A NamedSharding for every parameter: the first rule that matches its path places `tensor`; the largest
-    remaining dimension that fsdp divides is cut by fsdp. What nothing divides is replicated."""
+Rules = Sequence[tuple[str, tuple[str | None, ...] | None]]
+"""(regex over 'a/b/kernel' paths, a mesh axis or None per dimension; None: the default); the first that fits serves."""
+
+DEFAULT_RULE = (r"", None)
+"""Behind every method's rules, so that they cover every parameter: fsdp cuts the largest dimension that it divides."""
+
+
+def param_specs(params: Any, mesh: Mesh, rules: Rules) -> Any:
+    """A NamedSharding for every parameter: the first rule that finds its path and has its number of dimensions places
+    `tensor`; of the remaining dimensions fsdp cuts the largest that it divides. What nothing divides is whole everywhere.
+
+    Raises ValueError for a rule that places no parameter: misspelt, it would leave a network whole without a word.
+    """
+    rules = (*rules, DEFAULT_RULE)
+    used = [0] * len(rules)
 
     def place(key_path, leaf) -> NamedSharding:
-        spec: list[str | None] = [None] * len(leaf.shape)
-        for pattern, axes in rules:
-            if re.search(pattern, path_of(key_path)) and len(axes) == len(leaf.shape):
-                spec = [a if a and leaf.shape[i] % mesh.shape[a] == 0 else None for i, a in enumerate(axes)]
-                break
+        number, axes = _rule_of(path_of(key_path), leaf.shape, rules)
+        used[number] += 1
+        spec = [a if a and leaf.shape[i] % mesh.shape[a] == 0 else None for i, a in enumerate(axes)]
         free = [i for i, a in enumerate(spec) if a is None and leaf.shape[i] % mesh.shape["fsdp"] == 0]
         if mesh.shape["fsdp"] > 1 and free:
             spec[max(free, key=lambda i: leaf.shape[i])] = "fsdp"
         return NamedSharding(mesh, PartitionSpec(*spec))
 
-    return jax.tree_util.tree_map_with_path(place, params)
+    specs = jax.tree_util.tree_map_with_path(place, params)
+    for (pattern, axes), count in zip(rules[:-1], used, strict=False):
+        if not count:
+            raise ValueError(
+                f"the parameter rule {pattern!r} places no parameter of {len(axes)} dimensions; correct it, or take it out"
+            )
+    return specs
+
+
+def _rule_of(path: str, shape: Sequence[int], rules: Rules) -> tuple[int, tuple[str | None, ...]]:
+    for number, (pattern, axes) in enumerate(rules):
+        if re.search(pattern, path) and (axes is None or len(axes) == len(shape)):
+            return number, (None,) * len(shape) if axes is None else axes
+    raise ValueError(f"no rule covers the parameter {path}")
 
 
 def like_params(state: Any, params: Any, specs: Any, mesh: Mesh) -> Any:

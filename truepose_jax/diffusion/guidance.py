@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
+
+Denoise = Callable[[Float[Array, "b h w c"], Int[Array, " b"]], Float[Array, "b h w c"]]
+"""(x_t, t) -> the network's output."""
 
 
 def guided(
@@ -20,3 +23,8 @@ def guided(
         return conditional()
     null = unconditional()
     return null + scale * (conditional() - null)
+
+
+def guided_denoise(conditional: Denoise, unconditional: Denoise, scale: float) -> Denoise:
+    """The same as one function of (x_t, t), which samplers take."""
+    return lambda x, t: guided(lambda: conditional(x, t), lambda: unconditional(x, t), scale)

@@ -7,11 +7,14 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from truepose_jax.diffusion.schedule import Schedule
 
 SPACINGS = ("leading", "trailing")
+
+Amend = Callable[[Float[Array, "b h w c"], Array], Float[Array, "b h w c"]]
+"""(x, abar of its noise level) -> what sampling goes on with."""
 
 
 def ddim_timesteps(steps: int, *, total: int = 1000, spacing: str = "leading", offset: int = 1) -> np.ndarray:
@@ -37,21 +40,42 @@ def ddim_sample(
     *,
     steps: int,
     spacing: str = "leading",
+    amend: Amend | None = None,
 ) -> Float[Array, "b h w c"]:
     """Deterministic DDIM from `noise` to z_0. predict(x_t, t [b]) -> network output.
+
+    amend: replaces every x_t on the way, the noise it begins with and the result included (editing.py).
+    """
+    timesteps, abars = ddim_levels(schedule, steps=steps, spacing=spacing)
+
+    def step(x, now):
+        t, abar_next = now
+        x = ddim_step(x, predict(x, _everywhere(t, x)), t, abar_next, schedule)
+        return x if amend is None else amend(x, abar_next), None
+
+    start = noise if amend is None else amend(noise, jnp.asarray(abars[0]))
+    x, _ = jax.lax.scan(step, start, (jnp.asarray(timesteps), jnp.asarray(abars[1:])))
+    return x
+
+
+def ddim_levels(schedule: Schedule, *, steps: int, spacing: str) -> tuple[np.ndarray, np.ndarray]:
+    """(timesteps int32 [steps], abar float32 [steps + 1] of every x on the way).
 
     Each step goes to the next timestep of the list; the last one to abar[0], not to 1 (SD1.5's
     set_alpha_to_one = false, methods.md 6).
     """
     timesteps = ddim_timesteps(steps, total=schedule.steps, spacing=spacing)
     abar = schedule.alphas_cumprod
-    next_abar = np.append(abar[timesteps[1:]], abar[0]).astype(np.float32)
+    return timesteps, np.append(abar[timesteps], abar[0]).astype(np.float32)
 
-    def step(x, now):
-        t, abar_next = now
-        t = jnp.full((x.shape[0],), t, jnp.int32)
-        x0, eps = schedule.split(x, predict(x, t), t)
-        return jnp.sqrt(abar_next) * x0 + jnp.sqrt(1.0 - abar_next) * eps, None
 
-    x, _ = jax.lax.scan(step, noise, (jnp.asarray(timesteps), jnp.asarray(next_abar)))
-    return x
+def ddim_step(
+    x: Float[Array, "b h w c"], output: Float[Array, "b h w c"], t: Array, abar_next: Array, schedule: Schedule
+) -> Float[Array, "b h w c"]:
+    """One step from x at timestep t (one number) to the noise level abar_next. output: the network's."""
+    x0, eps = schedule.split(x, output, _everywhere(t, x))
+    return jnp.sqrt(abar_next) * x0 + jnp.sqrt(1.0 - abar_next) * eps
+
+
+def _everywhere(t: Array, x: Float[Array, "b h w c"]) -> Int[Array, " b"]:
+    return jnp.full((x.shape[0],), t, jnp.int32)

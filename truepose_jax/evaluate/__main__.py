@@ -7,11 +7,14 @@
 Images are paired by name: TARGET, SOURCE_2_TARGET_vis or SOURCE_to_TARGET, DeepFashion's in any spelling. The report
 states the protocol in full, each metric's image count and 95 % interval over images, and the hash of all weights; FID and
 LPIPS of unknown weights are not called so. Work is kept in --cache: run the same command again after a stop.
+Several processes (SLURM, a TPU pod, or --coordinator, --process and --processes) share the work; folders, --cache and --out
+must be where all of them see them, and the first one writes the report.
 """
 
 from __future__ import annotations
 
 import argparse
+import hashlib
 import importlib.metadata
 import json
 import os
@@ -23,6 +26,8 @@ from typing import Any
 from input_pipeline.parsing import LABEL_SETS, label_set
 from input_pipeline.photo import one_line
 from input_pipeline.schema import InputError
+from input_pipeline.shares import ALONE, Share
+from truepose_jax.distributed import add_flags, joined
 from truepose_jax.evaluate import pairing, rating
 from truepose_jax.evaluate.pairing import NAMED, Folder, Pairing, image_key
 from truepose_jax.evaluate.protocols import PROTOCOLS, Protocol, Size, check_size
@@ -73,13 +78,20 @@ def make_parser() -> argparse.ArgumentParser:
     add("--batch-size", type=int, default=32, help="of the networks (32)")
     add("--cache", metavar="DIR", help="for work that is kept (OUT without its suffix, .cache)")
     add("--overwrite", action="store_true", help="replace the report")
+    add_flags(parser)
     return parser
 
 
 def _main(argv: Sequence[str]) -> None:
     flags = make_parser().parse_args(argv)
+    _check_flags(flags, pathlib.Path(flags.out))
+    with joined(flags) as share:
+        evaluate(flags, share, argv)
+
+
+def evaluate(flags: argparse.Namespace, share: Share, argv: Sequence[str]) -> None:
+    """This process's share of the work and, of the leading one, the report. argv: for it. Raises InputError."""
     out = pathlib.Path(flags.out)
-    _check_flags(flags, out)
     protocol, size = PROTOCOLS[flags.protocol], flags.size
     generated, reference = (
         Folder.read(flags.generated, flag="--generated"),
@@ -100,7 +112,8 @@ def _main(argv: Sequence[str]) -> None:
         metric = _metric_of(source)
         if metric in networks:
             reference_statistics(source, networks[metric], protocol, size)
-    print(describe(flags, protocol, paired, generated), flush=True)
+    if share.leads:
+        print(describe(flags, protocol, paired, generated), flush=True)
 
     cache = pathlib.Path(flags.cache) if flags.cache else out.with_suffix(".cache")
     settings = {
@@ -108,21 +121,30 @@ def _main(argv: Sequence[str]) -> None:
         "lpips": networks["lpips"].sha256 if "lpips" in networks else None,
         "maps": [maps.folder.fingerprint(), maps.labels.name] if maps else None,
     }
+    listed = hashlib.sha256("\n".join(f"{p.generated}>{p.reference}" for p in paired.pairs).encode()).hexdigest()
+    share.agree("settings and pairs", settings | {"pairs": listed, "out": str(out), "cache": str(cache)})
     scorer = Scorer(generated, reference, protocol, size, maps, networks.get("lpips"))
-    rows = score_pairs(scorer, paired.pairs, settings=settings, cache=cache, batch_size=flags.batch_size)
+    how = {"cache": cache, "batch_size": flags.batch_size, "share": share}
+    rows = score_pairs(scorer, paired.pairs, settings=settings, **how)
+    made = generated.chosen([pair.generated for pair in paired.pairs])
+    fids = {
+        metric: measure_fid(network, made, sources, protocol, size, **how)
+        for metric, network in networks.items()
+        if metric in FID_KINDS
+    }
+    if not share.leads:
+        return
     lpips_name = networks["lpips"].name if "lpips" in networks else "lpips"
     metrics, regions = summarise(rows, lpips_name=lpips_name)
     for name in ("ssim", "ssim_256"):
         if name not in metrics:
             not_computed[name] = "the images are smaller than its window"
     fid_facts = {}
-    made = generated.chosen([pair.generated for pair in paired.pairs])
-    for metric, network in ((m, n) for m, n in networks.items() if m in FID_KINDS):
-        found = measure_fid(network, made, sources, protocol, size, cache, flags.batch_size)
+    for metric, found in fids.items():
         if isinstance(found, str):
             not_computed[metric] = found
         else:
-            metrics[network.name], fid_facts[metric] = found
+            metrics[networks[metric].name], fid_facts[metric] = found
     report = {
         "protocol": {"name": flags.protocol} | protocol.describe(size),
         "generated": {"folder": flags.generated, "files": len(generated.names)} | generated.kinds() | {"sizes": sizes},
@@ -184,15 +206,18 @@ def measure_fid(
     sources: Sequence[Folder | str],
     protocol: Protocol,
     size: Size | None,
+    *,
     cache: pathlib.Path,
     batch_size: int,
+    share: Share = ALONE,
 ) -> tuple[dict[str, Any], dict[str, Any]] | str:
-    """(the number, what it was computed from), or why it cannot be. Raises InputError."""
+    """(the number, what it was computed from), or why it cannot be: that of another process's share of it is not known
+    here. Raises InputError."""
     folders = [s for s in sources if isinstance(s, Folder)]
     files = [s for s in sources if isinstance(s, str) and _metric_of(s) == network.metric]
     if not folders and not files:
         return f"give --fid-reference=DIR|FILE for {network.metric} (the field's: all 48,674 training images)"
-    how = {"cache": cache, "batch_size": batch_size}
+    how = {"cache": cache, "batch_size": batch_size, "share": share}
     if files:
         reference, path = reference_statistics(files[0], network, protocol, size), files[0]
     else:
@@ -200,6 +225,8 @@ def measure_fid(
         reference, path = folder_statistics(folders[0], network, protocol, size, role="truth", title=title, **how)
     title = f"{network.metric}, generated"
     made, _ = folder_statistics(generated, network, protocol, size, role="generated", title=title, **how)
+    if not share.leads:
+        return "the leading process computes it"
     if min(made.count, reference.count) < 2:
         return f"{made.count} generated and {reference.count} reference images; a covariance needs 2"
     facts = {

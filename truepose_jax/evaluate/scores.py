@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import json
 import math
 import pathlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -17,6 +18,7 @@ from PIL import Image
 from input_pipeline.parsing import CLOTHES, LabelSet, read_parsing
 from input_pipeline.photo import read_photo
 from input_pipeline.schema import InputError
+from input_pipeline.shares import ALONE, Share
 from truepose_jax.evaluate.pairing import Folder, Pair, image_key, image_size
 from truepose_jax.evaluate.protocols import Protocol, Size
 from truepose_jax.evaluate.reading import read_ahead
@@ -104,7 +106,7 @@ class Scorer:
 
 @dataclasses.dataclass(frozen=True)
 class Rows:
-    """The rows of a file, read one at a time, of images that have not changed since.
+    """The rows of a file, of images that have not changed since, in the order of `stamps`, read one at a time.
 
     stamps: {generated image: what its row must bear}.
     """
@@ -113,43 +115,93 @@ class Rows:
     stamps: Mapping[str, str]
 
     def __iter__(self) -> Iterator[Row]:
+        places: dict[str, int] = {}
+        for place, row in self._all():
+            if row.get("stamp") == self.stamps.get(row.get("generated"), ""):
+                places.setdefault(row["generated"], place)
+        if not places:
+            return
+        # Not in the order of the file, which tells who was when stopped: sums of rounded numbers depend on it.
+        with self.path.open("rb") as file:
+            for generated in self.stamps:
+                if generated in places:
+                    file.seek(places[generated])
+                    row = json.loads(file.readline())
+                    del row["stamp"]
+                    yield _numbers(row)
+
+    def _all(self) -> Iterator[tuple[int, Row]]:
+        """(where in the file, row) of all that can be read."""
         if not self.path.exists():
             return
-        with self.path.open(encoding="utf-8") as lines:
-            for line in lines:
-                try:
+        place = 0
+        with self.path.open("rb") as file:
+            for line in file:
+                # cut off by a kill, or empty
+                with contextlib.suppress(ValueError):
                     row = json.loads(line)
-                except ValueError:  # cut off by a kill, or empty
-                    continue
-                if row.pop("stamp", None) == self.stamps.get(row.get("generated"), ""):
-                    yield _numbers(row)
+                    if isinstance(row, dict):
+                        yield place, row
+                place += len(line)
+
+    def part(self, share: Share) -> pathlib.Path:
+        """The file that this process writes: its own where there are several, for two appending to one would mix lines."""
+        return self.path if share.count == 1 else self.path.with_name(f"{self.path.stem}.{share.index}.jsonl")
+
+    def gather(self, parts: Iterable[pathlib.Path] = ()) -> None:
+        """Puts the parts of several processes, these and those of a run that was stopped, into the file."""
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with self.path.open("ab") as file:
+            file.write(b"\n")  # a kill may have cut the last line off
+            for part in sorted({*parts, *self.path.parent.glob(f"{self.path.stem}.*.jsonl")}):
+                file.write(part.read_bytes() + b"\n")
+                file.flush()
+                part.unlink()
 
 
 def score_pairs(
-    scorer: Scorer, pairs: Sequence[Pair], *, settings: Mapping[str, Any], cache: pathlib.Path, batch_size: int
+    scorer: Scorer,
+    pairs: Sequence[Pair],
+    *,
+    settings: Mapping[str, Any],
+    cache: pathlib.Path,
+    batch_size: int,
+    share: Share = ALONE,
 ) -> Rows:
     """All rows, in a file. Pairs that it has are not computed again.
 
-    settings: what rows depend on besides the two files. Raises InputError for images that cannot be read; rows done by
-    then are kept.
+    settings: what rows depend on besides the two files. share: of this process; the leading one's file holds all rows
+    when it returns. Raises InputError for images that cannot be read; rows done by then are kept.
     """
     stamps = {pair.generated: _stamp(scorer, pair) for pair in pairs}
     key = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
     kept = Rows(cache / f"pairs-{key}.jsonl", stamps)
+    share.lead("old rows", kept.gather)
+    share.see(kept.path)
     done = {row["generated"] for row in kept}
-    todo = [pair for pair in pairs if pair.generated not in done]
+    mine = share.mine(pairs)
+    todo = [pair for pair in mine if pair.generated not in done]
     map_names = scorer.maps.names() if scorer.maps else {}
+    part = kept.part(share)
     if todo:
-        cache.mkdir(parents=True, exist_ok=True)
-        bar = tqdm.tqdm(total=len(pairs), initial=len(done), unit="pair", desc="pairs", smoothing=0.05)
-        with bar, kept.path.open("a", encoding="utf-8") as file:
-            file.write("\n")  # a kill may have cut the last line off
+        bar = tqdm.tqdm(
+            total=len(mine), initial=len(mine) - len(todo), unit="pair", desc="pairs", smoothing=0.05,
+            disable=not share.leads,
+        )  # fmt: skip
+        with bar, part.open("a", encoding="utf-8") as file:
             found = read_ahead(lambda pair: scorer.read(pair, map_names), todo, ahead=2 * batch_size)
             for rows in _with_lpips(scorer.lpips, found, batch_size):
                 for row in rows:
                     file.write(json.dumps(plain(row | {"stamp": stamps[row["generated"]]})) + "\n")
                 file.flush()
                 bar.update(len(rows))
+                share.check()
+    written = share.meet("rows", [str(part), part.stat().st_size] if todo else None)
+    if share.leads and share.count > 1:
+        parts = {pathlib.Path(path): size for path, size in filter(None, written)}
+        for path, size in parts.items():
+            share.see(path, size)
+        kept.gather(parts)
     return kept
 
 

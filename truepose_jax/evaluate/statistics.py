@@ -7,9 +7,10 @@ of. Only the same images, prepared in the same way for the same weights, go on w
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import numpy as np
 import tqdm
@@ -18,6 +19,7 @@ from safetensors.numpy import save_file
 
 from input_pipeline.photo import one_line, read_photo
 from input_pipeline.schema import InputError
+from input_pipeline.shares import ALONE, Share
 from truepose_jax.evaluate.pairing import Folder
 from truepose_jax.evaluate.protocols import Protocol, Size
 from truepose_jax.evaluate.reading import batches, read_ahead
@@ -52,41 +54,103 @@ def folder_statistics(
     cache: pathlib.Path,
     batch_size: int,
     title: str,
+    share: Share = ALONE,
 ) -> tuple[Statistics, pathlib.Path]:
     """Statistics of all images of the folder, and their file, which a second call only reads.
 
-    role: "truth" or "generated", whose way the images go. Raises InputError for images that cannot be read; what is
-    done by then is kept, as after Ctrl-C.
+    role: "truth" or "generated", whose way the images go. share: of this process; several compute the features of the
+    batches, a file each, and the leading one takes them in, in order, so that the result is that of one process bit
+    for bit; the others return with what there was. Raises InputError for images that cannot be read; what is done by
+    then is kept, as after Ctrl-C.
     """
     about = describe(network, protocol, size, role) | {"files": folder.fingerprint(), "total": str(len(folder.names))}
     key = hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()[:16]
     path = cache / f"{network.metric}-{key}.safetensors"
     found = _resume(path, about)
     kind = FID_KINDS[network.metric]
+    starts = range(found.count, len(folder.names), batch_size)
+    share.agree(f"statistics of {folder.root}", about | {"done": found.count, "batch_size": batch_size})
 
     def prepare(name: str) -> np.ndarray:
         frames = protocol.frames(read_photo(folder.path(name)), role, size)
         return kind.prepare(frames.perceptual, SIDE)
 
-    todo = folder.names[found.count :]
-    if not todo:
+    def of_batch(start: int) -> tuple[str, ...]:
+        return folder.names[start : start + batch_size]
+
+    def piece(start: int) -> pathlib.Path:
+        return path.with_name(f"{path.stem}-{start}-{start + len(of_batch(start))}.piece.safetensors")
+
+    def features(starts: Sequence[int]) -> Iterator[np.ndarray]:
+        names = itertools.chain.from_iterable(map(of_batch, starts))
+        for batch in batches(read_ahead(prepare, names, ahead=2 * batch_size), batch_size):
+            images = np.stack([image for _, image in batch])
+            padded = np.concatenate([images, np.repeat(images[-1:], batch_size - len(batch), 0)])
+            yield np.asarray(network.apply(padded))[: len(batch)]
+
+    if not starts:
         return found, path
     cache.mkdir(parents=True, exist_ok=True)
+    if share.count > 1:
+        _leave_pieces(share, starts, piece, features, about, title)
+        if not share.leads:
+            return found, path
     saved = found.count
+    missing = features([start for start in starts if not piece(start).exists()])
+    bar = tqdm.tqdm(
+        total=len(folder.names), initial=saved, unit="image", desc=title, smoothing=0.05, disable=share.count > 1
+    )
     try:
-        with tqdm.tqdm(total=len(folder.names), initial=found.count, unit="image", desc=title, smoothing=0.05) as bar:
-            for batch in batches(read_ahead(prepare, todo, ahead=2 * batch_size), batch_size):
-                images = np.stack([image for _, image in batch])
-                padded = np.concatenate([images, np.repeat(images[-1:], batch_size - len(batch), 0)])
-                found.update(np.asarray(network.apply(padded))[: len(batch)])
-                bar.update(len(batch))
+        with bar:
+            for start in starts:
+                rows = _piece(piece(start), about) if piece(start).exists() else next(missing)
+                found.update(rows)
+                bar.update(len(rows))
+                share.check()
                 if found.count - saved >= SAVE_EVERY:
                     save(path, found, about)
                     saved = found.count
     finally:
         if found.count > saved:
             save(path, found, about)
+    for used in {*map(piece, starts), *path.parent.glob(f"{path.stem}-*.piece.safetensors")}:
+        used.unlink(missing_ok=True)
     return found, path
+
+
+def _leave_pieces(
+    share: Share,
+    starts: Sequence[int],
+    piece: Callable[[int], pathlib.Path],
+    features: Callable[[Sequence[int]], Iterator[np.ndarray]],
+    about: Mapping[str, str],
+    title: str,
+) -> None:
+    """Writes the features of this process's batches; returns when those of all are there."""
+    mine = share.mine(starts)
+    todo = [start for start in mine if not piece(start).exists()]
+    bar = tqdm.tqdm(total=len(mine), initial=len(mine) - len(todo), unit="batch", desc=title, disable=not share.leads)
+    with bar:
+        for start, rows in zip(todo, features(todo), strict=True):
+            _write(piece(start), {"features": rows}, about)
+            bar.update()
+            share.check()
+    share.meet("features")
+    if share.leads:
+        for start in starts:
+            share.see(piece(start))
+
+
+def _piece(path: pathlib.Path, about: Mapping[str, str]) -> np.ndarray:
+    """Features that a process has left. Raises InputError where they are not those of these images."""
+    try:
+        with safe_open(path, "numpy") as opened:
+            told, rows = opened.metadata() or {}, opened.get_tensor("features")
+    except (OSError, SafetensorError) as error:
+        raise InputError(f"{path}: not a file of features ({one_line(error)}); remove it") from error
+    if told != dict(about):
+        raise InputError(f"{path}: is about other images than its name says; remove it")
+    return rows
 
 
 def _resume(path: pathlib.Path, about: Mapping[str, str]) -> Statistics:
@@ -100,14 +164,14 @@ def _resume(path: pathlib.Path, about: Mapping[str, str]) -> Statistics:
 
 def save(path: pathlib.Path, statistics: Statistics, about: Mapping[str, str]) -> None:
     """The file appears when it is whole."""
+    count = np.array([statistics.count], np.int64)
+    _write(path, {"count": count, "mean": statistics.mean, "scatter": statistics.scatter}, about)
+
+
+def _write(path: pathlib.Path, tensors: Mapping[str, np.ndarray], about: Mapping[str, str]) -> None:
     partial = path.with_name(path.name + ".partial")
-    tensors = {
-        "count": np.array([statistics.count], np.int64),
-        "mean": statistics.mean,
-        "scatter": statistics.scatter,
-    }
     try:
-        save_file(tensors, partial, metadata=dict(about))
+        save_file(dict(tensors), partial, metadata=dict(about))
         partial.replace(path)
     except OSError as error:
         raise InputError(f"{path}: cannot be written ({one_line(error)}); free space there") from error

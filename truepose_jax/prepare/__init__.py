@@ -14,6 +14,9 @@ region tokens and VAE latents into them, so that training runs neither; `check` 
 wrong with it. `inspect` draws what the model will be told about each photo: the parsing map with its classes, the
 skeleton, the region boxes CLIP sees, and the mask M for a target pose. Wrong label sets and swapped sides show at a
 glance; it also prints, for every joint, the labels that lie under it.
+
+Several processes (SLURM, a TPU pod, or --coordinator, --process and --processes) share the work of `build`, `label` and
+`annotate`: the same command on every host, folders that all of them see, and tables and metadata by the first, at the end.
 """
 
 from __future__ import annotations
@@ -21,6 +24,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 
+from truepose_jax.distributed import add_flags, joined, refuse_flags
 from truepose_jax.prepare.annotate import add_annotate
 from truepose_jax.prepare.build import add_build
 from truepose_jax.prepare.check import add_check
@@ -28,6 +32,9 @@ from truepose_jax.prepare.inspection import add_inspect, side_warnings
 from truepose_jax.prepare.label import add_label
 from truepose_jax.prepare.sheet import PANEL_HEIGHT
 from truepose_jax.programs import Parser, run_program
+
+SHARED = ("build", "label", "annotate")
+"""Sub-commands whose work several processes share."""
 
 __all__ = ["PANEL_HEIGHT", "main", "side_warnings"]
 
@@ -41,9 +48,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     add_annotate(commands)
     add_check(commands)
     add_inspect(commands)
+    for command in commands.choices.values():
+        add_flags(command)
 
     def run(argv: Sequence[str]) -> None:
         flags = parser.parse_args(argv)
+        if flags.command in SHARED:
+            with joined(flags) as share:
+                flags.run(flags, share)
+            return
+        refuse_flags(flags, f"`prepare {flags.command}` runs in one process")
         flags.run(flags)
 
     return run_program(run, sys.argv[1:] if argv is None else argv)

@@ -16,6 +16,7 @@ from input_pipeline.record_rewrite import annotations, rewrite_records
 from input_pipeline.record_schema import pack_latents, pack_tokens
 from input_pipeline.records import read_json
 from input_pipeline.schema import LATENT_FACTOR, ImageRecord, InputError
+from input_pipeline.shares import Share
 from input_pipeline.transforms import flip_record
 from truepose_jax.programs import parse_size
 
@@ -38,7 +39,7 @@ def add_annotate(commands) -> None:
     parser.set_defaults(run=annotate)
 
 
-def annotate(flags: argparse.Namespace) -> None:
+def annotate(flags: argparse.Namespace, share: Share) -> None:
     """Annotates the records of the flags. Raises InputError and ConfigError before any long work."""
     if not flags.clip and not flags.vae:
         raise InputError("nothing to do: give --clip=DIR for region tokens, --vae=DIR for latents, or both")
@@ -60,7 +61,8 @@ def annotate(flags: argparse.Namespace) -> None:
         if folder:
             told, annotator = make(folder, size, flags.batch_size)
             if annotations(root).get(name) == told:
-                print(f"{root}: holds these {annotator.what} already")
+                if share.leads:
+                    print(f"{root}: holds these {annotator.what} already")
                 continue
             wanted[name] = told
             annotators.append(annotator)
@@ -79,7 +81,9 @@ def annotate(flags: argparse.Namespace) -> None:
                 change["latents_size"] = np.array(size, np.int32)
         return changes
 
-    broken = rewrite_records(root, wanted, fill, size=size)
+    broken = rewrite_records(root, wanted, fill, size=size, share=share)
+    if not share.leads:
+        return
     told = f"; {broken} photos could not be read and have none" if broken else ""
     print(f"{root}: {' and '.join(a.what for a in annotators)} of pictures of {size[0]}x{size[1]}, mirrored too{told}")
 

@@ -18,6 +18,7 @@ from input_pipeline.raw import RawSet, limited
 from input_pipeline.raw_files import MissingFiles, checklist
 from input_pipeline.raw_folder import read_folder, synthetic_people
 from input_pipeline.schema import InputError
+from input_pipeline.shares import Share
 from input_pipeline.wpose import read_wpose
 from truepose_jax.prepare.drop_sheet import drop_sheet
 from truepose_jax.programs import parse_size
@@ -67,7 +68,7 @@ def add_build(commands) -> None:
     parser.set_defaults(run=build)
 
 
-def build(flags: argparse.Namespace) -> None:
+def build(flags: argparse.Namespace, share: Share) -> None:
     """Reads the lists, says what is missing, builds, and prints what came of it. Raises InputError."""
     for flag, datasets in FLAGS_OF.items():
         if getattr(flags, flag) is not None and flags.dataset not in datasets:
@@ -86,7 +87,10 @@ def build(flags: argparse.Namespace) -> None:
         size=flags.size if flags.dataset != "synthetic" else None,
         workers=flags.workers or len(os.sched_getaffinity(0)),
         settings=settings_of(flags),
+        share=share,
     )
+    if not share.leads:
+        return
     out = pathlib.Path(flags.out)
     drop_sheet(report).save(out / "report.png")
     print_report(report)

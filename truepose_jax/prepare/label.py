@@ -23,6 +23,7 @@ from input_pipeline.parsing import LABEL_SETS
 from input_pipeline.photo import read_photo
 from input_pipeline.raw_files import PARSING_FOLDERS, POSE_FOLDERS, files_by_key, first_folder
 from input_pipeline.schema import NUM_JOINTS, InputError
+from input_pipeline.shares import Share
 
 PHOTO_FOLDERS = ("img_highres", "Img/img_highres", "image", "images", "img", "photos")
 READERS = 4
@@ -50,8 +51,8 @@ def add_label(commands) -> None:
     parser.set_defaults(run=label)
 
 
-def label(flags: argparse.Namespace) -> None:
-    """Labels the folder of the flags. Raises InputError before any long work."""
+def label(flags: argparse.Namespace, share: Share) -> None:
+    """Labels this process's share of the folder of the flags. Raises InputError before any long work."""
     if not flags.parsing and not flags.pose:
         raise InputError(
             "nothing to do: give --parsing=MODEL for maps, --pose=MODEL and --detector=MODEL for poses, or all"
@@ -61,37 +62,63 @@ def label(flags: argparse.Namespace) -> None:
     if flags.batch_size < 1 or not 0 <= flags.score <= 1:
         raise InputError("--batch-size must be 1 or more and --score from 0 to 1")
     root = pathlib.Path(flags.raw)
-    photos = find_raw_photos(root, flags.photos)
+    device = own_device(flags.device, share)
+    every = find_raw_photos(root, flags.photos)
+    share.agree(
+        "photos", {"photos": len(every), "first": next(iter(every)), "parsing": flags.parsing, "pose": flags.pose}
+    )
+    # Of all photos and not of those that lack something: the others are at work while this is read.
+    photos = {name: every[name] for name in share.mine(every)}
     if flags.parsing:
         folder = first_folder(root, PARSING_FOLDERS) or root / PARSING_FOLDERS[0]
         todo = missing(photos, files_by_key(folder if folder.is_dir() else None, (".png",)))
-        print(f"{folder}: {len(photos) - len(todo)} of {len(photos)} photos have a map")
+        say_left(share, folder, len(every), len(todo), "a map")
         if todo:
             from truepose_jax.prepare.parsing_model import ParsingModel
 
-            model = ParsingModel(flags.parsing, flags.labels, flags.device)
-            print(f"{flags.parsing}: its {len(model.map.table)} classes as {model.map.labels.name}")
-            for line in model.map.lost:
-                print(f"  lost: {line}")
-            run_over(todo, model, lambda name, _, found: write_map(folder, name, found), flags.batch_size, "parsing")
+            model = ParsingModel(flags.parsing, flags.labels, device)
+            if share.leads:
+                print(f"{flags.parsing}: its {len(model.map.table)} classes as {model.map.labels.name}")
+                for line in model.map.lost:
+                    print(f"  lost: {line}")
+
+            def keep_map(name: str, photo: np.ndarray, found: np.ndarray) -> None:
+                del photo
+                write_map(folder, name, found)
+
+            run_over(todo, model, keep_map, flags.batch_size, "parsing", share)
     if flags.pose:
         folder = first_folder(root, POSE_FOLDERS) or root / POSE_FOLDERS[0]
         todo = missing(photos, files_by_key(folder if folder.is_dir() else None, (".json", ".txt")))
-        print(f"{folder}: {len(photos) - len(todo)} of {len(photos)} photos have a pose")
+        say_left(share, folder, len(every), len(todo), "a pose")
+        none: list[str] = []
         if todo:
             from truepose_jax.prepare.pose_model import PoseModel
 
-            model = PoseModel(flags.pose, flags.detector, flags.device, joint_score=flags.score)
-            none = []
+            model = PoseModel(flags.pose, flags.detector, device, joint_score=flags.score)
 
             def keep(name: str, photo: np.ndarray, joints: np.ndarray) -> None:
                 write_pose(folder, name, joints, photo.shape[:2])
                 if not joints.any():
                     none.append(name)
 
-            run_over(todo, model, keep, flags.batch_size, "pose")
-            if none:
-                print(f"{folder}: nobody was found in {len(none)} photos, such as {none[0]}; they are nobody's target")
+            run_over(todo, model, keep, flags.batch_size, "pose", share)
+        none = [name for names in share.meet("poses", none) for name in names]
+        if none and share.leads:
+            print(f"{folder}: nobody was found in {len(none)} photos, such as {none[0]}; they are nobody's target")
+
+
+def own_device(device: str, share: Share) -> str:
+    """`cuda` of several processes of a SLURM step, all of which see all cards of their node: each its own."""
+    place = os.environ.get("SLURM_LOCALID")
+    return f"cuda:{place}" if device == "cuda" and share.count > 1 and place else device
+
+
+def say_left(share: Share, folder: pathlib.Path, count: int, todo: int, what: str) -> None:
+    """Prints how many of all `count` photos have it; todo: how many of this process's have not."""
+    left = sum(share.meet(f"photos without {what}", todo))
+    if share.leads:
+        print(f"{folder}: {count - left} of {count} photos have {what}")
 
 
 def find_raw_photos(root: pathlib.Path, folder: str | None) -> dict[str, pathlib.Path]:
@@ -124,13 +151,15 @@ def run_over(
     keep: Callable[[str, np.ndarray, np.ndarray], None],
     batch_size: int,
     what: str,
+    share: Share,
 ) -> None:
     """Calls keep(name, photo, result) for every photo that can be read; the others are said and left out."""
-    with tqdm.tqdm(total=len(photos), desc=what, unit="image", delay=0.5) as bar:
+    with tqdm.tqdm(total=len(photos), desc=what, unit="image", delay=0.5, disable=not share.leads) as bar:
         for names, images in _batches(photos, batch_size, bar):
             for name, image, found in zip(names, images, model(images), strict=True):
                 keep(name, image, found)
             bar.update(len(names))
+            share.check()
 
 
 def _batches(photos, batch_size: int, bar) -> Iterator[tuple[list[str], list[np.ndarray]]]:

@@ -1,0 +1,134 @@
+"""Pictures to make whose inputs are files: one of the command line, or the rows of a CSV."""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import dataclasses
+import logging
+import pathlib
+
+from input_pipeline.keypoints import canonical_name, load_pose
+from input_pipeline.parsing import LABEL_SETS, label_set, read_parsing
+from input_pipeline.photo import one_line, read_photo
+from input_pipeline.schema import InputError
+from truepose_jax.editing import Edit
+from truepose_jax.pipeline import Fitted, Request, Run, fit_request
+from truepose_jax.programs import parse_size
+
+COLUMNS = ("source", "parsing", "pose", "out")
+OPTIONAL_COLUMNS = ("labels", "pose_frame")
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """A picture to make: the files, as FILE or FILE#NAME, and where it goes. line: in the CSV."""
+
+    line: int
+    source: str
+    parsing: str
+    pose: str
+    labels: str | None
+    pose_frame: tuple[int, int] | None
+    out: pathlib.Path
+
+    @property
+    def name(self) -> str:
+        """What keys the noise: photo and pose by their names without folders, so that it does not matter where they
+        lie; DeepFashion's photos, whose file names repeat, by the canonical name."""
+        return f"{_short_name(self.source)} > {_short_name(self.pose)}"
+
+    def read(self, run: Run, seed: int, edit: Edit | None = None) -> Fitted:
+        """Reads the files and fits them to the model's size. Raises InputError."""
+        photo = read_photo(self.source)
+        if self.parsing == "none":
+            parsing, labels = None, "whole"
+        elif not self.labels:
+            raise InputError(f"{self.parsing}: say whose labels these are by --labels={'|'.join(LABEL_SETS)}")
+        else:
+            labels = self.labels
+            parsing = read_parsing(self.parsing, label_set(labels), photo.shape[:2])
+        pose = load_pose(self.pose, frame_hw=self.pose_frame)
+        frame = pose.frame_hw if edit is None else pose.frame_hw or edit.reference.shape[:2]
+        if frame is None:
+            raise InputError(f"{self.pose}: the file does not say how large its image was; add --pose-frame=HxW")
+        request = Request(photo, pose.joints, parsing, labels, frame, self.name, seed, edit)
+        return fit_request(request, run.config.model.size)
+
+
+def _short_name(spec: str) -> str:
+    file, _, member = spec.partition("#")
+    name = canonical_name(member or file)
+    return name if name.startswith(("WOMEN/", "MEN/")) else pathlib.PurePosixPath(name).name
+
+
+def read_rows(
+    path: str, out_dir: pathlib.Path, *, labels: str | None, pose_frame: tuple[int, int] | None
+) -> tuple[list[Row], list[tuple[int, str]]]:
+    """(rows, [(line, what is wrong with it)]) of a list; labels and pose_frame serve rows without their own.
+
+    Raises InputError where the file cannot be read, lacks columns or holds no pairs.
+    """
+    try:
+        with open(path, newline="", encoding="utf-8-sig") as file:
+            reader = csv.reader(file)
+            lines = [(reader.line_num, [cell.strip() for cell in cells]) for cells in reader]
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise InputError(f"{path}: cannot read the list ({one_line(error)}); give a CSV") from error
+    header = [cell.lower() for cell in lines[0][1]] if lines else []
+    missing = [name for name in COLUMNS if name not in header]
+    if missing:
+        raise InputError(f"{path}: lacks columns {', '.join(missing)}; its first line must be {','.join(COLUMNS)}")
+    unknown = [name for name in header if name and name not in COLUMNS + OPTIONAL_COLUMNS]
+    if unknown:
+        logging.warning("%s: columns %s mean nothing here", path, ", ".join(unknown))
+    rows, problems, taken = [], [], {}
+    for line, cells in lines[1:]:
+        if not any(cells):
+            continue
+        values = dict(zip(header, cells, strict=False))
+        try:
+            row = _row(line, values, pathlib.Path(path).parent, out_dir, labels, pose_frame)
+            if row.out in taken:
+                raise InputError(f"out '{values['out']}' is that of line {taken[row.out]} already")
+        except InputError as error:
+            problems.append((line, str(error)))
+            continue
+        taken[row.out] = line
+        rows.append(row)
+    if not rows and not problems:
+        raise InputError(f"{path}: holds no pairs under its header")
+    return rows, problems
+
+
+def _row(
+    line: int,
+    values: dict[str, str],
+    base: pathlib.Path,
+    out_dir: pathlib.Path,
+    labels: str | None,
+    pose_frame: tuple[int, int] | None,
+) -> Row:
+    empty = [name for name in COLUMNS if not values.get(name)]
+    if empty:
+        raise InputError(f"{empty[0]} is empty" + ("; write none where there is no map" if "parsing" in empty else ""))
+    out = (out_dir / values["out"]).resolve()
+    if not out.is_relative_to(out_dir.resolve()):
+        raise InputError(f"out '{values['out']}' leaves the folder {out_dir}")
+    if out.suffix.lower() != ".png" or out.is_dir():
+        raise InputError(f"out '{values['out']}' is no file name that ends in .png")
+    if values.get("pose_frame"):
+        try:
+            pose_frame = parse_size(values["pose_frame"])
+        except argparse.ArgumentTypeError as error:
+            raise InputError(f"pose_frame {error}") from error
+    parsing = values["parsing"]
+    return Row(
+        line,
+        str(base / values["source"]),
+        parsing if parsing == "none" else str(base / parsing),
+        str(base / values["pose"]),
+        label_set(values["labels"]).name if values.get("labels") else labels,
+        pose_frame,
+        out,
+    )
