@@ -1,0 +1,67 @@
+"""Seconds to sample pictures, ours against PyTorch's. Writes benchmarks/results/sampling.{json,md}.
+
+    python benchmarks/sampling.py                         # two CPU cores, a narrow network
+    python benchmarks/sampling.py --device=gpu --full     # the full network: 512x352 and 256x176, bfloat16
+
+35 steps of DDIM with guidance from the same noise to latents, batch 1 and 8. Ours runs the source's side once; the peer once
+(cached) or at every step (recompute, for the conditional half). Rows that are in the JSON are not measured again. The latents
+must agree before anything is timed. benchmarks/side_by_side.py says the rest.
+"""
+
+from __future__ import annotations
+
+import pathlib
+import sys
+
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
+
+from benchmarks.side_by_side import Row, add_flags, check_flags, patience_of, run
+from benchmarks.side_by_side_case import Case
+from benchmarks.side_by_side_forms import PEERS
+from benchmarks.train_step import FULL_WIDTHS
+from truepose_jax.programs import Parser
+
+BATCHES = (1, 8)
+STEPS, GUIDANCE = 35, 3.5
+CPU_PEERS = {1: ("recompute_eager", "cached_eager", "cached_compiled"), 8: ("recompute_eager", "cached_eager")}
+CPU_REPEATS = {1: 5, 8: 3}
+"""By batch; torch.compile takes minutes on a CPU and is measured once."""
+
+
+def rows(flags) -> list[Row]:
+    made = []
+    sizes = [flags.size] if flags.size else [(512, 352), (256, 176)] if flags.full else [(128, 88)]
+    for size in sizes:
+        for batch in flags.batch or BATCHES:
+            case = Case(
+                task="sample",
+                size=size,
+                widths=flags.widths or (FULL_WIDTHS if flags.full else (64, 128, 256, 256)),
+                batch=batch,
+                dtype="bfloat16" if flags.full else "float32",
+                device=flags.device,
+                threads=flags.threads,
+                steps=flags.steps,
+                guidance=GUIDANCE,
+                layers=flags.layers or (2 if flags.full else 1),
+            )
+            repeats = flags.repeats or (10 if flags.full else CPU_REPEATS.get(batch, 3))
+            usual = CPU_PEERS.get(batch, CPU_PEERS[8]) if flags.device == "cpu" else PEERS["sample"]
+            peers = tuple(flags.peers.split(",")) if flags.peers else usual
+            made.append(Row(case, peers, repeats, patience_of(flags)))
+    return made
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = Parser(description=__doc__.splitlines()[0])
+    add_flags(parser)
+    parser.add_argument("--steps", type=int, default=STEPS, help="of DDIM")
+    flags = parser.parse_args(argv)
+    check_flags(parser, flags, PEERS["sample"])
+    if not 1 <= flags.steps <= 1000:
+        parser.error(f"--steps is {flags.steps}; it must be from 1 to 1000")
+    return run("sampling", "Sampling, ours and PyTorch's", rows(flags), flags)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

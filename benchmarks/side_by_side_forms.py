@@ -1,0 +1,297 @@
+"""One form of one side in a process of its own: it builds, says that it is ready, and then does what stdin tells it.
+
+    python -m benchmarks.side_by_side_forms FOLDER FORM        (started by side_by_side.py)
+
+FOLDER/case.json is the Case. Commands and answers are lines: `check` -> numbers in FOLDER/FORM.npy, `time` ->
+{"seconds", "cpu_seconds"},
+`end` -> {"peak_bytes"}. So every form has its own memory, threads and compiler, and a form that dies takes no other with it.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import dataclasses
+import functools
+import json
+import os
+import pathlib
+import sys
+import time
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from benchmarks.side_by_side_case import CHECKED_STEPS, LEARNING_RATE, Case
+
+OURS = "ours"
+PEERS = {
+    "train": ("eager", "compiled", "eager_flex", "compiled_flex"),
+    "sample": (
+        "recompute_eager", "recompute_compiled", "cached_eager", "cached_compiled",
+        "recompute_compiled_flex", "cached_compiled_flex",
+    ),
+}  # fmt: skip
+"""Names are made of: whether sampling recomputes the source's side, eager or torch.compile, flex: Eq. 6 by FlexAttention."""
+PREPARE = "prepare"
+
+
+@dataclasses.dataclass
+class Form:
+    """check: what both sides must agree on. call: one timed step or batch of pictures, results awaited. peak: bytes."""
+
+    check: Callable[[], np.ndarray]
+    call: Callable[[], Any]
+    peak: Callable[[], int | None]
+    facts: dict[str, Any]
+    device: str = ""
+
+
+# --- ours ------------------------------------------------------------------------------------------------------------
+
+
+def our_form(case: Case) -> Form:
+    import jax
+
+    from benchmarks import side_by_side_case as cases
+
+    form = {"train": _our_training, "sample": _our_sampling}[case.task](case, jax, cases)
+    return dataclasses.replace(form, device=jax.devices()[0].device_kind)
+
+
+def _compiled(function, *arguments, **options) -> tuple[Any, dict[str, Any]]:
+    """The program, and seconds of tracing and compiling with what it holds of memory."""
+    import jax
+
+    start = time.perf_counter()
+    lowered = jax.jit(function, **options).lower(*arguments)
+    traced = time.perf_counter()
+    program = lowered.compile()
+    memory = program.memory_analysis()
+    used = memory.argument_size_in_bytes + memory.output_size_in_bytes + memory.temp_size_in_bytes
+    facts = {
+        "trace_seconds": traced - start,
+        "compile_seconds": time.perf_counter() - traced,
+        "program_bytes": used - memory.alias_size_in_bytes,
+    }
+    return program, facts
+
+
+def _our_peak() -> int | None:
+    import jax
+
+    found = jax.local_devices()[0].memory_stats() or {}
+    return found.get("peak_bytes_in_use", _peak_resident())
+
+
+def _our_training(case: Case, jax, cases) -> Form:
+    from truepose_jax.train_step import Trainer
+
+    trainer = Trainer(case.config(), cases.method_of(case))
+    batch = jax.device_put(cases.batch_of(case))
+    holder = [jax.jit(trainer.state_of)(cases.params_of(case))]
+    step, facts = _compiled(trainer.step, holder[0], {}, batch, donate_argnums=0)
+
+    def one() -> jax.Array:
+        holder[0], metrics = step(holder[0], {}, batch)
+        return metrics["loss"]
+
+    return Form(
+        check=lambda: np.array([float(one()) for _ in range(CHECKED_STEPS)]),
+        call=lambda: jax.block_until_ready((one(), holder[0])),
+        peak=_our_peak,
+        facts=facts,
+    )
+
+
+def _our_sampling(case: Case, jax, cases) -> Form:
+    from truepose_jax.sampling import Sampler, held_as_computed
+
+    config = case.config()
+    diffusion = config.diffusion
+    sampler = Sampler(cases.method_of(case), diffusion.schedule, case.steps, diffusion.spacing, case.guidance)
+    inputs = held_as_computed(cases.params_of(case), case.dtype), {}, jax.device_put(cases.batch_of(case))
+    inputs = (*inputs, cases.sampling_keys(case))
+    program, facts = _compiled(sampler.sample, *inputs)
+    return Form(
+        check=lambda: np.asarray(program(*inputs)),
+        call=lambda: jax.block_until_ready(program(*inputs)),
+        peak=_our_peak,
+        facts=facts,
+    )
+
+
+# --- the peer --------------------------------------------------------------------------------------------------------
+
+
+def peer_form(case: Case, form: str, folder: pathlib.Path) -> Form:
+    import torch
+
+    from benchmarks import torch_truepose
+
+    torch.set_num_threads(case.threads)
+    if case.device == "gpu":
+        torch.set_float32_matmul_precision("high")  # TF32 where products are float32, as JAX has it
+    ways = form.split("_")
+    if "flex" in ways:
+        torch_truepose.reweighted_attention = functools.partial(_flex_attention, torch)
+    device = {"cpu": "cpu", "gpu": "cuda"}[case.device]
+    # Training keeps float32 weights and computes by autocast, sampling holds the weights as it computes, as ours does.
+    held = torch.bfloat16 if case.dtype == "bfloat16" and case.task == "sample" else torch.float32
+    model = torch_truepose.TruePose.from_pretrained(folder / "export", torch_dtype=held).to(device)
+    given = {name: torch.from_numpy(x).to(device) for name, x in np.load(folder / "inputs.npz").items()}
+
+    def nchw(x):
+        return x.movedim(-1, -3).contiguous()
+
+    inputs = torch_truepose.Inputs(
+        source=nchw(given["source"]),
+        parsing=given["source_parsing"],
+        tokens=given["region_tokens"],
+        present=given["region_valid"],
+        class_on=given["class_on"],
+        pose=nchw(given["target_pose"]),
+    )
+    given |= {name: nchw(given[name]) for name in ("target", "eps", "noise") if name in given}
+    make = {"train": _peer_training, "sample": _peer_sampling}[case.task]
+    return make(torch, case, ways, model, inputs, given)
+
+
+def _peer_peak(torch, case: Case) -> int:
+    return torch.cuda.max_memory_allocated() if case.device == "gpu" else _peak_resident()
+
+
+def _await(torch, case: Case) -> None:
+    if case.device == "gpu":
+        torch.cuda.synchronize()
+
+
+def _peer_training(torch, case: Case, ways, model, inputs, given) -> Form:
+    decayed, plain = [], []
+    for parameter in model.parameters():
+        (decayed if parameter.ndim > 1 else plain).append(parameter)
+    groups = [{"params": decayed, "weight_decay": 1e-2}, {"params": plain, "weight_decay": 0.0}]
+    optimizer = torch.optim.AdamW(groups, lr=LEARNING_RATE, fused=True)
+    loss_of = torch.compile(model.loss) if "compiled" in ways else model.loss
+    valid = given["valid"]
+    device = given["target"].device.type
+
+    def one(step: int = 0):
+        optimizer.zero_grad(set_to_none=True)
+        drawn = given["eps"][step], given["t"][step].long()
+        with torch.autocast(device, torch.bfloat16, enabled=case.dtype == "bfloat16"):
+            loss = loss_of(given["target"], *drawn, inputs, given["keep"][step].float(), valid)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        _await(torch, case)
+        return loss.detach()
+
+    return Form(
+        check=lambda: np.array([one(step).item() for step in range(CHECKED_STEPS)]),
+        call=one,
+        peak=lambda: _peer_peak(torch, case),
+        facts={},
+    )
+
+
+def _peer_sampling(torch, case: Case, ways, model, inputs, given) -> Form:
+    if "compiled" in ways:
+        model.denoise = torch.compile(model.denoise)
+        if "recompute" in ways:
+            model.condition = torch.compile(model.condition)
+    mode = "recompute" if "recompute" in ways else "cached"
+
+    @torch.inference_mode()
+    def sample():
+        found = model.sample(inputs, given["noise"], steps=case.steps, guidance=case.guidance, source=mode)
+        _await(torch, case)
+        return found
+
+    return Form(
+        check=lambda: sample().movedim(1, -1).float().cpu().numpy(),
+        call=sample,
+        peak=lambda: _peer_peak(torch, case),
+        facts={},
+    )
+
+
+def _flex_attention(torch, q, k, v, mask, settings):
+    """torch_truepose.reweighted_attention by FlexAttention, mask_axis "key"; [b g n d]."""
+    from torch.nn.attention.flex_attention import flex_attention
+
+    if settings["mask_axis"] != "key":
+        raise ValueError(f"FlexAttention is written for mask_axis 'key'; the export has {settings['mask_axis']!r}")
+    delta, sigma = settings["delta"], settings["sigma"]
+    rising_out, falling_out = (sigma, 1 + sigma) if settings["reading"] == "printed" else (1 + sigma, sigma)
+
+    def score(logit, b, g, i, j):
+        del g, i
+        inside = mask[b, j]
+        return logit * torch.where(
+            logit > 0, torch.where(inside, 1 + delta, rising_out), torch.where(inside, delta, falling_out)
+        )
+
+    return _compiled_flex(torch, flex_attention)(q, k, v, score_mod=score)
+
+
+@functools.cache
+def _compiled_flex(torch, flex_attention):
+    return torch.compile(flex_attention)  # uncompiled it is a reference that holds all logits
+
+
+# --- the process -----------------------------------------------------------------------------------------------------
+
+
+def _peak_resident() -> int:
+    """Most bytes of memory that this process has held since _forget_peak."""
+    lines = pathlib.Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM"))
+
+
+def _forget_peak() -> None:
+    """What building and compiling left behind goes back to the system, and the peak begins anew."""
+    ctypes.CDLL(None).malloc_trim(0)
+    pathlib.Path("/proc/self/clear_refs").write_text("5")
+
+
+def serve(form: Form, folder: pathlib.Path, name: str, answer) -> None:
+    for line in sys.stdin:
+        command = line.strip()
+        start = time.perf_counter()
+        if command == "check":
+            np.save(folder / f"{name}.npy", form.check())
+            seconds = time.perf_counter() - start
+            _forget_peak()
+            answer({"seconds": seconds})
+        elif command == "time":
+            cpu = time.process_time()
+            form.call()
+            answer({"seconds": time.perf_counter() - start, "cpu_seconds": time.process_time() - cpu})
+        elif command == "end":
+            answer({"peak_bytes": form.peak(), **form.facts})
+            return
+
+
+def main(argv: list[str]) -> None:
+    folder, name = pathlib.Path(argv[1]), argv[2]
+    channel = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # whatever libraries print goes to the log
+
+    def answer(found: dict[str, Any]) -> None:
+        print(json.dumps(found), file=channel, flush=True)
+
+    case = Case.of(json.loads((folder / "case.json").read_text()))
+    if name == PREPARE:
+        from benchmarks.side_by_side_case import write_for_peer
+
+        write_for_peer(case, folder)
+        answer({})
+        return
+    form = our_form(case) if name == OURS else peer_form(case, name, folder)
+    answer({"device": form.device})
+    serve(form, folder, name, answer)
+
+
+if __name__ == "__main__":
+    main(sys.argv)

@@ -1,0 +1,208 @@
+"""How long the programs take until they do something useful, first and second time. Writes results/start_up.{json,md}.
+
+    python benchmarks/start_up.py [--config=configs/demo.py] [--rounds=2] [--out=benchmarks/results]
+
+import: `import truepose_jax.train` in a new process, less an empty one. train: from the command until its first step is in
+metrics.jsonl. generate: from the command until its picture is written. Each begins with an empty folder of compiled programs
+(`first`), then does the same again (`again`: train goes on in its workdir), then, for train, in a new workdir (`new run`).
+Rounds start from nothing each. Rows that are in the JSON are not measured again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+
+import numpy as np
+from PIL import Image
+
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
+
+from benchmarks.side_by_side import RESULTS, machine, summary
+from input_pipeline.schema import NUM_JOINTS
+from truepose_jax.programs import Parser
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+IMPORTS = 7
+PATIENCE = 400.0
+"""Seconds until a program that shows nothing counts as failed."""
+LOOK_EVERY = 0.02
+STOPPED = 143
+"""Exit code of a program that was asked to end and has saved."""
+PROMISED_IMPORT, PROMISED_RATIO = 5.0, 3.0
+PHOTO = (96, 72)
+
+
+class Failed(Exception):
+    """A program ended before it did what was waited for; the text is its last line."""
+
+
+def environment(cache: pathlib.Path) -> dict[str, str]:
+    found = {k: v for k, v in os.environ.items() if k != "JAX_ENABLE_COMPILATION_CACHE"}
+    return found | {"JAX_COMPILATION_CACHE_DIR": str(cache), "PYTHONPATH": str(ROOT)}
+
+
+def until(command: list[str], log: pathlib.Path, env: dict[str, str], done: Callable[[], bool]) -> float:
+    """Seconds from the start of `command` until `done`; a program that still runs is then asked to end, and waited for.
+    Raises Failed."""
+    with log.open("w") as file:
+        start = time.perf_counter()
+        process = subprocess.Popen(command, cwd=ROOT, env=env, stdout=file, stderr=subprocess.STDOUT)
+        try:
+            while not done():
+                if process.poll() is not None and not done():
+                    lines = [line for line in log.read_text(errors="replace").splitlines() if line.strip()]
+                    raise Failed(f"{command[2]} ended with {process.returncode}: {lines[-1] if lines else 'no output'}")
+                if time.perf_counter() - start > PATIENCE:
+                    raise Failed(f"{command[2]} showed nothing for {PATIENCE:.0f} s; see {log}")
+                time.sleep(LOOK_EVERY)
+            seconds = time.perf_counter() - start
+            process.send_signal(signal.SIGTERM)
+            process.wait(timeout=PATIENCE)
+            return seconds
+        finally:
+            if process.poll() is None:
+                process.kill()
+            process.wait()
+
+
+def import_row() -> dict[str, list[float]]:
+    found: dict[str, list[float]] = {"import": [], "empty": []}
+    for _ in range(IMPORTS):
+        for name, code in (("empty", "pass"), ("import", "import truepose_jax.train")):
+            start = time.perf_counter()
+            subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
+            found[name].append(time.perf_counter() - start)
+    return found
+
+
+def train(config: str, workdir: pathlib.Path, cache: pathlib.Path) -> float:
+    metrics = workdir / "metrics.jsonl"
+    before = metrics.stat().st_size if metrics.exists() else 0
+
+    def stepped() -> bool:
+        return metrics.exists() and metrics.stat().st_size > before
+
+    # Stays away from the end and from evaluations: what is wanted is the first step.
+    settings = ["--config.total_steps=100000", "--config.eval.every=100000", "--config.checkpoint.every=100000"]
+    command = [sys.executable, "-m", "truepose_jax.train", f"--config={config}", f"--workdir={workdir}", *settings]
+    return until(command, workdir.with_suffix(".log"), environment(cache), stepped)
+
+
+def train_row(config: str, folder: pathlib.Path) -> dict[str, float]:
+    cache = folder / "programs"
+    return {
+        "first": train(config, folder / "run", cache),
+        "again": train(config, folder / "run", cache),
+        "new run": train(config, folder / "other", cache),
+    }
+
+
+def generate_row(config: str, folder: pathlib.Path) -> dict[str, float]:
+    """Of a run that a few training steps made; its own folder of programs stays out of it."""
+    train(config, folder / "run", folder / "training_programs")
+    pixels = np.random.default_rng(0).integers(0, 256, (*PHOTO, 3), np.uint8)
+    Image.fromarray(pixels).save(folder / "photo.png")
+    y, x = np.linspace(0.1, 0.9, NUM_JOINTS) * PHOTO[0], np.linspace(0.3, 0.7, NUM_JOINTS) * PHOTO[1]
+    (folder / "pose.txt").write_text("".join(f"{a:.1f} {b:.1f} 1\n" for a, b in zip(x, y, strict=True)))
+    found = {}
+    for name in ("first", "again"):
+        out = folder / f"{name}.png"
+        command = [sys.executable, "-m", "truepose_jax.generate", f"--workdir={folder / 'run'}", "--parsing=none"]
+        command += [f"--source={folder / 'photo.png'}", f"--pose={folder / 'pose.txt'}", f"--out={out}"]
+        found[name] = until(command, folder / f"{name}.log", environment(folder / "programs"), out.exists)
+    return found
+
+
+ROWS = {"train": train_row, "generate": generate_row}
+
+
+def report(results: dict) -> str:
+    about, rows = results["machine"], results["rows"]
+    lines = [
+        "# Start-up",
+        "",
+        f"`python benchmarks/start_up.py`; {about['cores']} cores of {about['cpu']}, jax {about['jax']}; {results['config']}.",
+        "",
+    ]
+    if "import" in rows:
+        middle = {name: summary(times)["median"] for name, times in rows["import"]["times"].items()}
+        seconds = middle["import"] - middle["empty"]
+        lines += [
+            f"`import truepose_jax.train`: {seconds:.2f} s, {middle['empty']:.2f} s of an empty process taken off; median of "
+            f"{IMPORTS}; promised: under {PROMISED_IMPORT:.0f} s; load {rows['import']['load']}.",
+            "",
+        ]
+    lines += ["| program | start | seconds, each round | first / it | load |", "|---" * 5 + "|"]
+    for name, row in rows.items():
+        if name == "import":
+            continue
+        for start, times in row["times"].items():
+            each = ", ".join(f"{seconds:.1f}" for seconds in times)
+            ratios = [a / b for a, b in zip(row["times"]["first"], times, strict=True)]
+            of_first = "" if start == "first" else f"{np.median(ratios):.1f}"
+            lines.append(f"| {name} | {start} | {each} | {of_first} | {row['load']} |")
+    lines += [
+        "",
+        f"Promised: the second start {PROMISED_RATIO:.0f} times sooner. `new run`: a new workdir, programs kept.",
+        "",
+    ]
+    return "\n".join(lines)
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = Parser(description=__doc__.splitlines()[0], formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--config", default="configs/demo.py")
+    parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--rows", default="import,train,generate")
+    parser.add_argument("--out", type=pathlib.Path, default=RESULTS)
+    parser.add_argument("--again", action="store_true", help="forget the rows that are there")
+    flags = parser.parse_args(argv)
+    wanted = flags.rows.split(",")
+    if flags.rounds < 1 or not set(wanted) <= {"import", *ROWS}:
+        parser.error(f"--rounds is {flags.rounds} (at least 1), --rows is {flags.rows} (of import, {', '.join(ROWS)})")
+    if not (ROOT / flags.config).is_file():
+        parser.error(f"--config={flags.config} is not there; name a file under configs/")
+    flags.out.mkdir(parents=True, exist_ok=True)
+    path = flags.out / "start_up.json"
+    results = {"machine": machine(), "config": flags.config, "rows": {}}
+    if path.exists() and not flags.again:
+        results = json.loads(path.read_text())
+        if results["machine"] != machine() or results["config"] != flags.config:
+            parser.error(f"{path} is of another machine, version or configuration; name another --out or begin --again")
+    for name in wanted:
+        if name in results["rows"]:
+            print(f"{name}: done before")
+            continue
+        load, times = round(os.getloadavg()[0], 2), {}
+        try:
+            if name == "import":
+                times = import_row()
+            else:
+                for _ in range(flags.rounds):
+                    with tempfile.TemporaryDirectory(prefix="start_up_") as folder:
+                        for start, seconds in ROWS[name](flags.config, pathlib.Path(folder)).items():
+                            times.setdefault(start, []).append(seconds)
+                            print(f"{name}, {start}: {seconds:.1f} s", flush=True)
+        except Failed as error:
+            print(f"error: {error}", file=sys.stderr)
+            return 1
+        results["rows"][name] = {"times": times, "load": load}
+        partial = path.with_suffix(".tmp")
+        partial.write_text(json.dumps(results, indent=1) + "\n")
+        os.replace(partial, path)
+        path.with_suffix(".md").write_text(report(results))
+    print(report(results))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

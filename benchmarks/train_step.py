@@ -1,0 +1,66 @@
+"""Seconds of a training step, ours against PyTorch's. Writes benchmarks/results/train_step.{json,md}.
+
+    python benchmarks/train_step.py                         # two CPU cores, a narrow network
+    python benchmarks/train_step.py --device=gpu --full     # the full network: 512x352 and 256x176, bfloat16
+
+A step is loss, gradients of every parameter, clipping by their norm and AdamW, from latents. Rows that are in the JSON are not
+measured again. The losses of three steps must agree before anything is timed. benchmarks/side_by_side.py says the rest.
+"""
+
+from __future__ import annotations
+
+import pathlib
+import sys
+
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
+
+from benchmarks.side_by_side import Row, add_flags, check_flags, patience_of, run
+from benchmarks.side_by_side_case import Case
+from benchmarks.side_by_side_forms import PEERS
+from truepose_jax.programs import Parser
+
+FULL_WIDTHS = (320, 640, 1280, 1280)
+FULL = (
+    ((512, 352), 2, False, False),
+    ((256, 176), 8, False, False),
+    ((512, 352), 12, True, True),
+    ((256, 176), 60, True, True),
+)
+"""(size, batch, rematerialisation, apart): in turn at batches of which one card holds several forms at once, and what the
+paper trained with, one form after the other."""
+CPU_PEERS, GPU_PEERS = ("eager", "compiled"), PEERS["train"]
+
+
+def rows(flags) -> list[Row]:
+    peers = tuple(flags.peers.split(",")) if flags.peers else CPU_PEERS if flags.device == "cpu" else GPU_PEERS
+    made = []
+    if flags.full:
+        chosen = [each for each in FULL if flags.batch is None or each[1] in flags.batch]
+    else:
+        chosen = [(flags.size or (256, 176), batch, False, False) for batch in flags.batch or (2,)]
+    for size, batch, remat, apart in chosen:
+        case = Case(
+            task="train",
+            size=flags.size or size,
+            widths=flags.widths or (FULL_WIDTHS if flags.full else (64, 128, 256, 256)),
+            batch=batch,
+            dtype="bfloat16" if flags.full else "float32",
+            device=flags.device,
+            threads=flags.threads,
+            remat=remat,
+            layers=flags.layers or (2 if flags.full else 1),
+        )
+        made.append(Row(case, peers, flags.repeats or (20 if flags.full else 9), patience_of(flags), apart))
+    return made
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = Parser(description=__doc__.splitlines()[0])
+    add_flags(parser)
+    flags = parser.parse_args(argv)
+    check_flags(parser, flags, PEERS["train"])
+    return run("train_step", "A training step, ours and PyTorch's", rows(flags), flags)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
