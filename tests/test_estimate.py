@@ -127,3 +127,11 @@ def test_largest_batch():
     for memory in (21, 30, 64):
         most = found.largest_batch(memory * GIB, "gpu")
         assert found.bytes(most, "gpu") <= memory * GIB < found.bytes(most + 1, "gpu")
+
+
+def test_an_ablation_that_looks_through_clip():
+    """B1 has no SourceNet, and CLIP among its frozen networks."""
+    cfg = tiny.config({"model": {"fusion": {"features": "clip"}}})
+    found = estimate(cfg, platforms=("gpu",))
+    assert "clip_source" in found.networks and "source_net" not in found.networks
+    assert found.frozen > 4 * 100_000

@@ -14,12 +14,11 @@ from truepose_jax.checkpoint import Checkpoints
 from truepose_jax.conversion.key_maps import leaves
 from truepose_jax.conversion.safetensors_io import TensorInfo, write_safetensors
 from truepose_jax.conversion.weights_folder import FORMAT, VERSION
-from truepose_jax.initial import first_state, resolve_init_from
+from truepose_jax.initial import abstract_state, first_state, resolve_init_from
 from truepose_jax.methods import make_method
 from truepose_jax.models.vae import PixelAutoencoder
 from truepose_jax.schema import Config, ConfigError, to_dict
 from truepose_jax.sharding import make_mesh
-from truepose_jax.train import abstract_state
 from truepose_jax.train_step import Trainer
 
 

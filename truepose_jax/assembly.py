@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-from truepose_jax.frozen import load_autoencoder
+from truepose_jax.frozen import autoencoder_shapes, load_autoencoder
 from truepose_jax.methods import Method, make_method
-from truepose_jax.models.vae import Autoencoder
-from truepose_jax.region_tokens import LazyEncoder, RegionEncoder
+from truepose_jax.models.vae import Autoencoder, MomentsAutoencoder
+from truepose_jax.region_tokens import LazyEncoder, RegionEncoder, vision_config, vision_shapes
 from truepose_jax.schema import Config
 
 
@@ -30,3 +30,15 @@ def assemble(config: Config, encoder: RegionEncoder | LazyEncoder) -> Assembly:
     if config.model.uses_clip:
         clip, frozen["clip"] = encoder.network.config, encoder.network.params
     return Assembly(make_method(config, autoencoder, clip), frozen, autoencoder, fingerprint)
+
+
+def planned(config: Config) -> tuple[Method, Mapping[str, Any]]:
+    """(the method that a run trains with, its frozen networks as shapes), without any weights: for plans and estimates."""
+    autoencoder, shapes = autoencoder_shapes(config.model)
+    frozen = {"autoencoder": shapes} if shapes else {}
+    clip = None
+    if config.model.uses_clip:
+        clip = vision_config(config.model.clip, config.token_width)
+        frozen["clip"] = vision_shapes(clip)
+    reads = MomentsAutoencoder(autoencoder) if config.data.latents == "stored" else autoencoder
+    return make_method(config, reads, clip), frozen

@@ -20,10 +20,8 @@ import jax.numpy as jnp
 from jax.extend import core
 from jax.sharding import AbstractDevice, AbstractMesh, AxisType
 
-from truepose_jax.frozen import autoencoder_shapes
+from truepose_jax.assembly import planned
 from truepose_jax.initial import batch_spec, training_form
-from truepose_jax.methods import make_method
-from truepose_jax.models.vae import MomentsAutoencoder
 from truepose_jax.schema import Config
 from truepose_jax.sharding import AXES
 from truepose_jax.train_step import Trainer, as_floats
@@ -113,10 +111,8 @@ class Estimate:
 def estimate(config: Config, *, platforms: Sequence[str] = PLATFORMS) -> Estimate:
     """Of the configuration's train step; its mesh and accumulation do not matter here."""
     config = dataclasses.replace(config, optim=dataclasses.replace(config.optim, accumulation=1, noise_scale="off"))
-    autoencoder, shapes = autoencoder_shapes(config.model)
-    frozen = {"autoencoder": shapes} if shapes else {}
-    reads = MomentsAutoencoder(autoencoder) if config.data.latents == "stored" else autoencoder
-    trainer = Trainer(config, make_method(config, reads))
+    method, frozen = planned(config)
+    trainer = Trainer(config, method)
     state = jax.eval_shape(lambda key: trainer.init_state(key, batch_spec(config)), jax.random.key(0))
     return Estimate(
         networks={name: _count(tree) for name, tree in state.params.items()},

@@ -15,6 +15,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
 from input_pipeline.schema import batch_shapes
 from truepose_jax.checkpoint import CheckpointError, Checkpoints, read_config, read_metadata
@@ -23,6 +24,7 @@ from truepose_jax.conversion.safetensors_io import ConversionError, TensorInfo
 from truepose_jax.conversion.weights_folder import WEIGHTS_FILE, WeightsFolder, open_weights
 from truepose_jax.frozen import KINDS
 from truepose_jax.schema import Config, ConfigError, to_dict
+from truepose_jax.sharding import like_params, param_specs
 from truepose_jax.train_step import Trainer, TrainState
 
 SCRATCH = ("parsing_encoder", "clip_source")
@@ -86,6 +88,17 @@ def batch_spec(config: Config, *, targets: int | None = None, form: str = "float
 def training_form(config: Config) -> str:
     """The form in which training's batches travel, a key of input_pipeline.schema.FORMS."""
     return "moments" if config.data.latents == "stored" else "bytes"
+
+
+def abstract_state(config: Config, trainer: Trainer, mesh: Mesh) -> TrainState:
+    """Shapes, dtypes and shardings of the whole state; nothing is computed."""
+    # The key inside: nothing may be computed while the mesh is of devices that are not here.
+    shapes = jax.eval_shape(lambda: trainer.init_state(jax.random.key(0), batch_spec(config)))
+    specs = param_specs(shapes.params, mesh, trainer.method.param_rules)
+    shardings = like_params(shapes, shapes.params, specs, mesh)
+    return jax.tree.map(
+        lambda shape, sharding: jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=sharding), shapes, shardings
+    )
 
 
 def first_state(config: Config, trainer: Trainer, checkpoints: Checkpoints, abstract: TrainState) -> TrainState:

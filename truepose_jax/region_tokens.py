@@ -118,7 +118,7 @@ def make_encoder(clip: ClipConfig, token_width: int) -> RegionEncoder:
 def load_encoder(folder: str) -> RegionEncoder:
     """The encoder of a transformers folder. Raises ConfigError."""
     config = read_torch_config(folder, CLIPVisionConfig.from_transformers, "clip")
-    params, fingerprint = load_torch_folder(folder, _shapes(config), "clip")
+    params, fingerprint = load_torch_folder(folder, vision_shapes(config), "clip")
     return RegionEncoder(config, params, fingerprint, trained=True)
 
 
@@ -131,10 +131,19 @@ def _check_width(clip: ClipConfig, token_width: int) -> None:
         )
 
 
-def _shapes(config: CLIPVisionConfig):
+def vision_shapes(config: CLIPVisionConfig):
+    """Its parameters as shapes."""
     module = CLIPVisionModelWithProjection(config)
     pixels = jax.ShapeDtypeStruct((1, config.image_size, config.image_size, 3), np.float32)
     return jax.eval_shape(module.init, jax.random.key(0), pixels)["params"]
+
+
+def vision_config(clip: ClipConfig, token_width: int) -> CLIPVisionConfig:
+    """What `make_encoder` would load, without its weights. Raises ConfigError."""
+    if not clip.path:
+        return untrained_config(clip, token_width)
+    _check_width(clip, token_width)
+    return read_torch_config(clip.path, CLIPVisionConfig.from_transformers, "clip")
 
 
 def untrained_config(clip: ClipConfig, token_width: int) -> CLIPVisionConfig:

@@ -32,16 +32,14 @@ from truepose_jax.checkpoint import (
 from truepose_jax.datasets import Dataset, evaluation_set, training_set
 from truepose_jax.estimate import estimate, report
 from truepose_jax.evaluation import Evaluator
-from truepose_jax.initial import batch_spec, first_state, origin, resolve_init_from
+from truepose_jax.initial import abstract_state, first_state, origin, resolve_init_from
 from truepose_jax.monitor import CannotWrite, Monitor, NonFinite
 from truepose_jax.programs import keep_programs, run_with_config
 from truepose_jax.region_tokens import LazyEncoder
 from truepose_jax.schema import Config, ConfigError, from_config_dict
 from truepose_jax.sharding import (
     batch_parts,
-    like_params,
     make_mesh,
-    param_specs,
     path_of,
     put_global_batch,
     replicate,
@@ -217,17 +215,6 @@ def _loop(
                 evaluate(step)
             if stop:
                 raise Stopped(step)
-
-
-def abstract_state(config: Config, trainer: Trainer, mesh: Mesh) -> TrainState:
-    """Shapes, dtypes and shardings of the whole state; nothing is computed."""
-    spec = batch_spec(config)
-    shapes = jax.eval_shape(lambda key: trainer.init_state(key, spec), jax.random.key(0))
-    specs = param_specs(shapes.params, mesh, trainer.method.param_rules)
-    shardings = like_params(shapes, shapes.params, specs, mesh)
-    return jax.tree.map(
-        lambda shape, sharding: jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=sharding), shapes, shardings
-    )
 
 
 def _announce(config: Config, mesh: Mesh) -> None:

@@ -26,15 +26,14 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from input_pipeline.loader import make_loader
 from truepose_jax import noise_scale
+from truepose_jax.assembly import assemble
 from truepose_jax.checkpoint import Checkpoints, Preemption, check_same_config, parameter_table, write_metadata
 from truepose_jax.datasets import Dataset, evaluation_set, training_set
 from truepose_jax.evaluation import Pairs
-from truepose_jax.frozen import load_autoencoder
-from truepose_jax.initial import first_state
-from truepose_jax.methods import make_method
+from truepose_jax.initial import abstract_state, first_state
 from truepose_jax.monitor import Monitor
 from truepose_jax.region_tokens import make_encoder
-from truepose_jax.scaling.compiled import abstract_state, mesh_of
+from truepose_jax.scaling.compiled import mesh_of
 from truepose_jax.scaling.fits import noise_estimate, steps_to
 from truepose_jax.scaling.table import Row
 from truepose_jax.schema import Config, ConfigError
@@ -152,12 +151,11 @@ class Study:
             raise ConfigError(
                 f"--micro={settings.micro} cannot be cut over {batch_parts(self.mesh)} parts of the batch"
             )
-        self.autoencoder, autoencoder_params, _ = load_autoencoder(config.model)
         encoder = make_encoder(config.model.clip, config.token_width)
+        self.method, frozen, _, _ = assemble(config, encoder)
         self.data: Dataset = training_set(config, encoder, str(folder / "cache"))
         self.pairs = Pairs.read(evaluation_set(config, encoder, str(folder / "cache")))
-        self.frozen = replicate(self.mesh, {"autoencoder": autoencoder_params} if autoencoder_params else {})
-        self.method = make_method(config, self.autoencoder)
+        self.frozen = replicate(self.mesh, frozen)
         parts = batch_parts(self.mesh)
         self.eval_batch = -(-min(config.eval.batch_size, len(self.pairs)) // parts) * parts
         self._loss = jax.jit(

@@ -10,14 +10,12 @@ from typing import Any
 import jax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from truepose_jax.frozen import autoencoder_shapes
-from truepose_jax.initial import batch_spec, training_form
-from truepose_jax.methods import make_method
-from truepose_jax.models.vae import MomentsAutoencoder
+from truepose_jax.assembly import planned
+from truepose_jax.initial import abstract_state, batch_spec, training_form
 from truepose_jax.scaling.collectives import collective_bytes, wire_bytes
 from truepose_jax.schema import Config
-from truepose_jax.sharding import BATCH_AXES, like_params, make_mesh, param_specs
-from truepose_jax.train_step import Trainer, TrainState
+from truepose_jax.sharding import BATCH_AXES, make_mesh
+from truepose_jax.train_step import Trainer
 
 LITTLE_EFFORT = {
     "cpu": {"xla_backend_optimization_level": 0},
@@ -27,17 +25,6 @@ LITTLE_EFFORT = {
 minutes instead of tens of minutes (stack.md 16), with fusions that a full compilation would improve."""
 
 
-def abstract_state(config: Config, trainer: Trainer, mesh: Mesh) -> TrainState:
-    """Shapes, dtypes and shardings of the whole state; nothing is computed."""
-    # The key inside: nothing may be computed while the mesh is of devices that are not here.
-    shapes = jax.eval_shape(lambda: trainer.init_state(jax.random.key(0), batch_spec(config)))
-    specs = param_specs(shapes.params, mesh, trainer.method.param_rules)
-    shardings = like_params(shapes, shapes.params, specs, mesh)
-    return jax.tree.map(
-        lambda shape, sharding: jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=sharding), shapes, shardings
-    )
-
-
 def mesh_of(config: Config, devices: Sequence[Any]) -> Mesh:
     """The configuration's mesh over these devices. Raises ValueError where it does not fit."""
     return make_mesh(data=config.mesh.data, fsdp=config.mesh.fsdp, tensor=config.mesh.tensor, devices=devices)
@@ -45,19 +32,18 @@ def mesh_of(config: Config, devices: Sequence[Any]) -> Mesh:
 
 def compile_step(config: Config, mesh: Mesh, *, options: dict[str, Any] | None = None) -> jax.stages.Compiled:
     """The train step on the mesh, from shapes alone, as the trainer jits it."""
-    autoencoder, shapes = autoencoder_shapes(config.model)
+    method, shapes = planned(config)
     whole, cut = NamedSharding(mesh, PartitionSpec()), NamedSharding(mesh, PartitionSpec(BATCH_AXES))
 
     def placed(tree, sharding):
         return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), tree)
 
     with jax.set_mesh(mesh):
-        reads = MomentsAutoencoder(autoencoder) if config.data.latents == "stored" else autoencoder
-        trainer = Trainer(config, make_method(config, reads))
+        trainer = Trainer(config, method)
         state = abstract_state(config, trainer, mesh)
         shardings = jax.tree.map(lambda x: x.sharding, state)
         step = jax.jit(trainer.step, donate_argnums=0, out_shardings=(shardings, None))
-        frozen = placed({"autoencoder": shapes} if shapes else {}, whole)
+        frozen = placed(shapes, whole)
         batch = placed(batch_spec(config, targets=config.batch_size, form=training_form(config)), cut)
         return step.lower(state, frozen, batch).compile(compiler_options=options)
 

@@ -13,13 +13,12 @@ import jax
 import numpy as np
 
 from input_pipeline.loader import make_loader
+from truepose_jax.assembly import assemble
 from truepose_jax.datasets import training_set
-from truepose_jax.frozen import load_autoencoder
-from truepose_jax.initial import batch_spec
-from truepose_jax.methods import make_method
+from truepose_jax.initial import abstract_state, batch_spec
 from truepose_jax.region_tokens import make_encoder
 from truepose_jax.scaling.collectives import KINDS, collective_bytes, wire_bytes
-from truepose_jax.scaling.compiled import abstract_state, mesh_of, total_bytes
+from truepose_jax.scaling.compiled import mesh_of, total_bytes
 from truepose_jax.schema import Config
 from truepose_jax.sharding import put_global_batch, replicate
 from truepose_jax.train_step import Trainer
@@ -35,11 +34,12 @@ def measure(config: Config, *, devices: int, steps: int, cache: str) -> dict[str
     """The row's numbers from the first `devices` devices: medians over `steps` steps each with a batch that lies on the
     devices and with the loader. cache: folder for region tokens."""
     mesh = mesh_of(config, jax.devices()[:devices])
-    autoencoder, autoencoder_params, _ = load_autoencoder(config.model)
-    data = training_set(config, make_encoder(config.model.clip, config.token_width), cache)
-    frozen = replicate(mesh, {"autoencoder": autoencoder_params} if autoencoder_params else {})
+    encoder = make_encoder(config.model.clip, config.token_width)
+    method, frozen, _, _ = assemble(config, encoder)
+    data = training_set(config, encoder, cache)
+    frozen = replicate(mesh, frozen)
     with jax.set_mesh(mesh):
-        trainer = Trainer(config, make_method(config, autoencoder))
+        trainer = Trainer(config, method)
         abstract = abstract_state(config, trainer, mesh)
         shardings = jax.tree.map(lambda x: x.sharding, abstract)
         init = jax.jit(lambda key: trainer.init_state(key, batch_spec(config)), out_shardings=shardings)
