@@ -30,6 +30,7 @@ TINY = [
     "--config.model.unet.block_out_channels=(8,)",
     "--config.model.unet.down_block_types=('CrossAttnDownBlock2D',)",
     "--config.model.unet.up_block_types=('CrossAttnUpBlock2D',)",
+    "--config.model.unet.layers_per_block=0",
     "--config.model.unet.attention_head_dim=(2,)",
     "--config.model.unet.norm_num_groups=4",
     "--config.data.synthetic.identities=6",
