@@ -24,7 +24,7 @@ from input_pipeline.schema import MAX_CLASSES
 from input_pipeline.synthetic import SyntheticPeople
 from truepose_jax.conversion import to_torch
 from truepose_jax.models.clip import CLIPVisionConfig, CLIPVisionModelWithProjection
-from truepose_jax.region_tokens import CROPS_PER_CALL, untrained_config
+from truepose_jax.region_tokens import RegionEncoder, untrained_config
 from truepose_jax.schema import ClipConfig, ConfigError, SyntheticConfig
 
 REGIONS_PER_PERSON = 8
@@ -136,18 +136,6 @@ def known_again(first: Float[Array, "n p e"], second: Float[Array, "n p e"], the
     return float(np.concatenate(hits).mean()) if hits else 0.0
 
 
-def embed(module: CLIPVisionModelWithProjection, params, crops: np.ndarray) -> np.ndarray:
-    """uint8 [n s s 3] -> float32 [n e]."""
-    apply = jax.jit(lambda params, pixels: module.apply({"params": params}, pixels).image_embeds)
-    found = []
-    for start in range(0, len(crops), CROPS_PER_CALL):
-        piece = clip_normalise(crops[start : start + CROPS_PER_CALL])
-        padded = np.zeros((CROPS_PER_CALL, *piece.shape[1:]), np.float32)
-        padded[: len(piece)] = piece
-        found.append(np.asarray(apply(params, padded))[: len(piece)])
-    return np.concatenate(found)
-
-
 def train(config: ClipTraining) -> tuple[CLIPVisionConfig, dict, dict]:
     """(network, parameters, results): how often a held-out garment is known again, before and after."""
     vision = untrained_config(config.clip, config.width)
@@ -172,7 +160,7 @@ def train(config: ClipTraining) -> tuple[CLIPVisionConfig, dict, dict]:
 
     def score(params) -> float:
         everything = held_out.pixels[:, :2]
-        tokens = embed(module, params, everything.reshape(-1, *everything.shape[3:]))
+        tokens = _encode(vision, params, everything.reshape(-1, *everything.shape[3:]))
         tokens = tokens.reshape(*everything.shape[:3], -1)
         return known_again(tokens[:, 0], tokens[:, 1], held_out.valid[:, 0] & held_out.valid[:, 1])
 
@@ -186,14 +174,18 @@ def train(config: ClipTraining) -> tuple[CLIPVisionConfig, dict, dict]:
         losses.append(float(value))
         bar.set_postfix(loss=f"{losses[-1]:.3f}")
     results |= {"trained": score(params), "first_loss": losses[0], "last_loss": float(np.mean(losses[-20:]))}
-    return vision, _unit_tokens(module, params, held_out), results
+    return vision, _unit_tokens(vision, params, held_out), results
 
 
-def _unit_tokens(module, params, crops: Crops):
+def _encode(vision: CLIPVisionConfig, params, crops: np.ndarray) -> np.ndarray:
+    return RegionEncoder(vision, params, fingerprint="", trained=True).encode(crops)
+
+
+def _unit_tokens(vision, params, crops: Crops):
     """The same network with tokens of about unit variance, as linear layers behind it expect: the cosine, which is all
     that was trained, leaves their scale open."""
     valid = crops.pixels[crops.valid]
-    spread = float(embed(module, params, valid).std(axis=0).mean())
+    spread = float(_encode(vision, params, valid).std(axis=0).mean())
     kernel = params["visual_projection"]["kernel"] / spread
     return {**params, "visual_projection": {"kernel": kernel}}
 

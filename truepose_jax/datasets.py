@@ -5,11 +5,12 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+from collections.abc import Iterator
 
 import numpy as np
 
 from input_pipeline.folder import FolderImages
-from input_pipeline.loader import RecordCache
+from input_pipeline.loader import RecordCache, make_loader
 from input_pipeline.parsing import label_set
 from input_pipeline.poses import load_real_poses
 from input_pipeline.readers import RecordTokens
@@ -50,6 +51,33 @@ def training_set(config: Config, encoder: Encoder, cache: str | None) -> Dataset
     images, name = _OPEN[config.data.dataset](config, "train")
     tokens, clip = _tokens(config, images, encoder, config.data.flip, cache, name)
     return Dataset(images, tokens, images.pairs, heldout=False, clip=clip)
+
+
+def training_batches(
+    config: Config,
+    data: Dataset,
+    *,
+    start_step: int = 0,
+    host_index: int = 0,
+    host_count: int = 1,
+    form: str = "floats",
+) -> Iterator[dict[str, np.ndarray]]:
+    """The loader of a training run on `data`, from `start_step` on (input_pipeline/loader.py); form: of its arrays."""
+    return make_loader(
+        data.images,
+        data.tokens,
+        seed=config.seed,
+        batch_size=config.batch_size,
+        targets_per_source=config.data.targets_per_source,
+        flip=config.data.flip,
+        self_pair=config.data.self_pair,
+        start_step=start_step,
+        host_index=host_index,
+        host_count=host_count,
+        threads=config.data.threads,
+        workers=config.data.workers,
+        form=form,
+    )
 
 
 def _tokens(

@@ -122,13 +122,14 @@ def load_encoder(folder: str) -> RegionEncoder:
     return RegionEncoder(config, params, fingerprint, trained=True)
 
 
-def _check_width(clip: ClipConfig, token_width: int) -> None:
+def _check_width(clip: ClipConfig, token_width: int) -> CLIPVisionConfig:
     config = read_torch_config(clip.path, CLIPVisionConfig.from_transformers, "clip")
     if config.projection_dim != token_width:
         raise ConfigError(
             f"config.model.clip.path={clip.path} gives tokens of {config.projection_dim}; "
             f"config.model.unet.cross_attention_dim is {token_width}"
         )
+    return config
 
 
 def vision_shapes(config: CLIPVisionConfig):
@@ -142,8 +143,7 @@ def vision_config(clip: ClipConfig, token_width: int) -> CLIPVisionConfig:
     """What `make_encoder` would load, without its weights. Raises ConfigError."""
     if not clip.path:
         return untrained_config(clip, token_width)
-    _check_width(clip, token_width)
-    return read_torch_config(clip.path, CLIPVisionConfig.from_transformers, "clip")
+    return _check_width(clip, token_width)
 
 
 def untrained_config(clip: ClipConfig, token_width: int) -> CLIPVisionConfig:

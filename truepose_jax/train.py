@@ -16,7 +16,6 @@ from absl import flags
 from jax.sharding import Mesh
 from ml_collections import config_flags
 
-from input_pipeline.loader import make_loader
 from truepose_jax import distributed
 from truepose_jax.assembly import assemble
 from truepose_jax.checkpoint import (
@@ -29,10 +28,10 @@ from truepose_jax.checkpoint import (
     parameter_table,
     write_metadata,
 )
-from truepose_jax.datasets import Dataset, evaluation_set, training_set
+from truepose_jax.datasets import Dataset, evaluation_set, training_batches, training_set
 from truepose_jax.estimate import estimate, report
 from truepose_jax.evaluation import Evaluator
-from truepose_jax.initial import abstract_state, first_state, origin, resolve_init_from
+from truepose_jax.initial import abstract_state, first_state, origin, resolve_init_from, training_form
 from truepose_jax.monitor import CannotWrite, Monitor, NonFinite
 from truepose_jax.programs import keep_programs, run_with_config
 from truepose_jax.region_tokens import LazyEncoder
@@ -134,20 +133,13 @@ def _loop(
     start = reached = int(state.step)
     # Until the first step is through its compilation there is nothing to save; afterwards while the last step is saved.
     preemption.may_leave = lambda: reached == start or checkpoints.is_committed(reached)
-    loader = make_loader(
-        data.images,
-        data.tokens,
-        seed=config.seed,
-        batch_size=config.batch_size,
-        targets_per_source=config.data.targets_per_source,
-        flip=config.data.flip,
-        self_pair=config.data.self_pair,
+    loader = training_batches(
+        config,
+        data,
         start_step=start,
         host_index=jax.process_index(),
         host_count=jax.process_count(),
-        threads=config.data.threads,
-        workers=config.data.workers,
-        form="moments" if config.data.latents == "stored" else "bytes",
+        form=training_form(config),
     )
     shardings = jax.tree.map(lambda x: x.sharding, state)
     train_step = jax.jit(trainer.step, donate_argnums=0, out_shardings=(shardings, None))

@@ -24,11 +24,10 @@ import numpy as np
 import tqdm
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from input_pipeline.loader import make_loader
 from truepose_jax import noise_scale
 from truepose_jax.assembly import assemble
 from truepose_jax.checkpoint import Checkpoints, Preemption, check_same_config, parameter_table, write_metadata
-from truepose_jax.datasets import Dataset, evaluation_set, training_set
+from truepose_jax.datasets import Dataset, evaluation_set, training_batches, training_set
 from truepose_jax.evaluation import Pairs
 from truepose_jax.initial import abstract_state, first_state
 from truepose_jax.monitor import Monitor
@@ -183,19 +182,7 @@ class Study:
         return total / max(weight, 1.0)
 
     def loader(self, config: Config, start: int) -> Any:
-        return make_loader(
-            self.data.images,
-            self.data.tokens,
-            seed=config.seed,
-            batch_size=config.batch_size,
-            targets_per_source=config.data.targets_per_source,
-            flip=config.data.flip,
-            self_pair=config.data.self_pair,
-            start_step=start,
-            host_index=0,
-            host_count=1,
-            threads=config.data.threads,
-        )
+        return training_batches(config, self.data, start_step=start)
 
     def row(self, run: Run, preemption: Preemption) -> Row | None:
         """Trains and judges; None: asked to stop, and saved. Goes on where the run's folder stands."""

@@ -12,9 +12,8 @@ from typing import Any
 import jax
 import numpy as np
 
-from input_pipeline.loader import make_loader
 from truepose_jax.assembly import assemble
-from truepose_jax.datasets import training_set
+from truepose_jax.datasets import training_batches, training_set
 from truepose_jax.initial import abstract_state, batch_spec
 from truepose_jax.region_tokens import make_encoder
 from truepose_jax.scaling.collectives import KINDS, collective_bytes, wire_bytes
@@ -44,7 +43,7 @@ def measure(config: Config, *, devices: int, steps: int, cache: str) -> dict[str
         shardings = jax.tree.map(lambda x: x.sharding, abstract)
         init = jax.jit(lambda key: trainer.init_state(key, batch_spec(config)), out_shardings=shardings)
         state = init(jax.random.key(config.seed))
-        loader = _loader(config, data)
+        loader = training_batches(config, data)
         batch = put_global_batch(mesh, next(loader))
         start = time.perf_counter()
         step = jax.jit(trainer.step, donate_argnums=0, out_shardings=(shardings, None)).lower(state, frozen, batch)
@@ -79,22 +78,6 @@ def measure(config: Config, *, devices: int, steps: int, cache: str) -> dict[str
         "compile_seconds": round(compile_seconds, 2),
         "steps": steps,
     }
-
-
-def _loader(config: Config, data: Any) -> Any:
-    return make_loader(
-        data.images,
-        data.tokens,
-        seed=config.seed,
-        batch_size=config.batch_size,
-        targets_per_source=config.data.targets_per_source,
-        flip=config.data.flip,
-        self_pair=config.data.self_pair,
-        start_step=0,
-        host_index=0,
-        host_count=1,
-        threads=config.data.threads,
-    )
 
 
 def _median_seconds(call: Callable[[], None], times: int) -> float:
