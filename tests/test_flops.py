@@ -160,3 +160,14 @@ def test_peaks():
     assert {name: flops.peak_flops(name) for name in names} == names
     np.testing.assert_allclose(flops.utilisation(989e12, 2.0, "NVIDIA H200", devices=2), 0.25)
     assert flops.utilisation(1e12, 1.0, "cpu") is None
+
+
+def test_mfu_of_a_training_run():
+    config = tiny.config(SD15_LIKE)
+    found = flops.mfu_per_image_rate(config, "NVIDIA H200", 4)
+    np.testing.assert_allclose(found, flops.model_flops(config).train / (4 * 989e12))
+    some = tiny.config(SD15_LIKE, {"optim": {"trainable": "target_net"}})
+    ablation = tiny.config(SD15_LIKE, {"model": {"fusion": {"alignment": "global"}}})
+    assert flops.mfu_per_image_rate(config, "cpu", 1) is None
+    assert flops.mfu_per_image_rate(some, "NVIDIA H200", 1) is None
+    assert flops.mfu_per_image_rate(ablation, "NVIDIA H200", 1) is None

@@ -71,6 +71,17 @@ def test_one_object_a_step_one_step_late(tmp_path):
     assert lines[1]["loss_mean"] == 2.0 and "bin_sums" not in lines[0] and "nonfinite" not in lines[0]
 
 
+def test_mfu_is_the_mean_rate_of_the_last_steps(tmp_path):
+    with make(tmp_path, mfu_per_image_rate=0.002) as monitor:
+        for step in range(1, 5):
+            monitor.step(step, metrics(step), examples=8)
+            time.sleep(0.01)
+    lines = read(tmp_path / "metrics.jsonl")
+    assert ["mfu" in line for line in lines] == [False, True, False, True]
+    seconds = [1 / line["steps_per_second"] for line in lines[1:]]
+    assert lines[3]["mfu"] == pytest.approx(0.002 * 8 / (sum(seconds) / 3))
+
+
 def test_resume_leaves_every_step_once(tmp_path):
     """A run killed at step 7, its last checkpoint at 4."""
     lines = [json.dumps({"step": step, "loss": 0.1, "run": 1}) for step in (1, 2, 3, 3, 4, 5, 6)]

@@ -103,6 +103,17 @@ def utilisation(flops: float, seconds: float, device_kind: str, *, devices: int 
     return None if peak is None else flops / seconds / (peak * devices)
 
 
+def mfu_per_image_rate(config: Config, device_kind: str, devices: int) -> float | None:
+    """What a training run's images a second are multiplied by to give its MFU on `devices` chips.
+
+    None where it is not known: a chip without a peak in the table (a CPU), an ablation, or an optim.trainable other than
+    ".*", with which some gradients are not computed.
+    """
+    if config.optim.trainable != ".*" or not config.model.fusion.is_paper or peak_flops(device_kind) is None:
+        return None
+    return utilisation(model_flops(config).train, 1.0, device_kind, devices=devices)
+
+
 def _sum(parts: list[Part]) -> int:
     return sum(part.forward for part in parts)
 

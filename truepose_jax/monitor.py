@@ -152,12 +152,15 @@ class Monitor:
         max_skips: int = 10,
         max_invalid: float = 1.0,
         parameter_paths: Sequence[str] = (),
+        mfu_per_image_rate: float | None = None,
     ):
         """start_step: steps done (0, or the restored checkpoint's). is_writer: process 0; the others only
         guard. quiet: nothing on the screen. max_skips: non-finite steps in a row that raise NonFinite.
         max_invalid: share of examples without weight (unreadable records) in the last INVALID_WINDOW steps
         above which ConfigError is raised. parameter_paths: names for the metric first_bad_parameter, in the order of
-        jax.tree.leaves(params)."""
+        jax.tree.leaves(params). mfu_per_image_rate: images a second times this are the MFU (truepose_jax.flops); None:
+        it is not written."""
+        self._mfu_per_image_rate = mfu_per_image_rate
         self._total, self._log_every, self._max_skips = total_steps, log_every, max_skips
         self._paths, self._is_writer, self._quiet = parameter_paths, is_writer, quiet
         self._max_invalid = max_invalid
@@ -317,7 +320,7 @@ class Monitor:
             record["nonfinite"] = bad
         self._accumulate(values)
         if step % self._log_every == 0 or step == self._total:
-            record.update(self._close_window())
+            record.update(self._close_window(examples))
             self._to_tensorboard(step, record, values)
         record["time"] = time.time()
         self._metrics.write(json.dumps(record, allow_nan=False) + "\n")
@@ -330,9 +333,9 @@ class Monitor:
             for name in BINS:
                 self._window[name] = self._window.get(name, 0.0) + np.asarray(values[name], np.float64)
 
-    def _close_window(self) -> dict[str, Any]:
+    def _close_window(self, examples: int) -> dict[str, Any]:
         """Mean loss and mean loss per timestep bin (None: no sample) since the last call; the running noise scale;
-        peak memory."""
+        MFU of the last RATE_WINDOW steps; peak memory."""
         window, self._window = self._window, {}
         closed: dict[str, Any] = {}
         if window.get("losses"):
@@ -343,6 +346,8 @@ class Monitor:
         noise = self._noise.estimate()
         if noise is not None:
             closed["noise_scale"] = noise
+        if self._mfu_per_image_rate is not None and self._durations:
+            closed["mfu"] = self._mfu_per_image_rate * examples * len(self._durations) / sum(self._durations)
         peak = peak_device_bytes()
         if peak is not None:
             closed["peak_device_bytes"] = peak

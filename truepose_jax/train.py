@@ -31,6 +31,7 @@ from truepose_jax.checkpoint import (
 from truepose_jax.datasets import Dataset, evaluation_set, training_batches, training_set
 from truepose_jax.estimate import estimate, report
 from truepose_jax.evaluation import Evaluator
+from truepose_jax.flops import mfu_per_image_rate
 from truepose_jax.initial import abstract_state, first_state, origin, resolve_init_from, training_form
 from truepose_jax.monitor import CannotWrite, Monitor, NonFinite
 from truepose_jax.programs import keep_programs, run_with_config
@@ -173,6 +174,7 @@ def _loop(
         parameter_paths=[
             path_of(path) for path, _ in jax.tree_util.tree_leaves_with_path(trainer.trained(state.params))
         ],
+        mfu_per_image_rate=mfu_per_image_rate(config, jax.devices()[0].device_kind, jax.device_count()),
     ) as monitor:
 
         def evaluate(step: int) -> None:
