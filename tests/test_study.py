@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from PIL import Image
 
 from input_pipeline.parsing import label_set
 from input_pipeline.schema import InputError
@@ -256,9 +257,9 @@ def test_models_that_were_never_trained_are_known():
 # ------------------------------------------------------------------------------------------------ the program
 
 
-def run(*flags) -> int:
+def run(*flags, command: str = "attention") -> int:
     try:
-        return study.main(["attention", *map(str, flags)])
+        return study.main([command, *map(str, flags)])
     except SystemExit as stopped:
         return stopped.code
 
@@ -312,6 +313,44 @@ def test_bad_input_is_one_line_and_exit_code_2(encoders, tmp_path, capsys, monke
     monkeypatch.setattr(study.attention.drawing.importlib.util, "find_spec", lambda name: None)
     assert run(workdir, f"--out={tmp_path / 'out'}") == 2
     assert "truepose-jax[scaling]" in capsys.readouterr().err
+
+
+def test_style_asks_for_the_next_persons_garments(tmp_path, capsys, monkeypatch, opened):
+    """What is asked of the pipeline and drawn; that the rest of the picture is kept is test_editing's."""
+    asked = []
+
+    def batch(self, requests, *, steps, guidance):
+        asked.append(requests)
+        return [np.full_like(r.source, 10 * len(asked)) for r in requests]
+
+    monkeypatch.setattr(Pipeline, "batch", batch)
+    out, flags = tmp_path / "style.png", ("--workdir=run", "--count=2", "--classes=upper-clothes,Dress,Pants,Skirt")
+    assert run(*flags, f"--out={out}", command="style") == 0, capsys.readouterr().err
+    people, labels = read_samples("synthetic", tiny_config(), 4)
+    garments = [labels.classes.index(name) for name in ("Upper-clothes", "Dress", "Pants", "Skirt")]
+    for i, (plain, edited) in enumerate(zip(*asked, strict=True)):
+        style, reference = people[2 * i : 2 * i + 2]
+        assert plain.edit is None and dataclasses.replace(edited, edit=None) == plain
+        np.testing.assert_array_equal(plain.source, style.photo)
+        np.testing.assert_array_equal(plain.joints, reference.own_joints)
+        np.testing.assert_array_equal(edited.edit.reference, reference.photo)
+        np.testing.assert_array_equal(edited.edit.mask, np.isin(reference.parsing, garments))
+    assert {10, 20} <= set(np.asarray(Image.open(out)).ravel().tolist())
+    assert run(*flags, f"--out={out}", command="style") == 2 and "is there already" in capsys.readouterr().err
+
+
+def test_bad_input_of_style(tmp_path, capsys, monkeypatch, opened):
+    monkeypatch.setattr(Pipeline, "of_run", None)  # before any long work
+    for flag, words in [
+        ("--count=0", "--count is 0"),
+        ("--classes=Cape", "has no class 'Cape'"),
+        ("--classes=Scarf", "wears none of them"),
+        ("--steps=0", "steps is 0"),
+        (f"--out={tmp_path / 'style.jpg'}", "does not end in .png"),
+    ]:
+        assert run("--workdir=run", "--count=2", f"--out={tmp_path / 'style.png'}", flag, command="style") == 2
+        error = capsys.readouterr().err
+        assert error.startswith("error: ") and error.count("\n") == 1 and words in error, (flag, error)
 
 
 def test_samples_of_real_photos():
