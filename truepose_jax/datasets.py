@@ -91,8 +91,8 @@ def _tokens(
 
 
 def evaluation_set(config: Config, encoder: Encoder, cache: str | None) -> Dataset:
-    """Held-out people, the folder's `eval_pairs`, or the records' test split. Pairs are spread over the identities:
-    one of each first."""
+    """Held-out people, the folder's `eval_pairs`, or the records' test split. Pairs are spread
+    evenly over the list: over its identities where these stand together, some more than once where there are fewer."""
     heldout = config.data.dataset == "synthetic" or bool(_evaluation_split(config))
     images, name = _OPEN[config.data.dataset](config, "heldout" if heldout else "train")
     tokens, clip = _tokens(config, images, encoder, False, cache, name)

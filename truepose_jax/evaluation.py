@@ -16,6 +16,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from input_pipeline.loader import eval_batches
 from input_pipeline.parsing import label_set
+from input_pipeline.schema import ImageSet, InputError
 from truepose_jax import rng
 from truepose_jax.datasets import Dataset
 from truepose_jax.methods.base import Frozen, Method, Params
@@ -43,16 +44,19 @@ Poll = Callable[[], None]
 
 @dataclasses.dataclass(frozen=True)
 class Pairs:
-    """All pairs of an evaluation as one host batch (one source per target), and the label groups of its maps."""
+    """All pairs of an evaluation as one host batch (one source per target), the label groups of its maps, and who each
+    source shows."""
 
     batch: Mapping[str, np.ndarray]
     groups: Mapping[str, Sequence[int]]
+    identities: Sequence[str]
 
     @classmethod
     def read(cls, dataset: Dataset, pairs: np.ndarray | None = None) -> Pairs:
         pairs = dataset.pairs if pairs is None else pairs
         (batch,) = eval_batches(dataset.images, dataset.tokens, pairs, len(pairs))
-        return cls(batch, label_set(dataset.images.labels).groups)
+        identities = [_identity(dataset.images, int(source)) for source in pairs[:, 0]]
+        return cls(batch, label_set(dataset.images.labels).groups, identities)
 
     def __len__(self) -> int:
         return len(self.batch["valid"])
@@ -100,14 +104,32 @@ def region_scores(images: np.ndarray, pairs: Pairs) -> dict[str, float]:
 def swap_scores(
     pairs: Pairs, sample: Sample, seed: int, batch_size: int, poll: Poll = lambda: None
 ) -> tuple[dict[str, dict[str, float]], np.ndarray]:
-    """Region scores of every entry of SWAPS, and the intact images. Row i gets row i + 1's source: another person."""
-    order = np.roll(np.arange(len(pairs)), -1)
+    """Region scores of every entry of SWAPS, and the intact images."""
+    order = other_people(pairs.identities)
     scores, intact = {}, None
     for name, fields in SWAPS.items():
         images = pairs.with_sources(order, fields).sample(sample, seed, batch_size, poll)
         scores[name] = region_scores(images, pairs)
         intact = images if intact is None else intact
     return scores, intact
+
+
+def other_people(identities: Sequence[str]) -> np.ndarray:
+    """int [n]: for every row the next one, cyclically, that shows somebody else; where nobody else is there, the next."""
+    rows = range(len(identities))
+
+    def partner(i: int) -> int:
+        following = [*rows[i + 1 :], *rows[: i + 1]]
+        return next((j for j in following if identities[j] != identities[i]), following[0])
+
+    return np.array([partner(i) for i in rows])
+
+
+def _identity(images: ImageSet, index: int) -> str:
+    try:
+        return images.image(index).identity
+    except InputError:  # a record that cannot be read has no weight and is like nobody
+        return f"unreadable {index}"
 
 
 def swap_costs(scores: Mapping[str, Mapping[str, float]], group: str = "person") -> dict[str, float]:
