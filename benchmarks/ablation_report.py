@@ -48,24 +48,27 @@ def read(bench: Bench, variants: Iterable[str]) -> dict[str, dict[str, np.ndarra
     return found
 
 
-def interval(values: np.ndarray, *, seed: int = 0) -> tuple[float, float, float]:
-    """(mean, low, high): 95 % bootstrap of values [seeds pairs] over both, NaN left out.
+def interval(values: np.ndarray, who: np.ndarray, *, seed: int = 0) -> tuple[float, float, float]:
+    """(mean, low, high): 95 % bootstrap of values [seeds pairs] over seeds and people, NaN left out.
 
-    Every held-out pair is of another person or nearly so; with three seeds the interval's own uncertainty is large.
+    who: int [pairs], the person of each: their pairs are drawn together, for they are alike. With three seeds the
+    interval's own uncertainty is large.
     """
     random = np.random.default_rng(seed)
-    s, n = values.shape
-    draws = []
-    for _ in range(DRAWS):
-        draws.append(np.nanmean(values[random.integers(0, s, s)][:, random.integers(0, n, n)]))
-    low, high = np.percentile(draws, [2.5, 97.5])
+    (s, _), people = values.shape, who.max() + 1
+    seeds_drawn = random.multinomial(s, np.full(s, 1 / s), DRAWS)
+    people_drawn = random.multinomial(people, np.full(people, 1 / people), DRAWS)
+    there = np.isfinite(values)
+    sums = np.einsum("ds,sn,dn->d", seeds_drawn, np.where(there, values, 0.0), people_drawn[:, who])
+    counts = np.einsum("ds,sn,dn->d", seeds_drawn, there.astype(float), people_drawn[:, who])
+    low, high = np.percentile(sums[counts > 0] / counts[counts > 0], [2.5, 97.5])
     return float(np.nanmean(values)), float(low), float(high)
 
 
-def difference(a: np.ndarray, b: np.ndarray) -> tuple[float, float, float]:
+def difference(a: np.ndarray, b: np.ndarray, who: np.ndarray) -> tuple[float, float, float]:
     """`a` - `b` paired by seed and pair, over the seeds that both have."""
     s = min(len(a), len(b))
-    return interval(a[:s] - b[:s])
+    return interval(a[:s] - b[:s], who)
 
 
 def verdict(found: tuple[float, float, float]) -> str:
@@ -75,12 +78,12 @@ def verdict(found: tuple[float, float, float]) -> str:
 
 def summary(rows: Rows) -> dict:
     """Everything the report says, as plain numbers."""
-    variants = {}
+    variants, who = {}, next(iter(rows.values()))["who"][0]
     for name, row in rows.items():
         near = row["moved"] <= np.median(row["moved"][0])
-        found = {metric: interval(row[metric]) for metric in METRICS}
+        found = {metric: interval(row[metric], who) for metric in METRICS}
         found |= {
-            f"psnr_person_{side}": interval(np.where(where, row["psnr_person"], np.nan))
+            f"psnr_person_{side}": interval(np.where(where, row["psnr_person"], np.nan), who)
             for side, where in (("near", near), ("far", ~near))
         }
         found |= {f"swap_{swap}": [float(x) for x in row[f"swap_{swap}"]] for swap in SWAPS}
@@ -90,10 +93,11 @@ def summary(rows: Rows) -> dict:
     differences = {}
     if "full" in rows:
         for name in rows.keys() - {"full"}:
-            differences[name] = {m: difference(rows[name][m], rows["full"][m]) for m in METRICS}
+            differences[name] = {m: difference(rows[name][m], rows["full"][m], who) for m in METRICS}
     order = [name for name in PAPER_ORDER if name in rows]
     steps = {
-        f"{a} > {b}": {m: difference(rows[a][m], rows[b][m]) for m in METRICS} for a, b in itertools.pairwise(order)
+        f"{a} > {b}": {m: difference(rows[a][m], rows[b][m], who) for m in METRICS}
+        for a, b in itertools.pairwise(order)
     }
     return {"variants": variants, "against_full": differences, "paper_order": steps}
 
@@ -126,7 +130,7 @@ def markdown(found: dict, bench: Bench) -> str:
         "",
         f"`python benchmarks/ablation.py --scratch=runs/ablation --steps={bench.steps}`, {platform.machine()} CPU.",
         f"{PAIRS} pairs of held-out people, 64x48, {bench.steps} steps of 12 targets ({TRAIN_PAIRS:,} training pairs),",
-        "4 DDIM steps, EMA weights. Mean (95 % bootstrap over seeds and pairs); PSNR in dB; SSIM Gaussian, 11 taps. LPIPS and",
+        "4 DDIM steps, EMA weights. Mean (95 % bootstrap over seeds and people); PSNR in dB; SSIM Gaussian, 11 taps. LPIPS and",
         "FID need pretrained networks and are not here. `near`, `far`: pairs whose joints move less, more than the median.",
         "`swapped`: dB lost inside the person with another person's source image, region tokens. The region encoder is a small",
         "CLIP trained on other synthetic people and frozen (configs/synthetic_clip.py).",
@@ -160,7 +164,7 @@ def markdown(found: dict, bench: Bench) -> str:
             of = found["against_full"][name]
             cells = [f"{verdict(of[m])}: {_cell(of[m], 3 if m == 'ssim' else 2)}" for m in METRICS[:4]]
             lines.append(f"| {name} | " + " | ".join(cells) + " |")
-        lines += ["", "One seed: the intervals are over pairs alone, and two seeds of one variant may differ as much."]
+        lines += ["", "One seed: the intervals are over people alone, and two seeds of one variant may differ as much."]
     return "\n".join(lines) + "\n"
 
 

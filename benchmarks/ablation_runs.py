@@ -130,6 +130,7 @@ def judge(workdir: str, row: str) -> None:
     swaps, images = swap_scores(pairs, sample, 0, config.eval.batch_size)
     found = per_pair(images, pairs)
     found |= {f"swap_{name}": np.array(cost) for name, cost in swap_costs(swaps).items()}
+    found["who"] = np.unique(pairs.identities, return_inverse=True)[1]
     found["shown"] = to_uint8(images[:SHOWN])
     for name in ("source", "target"):
         found[name] = to_uint8(pairs.batch[name][:SHOWN])
