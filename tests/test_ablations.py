@@ -233,6 +233,30 @@ def test_clip_source_reads_where_the_cells_lie():
         assert tiny.error(found[..., c], want) < 1e-5
     cfg = made("B1")[0]
     net = ClipSource(cfg.model.unet)
-    patches = jnp.zeros((2, 4, 4, 64))
-    shapes = jax.eval_shape(lambda: net.init_with_output(jax.random.key(0), patches, (8, 5))[0])
+    patches, beside = jnp.zeros((2, 4, 4, 64)), [None] * len(cfg.model.unet.block_out_channels)
+    shapes = jax.eval_shape(lambda: net.init_with_output(jax.random.key(0), patches, (8, 5), beside)[0])
     assert {name: leaf.shape for name, leaf in shapes.items()} == {cfg.model.unet.sites[0].name: (2, 40, 8)}
+
+
+def test_clip_source_is_told_what_source_net_is_told():
+    """Without pretrained weights SourceNet gets coverages and positions; so does the MLP, each at its own cells."""
+    changes = {"source_parsing": "coverage", "positions": "sincos", "fusion": VARIANTS["B1"]}
+    cfg = tiny.config({"model": changes})
+    method = TruePose(cfg.model, cfg.diffusion, PixelAutoencoder(cfg.model.pixel_factor), SMALL_CLIP)
+    params, batch = tiny.params(method, cfg), dict(tiny.batch(cfg, 1, targets=1))
+    p, width = batch["class_on"].shape[1], cfg.model.unet.block_out_channels[0]
+    site = cfg.model.unet.sites[0]
+    assert params["clip_source"][site.name]["fc1"]["kernel"].shape[0] == SMALL_CLIP.hidden_size + p + width
+
+    def features(parsing):
+        return method.reader.read(params, {}, latents, batch | {"source_parsing": parsing}).features
+
+    h, w = (side // cfg.model.pixel_factor for side in cfg.model.size)
+    latents, cells = jnp.zeros((1, h, w, cfg.model.unet.in_channels)), -(-w // 2**site.level)
+    parsing = np.zeros_like(batch["source_parsing"])
+    plain = np.asarray(features(parsing)[site.name])
+    assert len(np.unique(plain[0].round(4), axis=0)) > cells, "CLIP sees nothing here: positions tell cells apart"
+    step = cfg.model.pixel_factor * 2**site.level
+    parsing[:, :step, step : 2 * step] = 3
+    changed = np.abs(np.asarray(features(parsing)[site.name]) - plain).max(-1) > 1e-4
+    assert changed[0].nonzero()[0].tolist() == [1]

@@ -14,6 +14,7 @@ from truepose_jax.region_tokens import make_encoder
 def test_the_next_row_of_somebody_else():
     assert other_people(["a", "b", "c"]).tolist() == [1, 2, 0]
     assert other_people(["a", "a", "a", "b", "b", "a"]).tolist() == [3, 3, 3, 5, 5, 3]
+    assert other_people(["a", "", "b"]).tolist() == [2, 2, 0]
     assert other_people(["a", "a"]).tolist() == [1, 0] and other_people(["a"]).tolist() == [0]
 
 
@@ -39,8 +40,13 @@ def test_swapped_rows_show_somebody_else():
     np.testing.assert_array_equal(images, pairs.batch["source"])
     by_person = {w: {i for i in range(9) if who[i] == w} for w in who}
     for fields, found in zip(((), IMAGE_FIELDS, TOKEN_FIELDS, IMAGE_FIELDS + TOKEN_FIELDS), seen, strict=True):
-        for name in (*IMAGE_FIELDS, *TOKEN_FIELDS):
+        for name in (*IMAGE_FIELDS, "region_tokens"):
             for i, value in enumerate(found[name]):
                 same = {j for j in range(9) if np.array_equal(value, pairs.batch[name][j])}
                 assert same and (same.isdisjoint(by_person[who[i]]) if name in fields else i in same)
+    own = pairs.batch["region_valid"]
+    theirs = own[other_people(pairs.identities)]
+    assert not np.array_equal(own, theirs)
+    for found, valid in zip(seen, (own, own & theirs, own & theirs, theirs), strict=True):
+        np.testing.assert_array_equal(found["region_valid"], valid)
     assert swap_costs(scores)["image_swapped"] > 1 and abs(swap_costs(scores)["tokens_swapped"]) < 1e-9

@@ -1,8 +1,8 @@
 """What is measured while training: held-out loss, PSNR inside regions, and the swap test.
 
 The swap test asks through which path appearance flows: it samples the same pairs with the source image (and its
-parsing) of another person, with another person's region tokens, and with both, and reports what each costs inside the
-person. A falling loss hides a dead path; this does not.
+parsing) of another person, with another person's tokens (of the whole image and of the regions that both have), and
+with both, and reports what each costs inside the person. A falling loss hides a dead path; this does not.
 """
 
 from __future__ import annotations
@@ -108,19 +108,25 @@ def swap_scores(
     order = other_people(pairs.identities)
     scores, intact = {}, None
     for name, fields in SWAPS.items():
-        images = pairs.with_sources(order, fields).sample(sample, seed, batch_size, poll)
+        swapped = pairs.with_sources(order, fields)
+        if fields in (IMAGE_FIELDS, TOKEN_FIELDS):
+            # Half a swap: a token whose region the map does not show, or the reverse, is nothing that training ever saw.
+            both = pairs.batch["region_valid"] & pairs.batch["region_valid"][order]
+            swapped = dataclasses.replace(swapped, batch={**swapped.batch, "region_valid": both})
+        images = swapped.sample(sample, seed, batch_size, poll)
         scores[name] = region_scores(images, pairs)
         intact = images if intact is None else intact
     return scores, intact
 
 
 def other_people(identities: Sequence[str]) -> np.ndarray:
-    """int [n]: for every row the next one, cyclically, that shows somebody else; where nobody else is there, the next."""
+    """int [n]: for every row the next one, cyclically, that shows somebody else; where nobody else is there, the next. An
+    identity "" is nobody."""
     rows = range(len(identities))
 
     def partner(i: int) -> int:
         following = [*rows[i + 1 :], *rows[: i + 1]]
-        return next((j for j in following if identities[j] != identities[i]), following[0])
+        return next((j for j in following if identities[j] not in ("", identities[i])), following[0])
 
     return np.array([partner(i) for i in rows])
 
@@ -128,8 +134,8 @@ def other_people(identities: Sequence[str]) -> np.ndarray:
 def _identity(images: ImageSet, index: int) -> str:
     try:
         return images.image(index).identity
-    except InputError:  # a record that cannot be read has no weight and is like nobody
-        return f"unreadable {index}"
+    except InputError:  # a record that cannot be read has no weight
+        return ""
 
 
 def swap_costs(scores: Mapping[str, Mapping[str, float]], group: str = "person") -> dict[str, float]:

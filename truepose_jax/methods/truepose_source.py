@@ -64,7 +64,8 @@ class SourceReader:
     def init(self, key: jax.Array, twin_key: jax.Array, latents: Float[Array, "s h w c"], batch: Batch) -> Params:
         """Random parameters of what makes F'; SourceNet's from twin_key, as TargetNet's."""
         if self.model.uses_clip:
-            made = self.clip_source.init(rng.key(key, "clip_source"), self._no_patches(1), latents.shape[1:3])
+            beside = self._beside_clip([x[:1] for x in self._coverages(batch)])
+            made = self.clip_source.init(rng.key(key, "clip_source"), self._no_patches(1), latents.shape[1:3], beside)
             return {"clip_source": made["params"]}
         s, h, w = latents.shape[:3]
         masks = None
@@ -82,17 +83,12 @@ class SourceReader:
         """One row per target: sources repeat for their targets. frozen without "clip" (init): CLIP sees nothing."""
         b, s = batch["target_pose"].shape[0], latents.shape[0]
         each = functools.partial(jnp.repeat, repeats=b // s, axis=0)
-        coverages = coverage_levels(
-            batch["source_parsing"],
-            num_classes=batch["class_on"].shape[1],
-            factor=self.factor,
-            levels=self._levels,
-        )
+        coverages = self._coverages(batch)
         masks = [parsing_mask(each(c), batch["class_on"]) for c in coverages]
         tokens, present = batch["region_tokens"], batch["region_valid"]
         attention = None
         if self.model.uses_clip:
-            features = self._clip_features(params, frozen, latents, batch)
+            features = self._clip_features(params, frozen, latents, batch, coverages)
         elif self.model.fusion.source_attention == "inplace":
             # M depends on the target's pose, so SourceNet runs for every target, and its taps are per target.
             extra = self._after_conv_in(params, latents, coverages[0])
@@ -128,6 +124,10 @@ class SourceReader:
             whole=each(tokens[:, -1]),
         )
 
+    def _coverages(self, batch: Batch) -> list[Float[Array, "s h w p"]]:
+        classes = batch["class_on"].shape[1]
+        return coverage_levels(batch["source_parsing"], num_classes=classes, factor=self.factor, levels=self._levels)
+
     def _after_conv_in(self, params: Params, latents: Array, coverage: Array) -> Array | float:
         extra = positions(self.model, latents)
         if self.model.source_parsing == "coverage":
@@ -142,12 +142,27 @@ class SourceReader:
             found[site.name] = SourceAttention(each(own.q), each(own.k))
         return found
 
-    def _clip_features(self, params: Params, frozen: Frozen, latents: Array, batch: Batch) -> dict[str, Array]:
+    def _beside_clip(self, coverages: Sequence[Float[Array, "s h w p"]]) -> list[Float[Array, "s n d"] | None]:
+        """By level: what SourceNet would be told after conv_in, for B1's MLP, so that the two differ in CLIP alone."""
+        found = []
+        for coverage in coverages:
+            s, h, w = coverage.shape[:3]
+            parts = [coverage] if self.model.source_parsing == "coverage" else []
+            if self.model.positions != "none":
+                place = position_sinusoids(h, w, self.model.unet.block_out_channels[0])
+                parts.append(jnp.broadcast_to(place, (s, *place.shape)))
+            found.append(jnp.concatenate(parts, axis=-1).reshape(s, h * w, -1) if parts else None)
+        return found
+
+    def _clip_features(
+        self, params: Params, frozen: Frozen, latents: Array, batch: Batch, coverages: Sequence[Array]
+    ) -> dict[str, Array]:
         if "clip" in frozen:
             patches = clip_patches(self.clip, frozen["clip"], batch["source"])
         else:
             patches = self._no_patches(latents.shape[0])
-        return self.clip_source.apply({"params": params["clip_source"]}, patches, latents.shape[1:3])
+        beside = self._beside_clip(coverages)
+        return self.clip_source.apply({"params": params["clip_source"]}, patches, latents.shape[1:3], beside)
 
     def _no_patches(self, count: int) -> Float[Array, "s g g e"]:
         grid = math.isqrt(self.clip.patches)

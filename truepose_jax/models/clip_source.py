@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import flax.linen as nn
 import jax
@@ -33,7 +34,8 @@ def clip_patches(config: CLIPVisionConfig, params, images: Float[Array, "b H W 3
 class ClipSource(nn.Module):
     """CLIP's patches through a stacked MLP to the shape of every site's F' [b n c].
 
-    The grid lies over a square; each site reads it, bilinearly, where its own cells lie.
+    The grid lies over a square; each site reads it, bilinearly, where its own cells lie. beside: by level, what the MLP
+    is told of each cell besides (None: nothing).
     """
 
     unet: UNetConfig
@@ -41,13 +43,18 @@ class ClipSource(nn.Module):
 
     @nn.compact
     def __call__(
-        self, patches: Float[Array, "b s s e"], latent_hw: tuple[int, int]
+        self,
+        patches: Float[Array, "b s s e"],
+        latent_hw: tuple[int, int],
+        beside: Sequence[Float[Array, "b n d"] | None],
     ) -> dict[str, Float[Array, "b n c"]]:
         patches = layer_norm(self.dtype, "norm")(patches)
         found = {}
         for site in self.unet.sites:
             cells = tuple(-(-side // 2**site.level) for side in latent_hw)
             placed = _over_image(patches, cells)
+            if beside[site.level] is not None:
+                placed = jnp.concatenate([placed, beside[site.level].astype(placed.dtype)], axis=-1)
             found[site.name] = _SiteMLP(site.channels, dtype=self.dtype, name=site.name)(placed)
         return found
 

@@ -68,10 +68,8 @@ class _ReweightedSelfAttention(nn.Module):
     @nn.compact
     def __call__(self, x: Float[Array, "b n c"], mask: Bool[Array, "b n"]):
         width = x.shape[-1]
-        q, k, v = (
-            split_heads(nn.Dense(width, use_bias=False, dtype=self.dtype, name=f"to_{which}")(x), self.heads)
-            for which in "qkv"
-        )
+        dense = functools.partial(nn.Dense, width, use_bias=False, dtype=self.dtype, **self.config.square_init)
+        q, k, v = (split_heads(dense(name=f"to_{which}")(x), self.heads) for which in "qkv")
         fused = merge_heads(reweighted(self.config, q, k, v, mask))
         update = nn.Dense(width, dtype=self.dtype, name="to_out_0")(fused)
         return update, InplaceTap(fused, SourceAttention(q, k))
