@@ -13,6 +13,8 @@ pictures of one garment in a shop share their studio: it is the same in all pose
 from __future__ import annotations
 
 import functools
+import pathlib
+import re
 from collections.abc import Sequence
 
 import cv2
@@ -38,6 +40,12 @@ _CAST_SHADOW = (255 - 0.22 * np.arange(256)).astype(np.uint8)
 """Brightness [256] by the difference of layers, and by how much of the person is around."""
 
 
+def person_in(name: str) -> str | None:
+    """Whom a record's name shows, as `render` and `prepare build` name synthetic people; None for other names."""
+    found = re.match(r"(train|heldout|test)-\d+-\d+(?=-)", pathlib.PurePosixPath(name).name)
+    return found and found[0]
+
+
 def render(
     *,
     seed: int,
@@ -57,7 +65,7 @@ def render(
     number = pose if isinstance(pose, (int, np.integer)) else None
     pose = generated_pose(int(pose)) if number is not None else pose
     image, parsing = _picture(who, pose, size)
-    name = f"{split}-{seed}-{identity}-{pose.name if number is None else number}"
+    name = f"{split}-{seed}-{identity}-{pose.name if number is None else number}"  # person_in reads it
     return ImageRecord(image, parsing, pixel_joints(pose, size), name, f"{split}-{seed}-{identity}")
 
 

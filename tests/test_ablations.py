@@ -260,3 +260,18 @@ def test_clip_source_is_told_what_source_net_is_told():
     parsing[:, :step, step : 2 * step] = 3
     changed = np.abs(np.asarray(features(parsing)[site.name]) - plain).max(-1) > 1e-4
     assert changed[0].nonzero()[0].tolist() == [1]
+
+
+@pytest.mark.parametrize(("variant", "net"), [("B2", "target_net"), ("A5", "source_net")])
+def test_what_stands_for_hpfa_starts_like_it(variant, net):
+    """fusion.init is of the projections that read F', wherever they are; the others stay random."""
+    cfg = tiny.config(tiny.MIDDLE_ONLY, {"model": {"fusion": VARIANTS[variant] | {"init": "identity"}}})
+    params = tiny.method(cfg).init(jax.random.key(0), tiny.spec(cfg))
+    found = {}
+    for of in ("source_net", "target_net"):
+        attn1 = params[of]["mid_block"]["attentions_0"]["transformer_blocks_0"]["attn1"]
+        found[of] = {
+            n: np.array_equal(x, np.eye(len(x))) for n in ("to_q", "to_k", "to_v") for x in [attn1[n]["kernel"]]
+        }
+    assert all(found.pop(net).values())
+    assert not any(next(iter(found.values())).values())

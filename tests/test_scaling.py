@@ -38,9 +38,8 @@ def test_hyperbola_finds_what_made_the_points():
     for _ in range(60):
         found = hyperbola(BATCHES, 40 * (1 + 50 / BATCHES) * np.exp(0.05 * rng.standard_normal(len(BATCHES))))
         inside += found.critical.low < 50 < found.critical.high
-        assert found.critical.high < 4 * found.critical.low
-    # 95 % with a normal factor where Student's t for four degrees of freedom would be due: about 87 %.
-    assert 45 <= inside < 60
+        assert found.critical.high < 8 * found.critical.low
+    assert 54 <= inside <= 60, "95 % of 60 are 57; fewer than 54 come up once in 30 times"
     assert hyperbola([6, 12, 12], [10, 8, 8]) is None
 
 
@@ -113,6 +112,8 @@ ENTRY %main (p: f32[100]) -> f32[] {
   %while.1 = (s32[], f32[100]{0}) while(%t), condition=%cond.1, body=%body.1, backend_config={"known_trip_count":{"n":"5"}}
   %ag = (bf16[10,8]{1,0}, bf16[40,8]{1,0:T(8,128)}) all-gather-start(%p), replica_groups=[2,4]<=[8], dimensions={0}
   %agd = bf16[40,8]{1,0} all-gather-done(%ag)
+  %ag2 = ((f32[5]{0}, f32[2]{0}), (f32[20]{0}, f32[8]{0})) all-gather-start(%p, %q), replica_groups=[2,4]<=[8]
+  %rs2 = ((f32[8]{0}, f32[4]{0}), (f32[2]{0}, f32[1]{0})) reduce-scatter-start(%p, %q), replica_groups=[2,4]<=[8]
   %rs = f32[25]{0} reduce-scatter(%p), replica_groups={{0,1,2,3},{4,5,6,7}}, dimensions={0}, to_apply=%add
   %ar = (f32[7]{0}, s32[3]{0}) all-reduce(%p, %q), replica_groups={}, to_apply=%add
   %one = f32[9]{0} all-reduce(%p), replica_groups=[8,1]<=[8], to_apply=%add
@@ -128,8 +129,8 @@ def test_collective_bytes():
         "operand_bytes": 5 * 400 + 40,
         "wire_bytes": 5 * 400 * 2 * 3 / 4 + 40 * 2 * 7 / 8,
     }
-    assert found["all-gather"] == {"count": 1, "operand_bytes": 160, "wire_bytes": 480}
-    assert found["reduce-scatter"] == {"count": 1, "operand_bytes": 400, "wire_bytes": 300}
+    assert found["all-gather"] == {"count": 2, "operand_bytes": 160 + 28, "wire_bytes": 480 + 84}
+    assert found["reduce-scatter"] == {"count": 2, "operand_bytes": 400 + 48, "wire_bytes": 300 + 36}
     assert found["collective-permute"] == {"count": 1, "operand_bytes": 24, "wire_bytes": 24}
 
 
@@ -227,7 +228,9 @@ def test_a_batch_study_that_is_stopped_goes_on(tmp_path):
     assert rows[0]["best_loss"] < batch.evaluations(study.folder / "runs" / run.name)[0][1]
     assert rows[0]["noise_scale"] > 0
     table = Table(study.folder / "report", {})
+    table.add({**row, "steps": 3})
     table.add(row)
+    assert table.rows == [row], "a row made anew takes the place of the one before"
     (study.folder / "runs").rename(table.folder / "runs")
     text = write_report(table, study.config, TOY_SETTINGS, "command").read_text()
     assert "**One seed**" in text and run.name in text
@@ -344,6 +347,24 @@ def test_devices_plan():
 def program(*arguments):
     command = [sys.executable, "-m", "truepose_jax.scaling", *arguments]
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+
+
+def test_memory_report_of_a_cpu_claims_nothing_of_accelerators(tmp_path):
+    settings = memory.Settings(0, 0.1)
+    assert memory.Run((64, 48), "float32", True, 1, "v5p:2x2x1").budget(settings) == CHIPS["v5p"].memory
+    assert memory.Run((64, 48), "float32", True, 1).budget(memory.Settings(7, 0.1)) == 7
+    found = Table(tmp_path / "out", {})
+    for place in ("", "v5e:2x2"):
+        for remat, most in (("off", 10), ("on", 20 if place else 10)):
+            run = memory.Run((64, 48), "float32", remat == "on", 4, place)
+            facts = dict.fromkeys(("bytes", "argument_bytes", "temporary_bytes", "bytes_per_example"), 1 << 20)
+            row = {"name": run.name, "topology": place, "prediction": bool(place), "height": 64, "width": 48, "fsdp": 4}
+            row |= {"dtype": "float32", "remat": remat, "budget_bytes": 1 << 30, "largest_batch": most, "compiled": 1}
+            found.add(row | facts)
+    text = memory.write_report(found, tiny.config(), settings, "command", [], on_cpu=True).read_text()
+    assert memory.CPU_ROWS in text and "remat off to on: x 2.00 (1 pair)" in text and "x 1.00" not in text
+    text = memory.write_report(found, tiny.config(), settings, "command", [], on_cpu=False).read_text()
+    assert memory.CPU_ROWS not in text and "remat off to on: x 1.41 (2 pairs)" in text
 
 
 def test_dry_run(tmp_path):

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 
+from truepose_jax.evaluate.report import garment_of
 from truepose_jax.metrics.garments import GALLERY, colour_histogram, retrieval_rate
 from truepose_jax.metrics.psnr import LEAST_PIXELS, psnr, psnr_inside
 from truepose_jax.metrics.ssim import gaussian_window, ssim_51, ssim_256, ssim_map, uniform_window
@@ -92,6 +93,20 @@ def test_psnr_inside_a_region():
     assert math.isnan(psnr_inside(a, b, few, data_range=255))
     few.reshape(-1)[:LEAST_PIXELS] = True
     assert not math.isnan(psnr_inside(a, b, few, data_range=255))
+
+
+def test_garments_by_names():
+    """Other poses of one person show the same clothes: they must never count as somebody else's."""
+    alike = [
+        ("WOMEN/Dresses/id_00005537/05_1_front.jpg", "fashionWOMENDressesid0000553705_2side.png"),
+        ("train/0002_c1s1_000451_03.jpg", "0002_c3s2_000351_01.jpg"),
+        ("test-1-000007-0.png", "sub/test-1-000007-3.png"),
+        ("anna/one.png", "anna/two.png"),
+    ]
+    found = [{garment_of(name) for name in names} for names in alike]
+    assert all(len(names) == 1 for names in found) and len(set.union(*found)) == 4
+    assert garment_of("one.png") != garment_of("two.png")
+    assert garment_of("test-1-000007-0.png") != garment_of("test-1-000008-0.png")
 
 
 def test_garment_retrieval():

@@ -8,8 +8,9 @@ from typing import Any
 
 import numpy as np
 
-from input_pipeline.keypoints import DEEPFASHION_NAME
-from truepose_jax.evaluate.pairing import image_key
+from input_pipeline.folder import identity_of
+from input_pipeline.market1501 import person_of
+from input_pipeline.synthetic import person_in
 from truepose_jax.evaluate.scores import Row
 from truepose_jax.metrics.garments import BINS, GALLERY, retrieval_rate
 
@@ -53,9 +54,9 @@ def summarise(rows: Iterable[Row], *, lpips_name: str) -> tuple[dict[str, Summar
 
 
 def garment_of(name: str) -> str:
-    """What two photos of one person in one outfit share; of other names than DeepFashion's, the name itself."""
-    key = image_key(name)
-    return key.rsplit("_", 2)[0] if DEEPFASHION_NAME.search(key.replace("/", "").replace("_", "")) else key
+    """What two photos of one person in one outfit share, as far as names tell: Market's person, a synthetic person,
+    DeepFashion's garment, the sub-folder. Others are taken for somebody of their own each."""
+    return person_of(name) or person_in(name) or identity_of(name)
 
 
 def _dense(sparse: Iterable[tuple[float, float]]) -> np.ndarray:

@@ -44,7 +44,8 @@ def retrieval(
     The same pixels are compared for every j. Chance: 1 / n.
     """
     errors = np.stack([region_mse(generated, np.broadcast_to(t, generated.shape), mask) for t in truth], axis=1)
-    return np.argmin(np.where(np.isnan(errors), np.inf, errors), axis=1) == np.arange(len(truth))
+    seen = ~np.isnan(errors).all(axis=1)
+    return seen & (np.argmin(np.where(np.isnan(errors), np.inf, errors), axis=1) == np.arange(len(truth)))
 
 
 def group_mask(parsing: np.ndarray, ids: Sequence[int]) -> Bool[np.ndarray, "*b h w"]:

@@ -47,8 +47,9 @@ class FusionConfig:
     """Settings of HPFA and CAA.
 
     regions: K, the number of region tokens that CAA reads. delta, sigma, reading, mask_axis: Eq. 6 (methods.md A1,
-    A23). init "identity": HPFA's square projections start as identities, so that a network without pretrained weights
-    begins by attending to like features instead of averaging the whole image. out_init "zeros": the network starts as
+    A23). init "identity": the square projections that read F' (HPFA's, or those of the attention that stands for it) start
+    as identities, so that a network without pretrained weights begins by attending to like features instead of averaging
+    the whole image. out_init "zeros": the network starts as
     if HPFA were not there.
 
     What the paper's ablations exchange (section 5.3; methods.md 1.6):
@@ -104,7 +105,7 @@ class FusionConfig:
 
     @property
     def square_init(self) -> dict:
-        """Initialiser of HPFA's square projections, as keyword of nn.Dense."""
+        """Initialiser of the square projections that read F', as keyword of nn.Dense."""
         return {"kernel_init": identity} if self.init == "identity" else {}
 
 

@@ -82,13 +82,15 @@ TPU_PYTHON = flags.DEFINE_string("tpu-python", "", "Python with jax[tpu] and thi
 
 @dataclasses.dataclass(frozen=True)
 class Work:
-    """A study ready to go. runs have a `name`; row(run, table) is None where it was asked to stop."""
+    """A study ready to go. runs have a `name`; row(run, preemption) is None where it was asked to stop. again(run, row):
+    whether a row that is there is to be made anew."""
 
     common: Any
     runs: Sequence[Any]
     seconds: Callable[[Any, Sequence[Row]], float]
     row: Callable[[Any, Preemption], Row | None]
     report: Callable[[Table], pathlib.Path]
+    again: Callable[[Any, Row], bool] = lambda run, row: False
 
 
 def _numbers(name: str, texts: Sequence[str]) -> list[int]:
@@ -133,6 +135,11 @@ def _batch(config: Config, folder: pathlib.Path) -> Work:
 
         return write_report(found, config, settings, _commands(folder))
 
+    def again(run: batch.Run, row: Row) -> bool:
+        """It gave up, and may now take longer: it begins anew, for its checkpoint is gone."""
+        gave_up = settings.target is not None and row["steps_to_target"] is None
+        return gave_up and row["steps"] < batch.config_of(run, config, settings).total_steps
+
     shared = dataclasses.asdict(settings)
     if settings.target is not None:
         del shared["examples"]  # only where a run gives up: more may be allowed later
@@ -142,6 +149,7 @@ def _batch(config: Config, folder: pathlib.Path) -> Work:
         seconds=lambda run, done: times.batch(run, batch.config_of(run, config, settings), done),
         row=row,
         report=report,
+        again=again,
     )
 
 
@@ -184,7 +192,7 @@ def _memory(config: Config, folder: pathlib.Path) -> Work:
     if unknown := set(REMAT.value) - {"off", "on"}:
         raise ConfigError(f"--remat holds {sorted(unknown)[0]!r}; it takes off and on")
     slices, notes = _topologies()
-    budget = int(MEMORY_GIB.value * 2**30) or (min(t.chip.memory for t in slices) if slices else _device_bytes())
+    budget = int(MEMORY_GIB.value * 2**30) or (0 if slices else _device_bytes())
     settings = memory.Settings(budget, RESOLUTION.value)
     on_cpu = jax.default_backend() == "cpu"
     places = [t.name for t in slices] or [""]
@@ -203,7 +211,7 @@ def _memory(config: Config, folder: pathlib.Path) -> Work:
         return memory.row(run, config, settings, folder, on_cpu=on_cpu, tpu_python=TPU_PYTHON.value)
 
     def report(found: Table) -> pathlib.Path:
-        return memory.write_report(found, config, settings, _commands(folder), notes)
+        return memory.write_report(found, config, settings, _commands(folder), notes, on_cpu=on_cpu)
 
     return Work(
         common={"study": "memory", "config": to_dict(config), "settings": dataclasses.asdict(settings)},
@@ -258,7 +266,7 @@ def main(argv: list[str]) -> int:
     _commands(folder)
     keep_programs()
     with Preemption() if STUDY.value == "batch" else contextlib.nullcontext() as preemption, lock_workdir(folder):
-        todo = [run for run in work.runs if found.done(run.name) is None]
+        todo = [run for run in work.runs if (row := found.done(run.name)) is None or work.again(run, row)]
         for i, run in enumerate(todo):
             left = times.said(sum(work.seconds(r, found.rows) for r in todo[i:]))
             print(f"{run.name}: row {len(found.rows) + 1}, {len(todo) - i} to do, about {left} left", flush=True)

@@ -88,7 +88,7 @@ def _protocol(config: Config, settings: Settings, seeds: int) -> list[str]:
 
 
 def _fit_table(fits: Mapping[str, Hyperbola | None]) -> list[str]:
-    good = {name: fit for name, fit in fits.items() if fit}
+    good, bad = {name: fit for name, fit in fits.items() if fit}, [name for name, fit in fits.items() if not fit]
     if not good:
         return ["No curve reached the target at three or more batch sizes: nothing was fitted."]
     return [
@@ -105,6 +105,7 @@ def _fit_table(fits: Mapping[str, Hyperbola | None]) -> list[str]:
                 "95 % ": [interval(f.critical.low, f.critical.high) for f in good.values()],
             }
         ),
+        *(["", f"Not fitted, for want of three batch sizes that reached the target: {', '.join(bad)}."] if bad else []),
     ]
 
 

@@ -45,11 +45,14 @@ def collective_bytes(hlo: str, devices: int) -> dict[str, dict[str, float]]:
         if group == 1:
             continue
         sizes = _sizes(type_text)
-        out = max(sizes) if started and kind != "all-reduce" else sum(sizes)
         ring = (group - 1) / group
-        operand = {"all-gather": out / group, "reduce-scatter": out * group}.get(kind, out)
-        if kind == "reduce-scatter" and started:
-            operand = out  # its tuple holds the operand, which is the larger part
+        if started and kind in ("all-gather", "reduce-scatter"):
+            # The tuple holds operands and results, any number of either: of g + 1 parts one is the smaller side.
+            larger = sum(sizes) * group / (group + 1)
+            operand = larger / group if kind == "all-gather" else larger
+        else:
+            out = max(sizes) if started and kind != "all-reduce" else sum(sizes)
+            operand = {"all-gather": out / group, "reduce-scatter": out * group}.get(kind, out)
         wire = {"all-reduce": 2 * ring * operand, "all-gather": ring * operand * group}.get(kind, ring * operand)
         if kind.startswith("collective-"):
             wire = operand

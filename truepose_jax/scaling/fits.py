@@ -8,11 +8,9 @@ from collections.abc import Sequence
 
 import numpy as np
 import scipy.optimize
+import scipy.stats
 
 from truepose_jax import noise_scale
-
-Z95 = 1.96
-"""Standard deviations on each side of a 95 % interval of a normal distribution."""
 
 DRAWS = 1000
 """Bootstrap resamples."""
@@ -56,8 +54,8 @@ def steps_to(target: float, steps: Sequence[int], losses: Sequence[float]) -> fl
 def hyperbola(batches: Sequence[float], steps: Sequence[float]) -> Hyperbola | None:
     """Least squares in log steps, over log least and log critical. None: under three batch sizes, or no fit.
 
-    The intervals are those of the fit's covariance, from the residuals: they say how well the curve holds the points,
-    not how much another seed would move them. With three points (one degree of freedom) they are rough.
+    The intervals are Student's, from the fit's covariance and its residuals: they say how well the curve holds the
+    points, not how much another seed would move them. Three points leave one degree of freedom and bound next to nothing.
     """
     b, s = np.asarray(batches, float), np.asarray(steps, float)
     if len(np.unique(b)) < 3:
@@ -71,10 +69,10 @@ def hyperbola(batches: Sequence[float], steps: Sequence[float]) -> Hyperbola | N
         found, covariance = scipy.optimize.curve_fit(log_steps, b, np.log(s), p0=start, maxfev=10_000)
     except RuntimeError:
         return None
-    spread = np.sqrt(np.diag(covariance))
+    spread = np.sqrt(np.diag(covariance)) * scipy.stats.t.ppf(0.975, len(b) - 2)
 
     def interval(i: int) -> Estimate:
-        low, high = (math.exp(min(found[i] + sign * Z95 * spread[i], 700.0)) for sign in (-1, 1))
+        low, high = (math.exp(min(found[i] + sign * spread[i], 700.0)) for sign in (-1, 1))
         bounded = math.isfinite(spread[i]) and high < 1e4 * math.exp(found[i])
         return Estimate(math.exp(found[i]), low if bounded else math.nan, high if bounded else math.nan)
 

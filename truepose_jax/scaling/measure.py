@@ -14,7 +14,7 @@ import numpy as np
 
 from truepose_jax.assembly import assemble
 from truepose_jax.datasets import training_batches, training_set
-from truepose_jax.initial import abstract_state, batch_spec
+from truepose_jax.initial import abstract_state, batch_spec, training_form
 from truepose_jax.region_tokens import make_encoder
 from truepose_jax.scaling.collectives import KINDS, collective_bytes, wire_bytes
 from truepose_jax.scaling.compiled import mesh_of, total_bytes
@@ -43,7 +43,7 @@ def measure(config: Config, *, devices: int, steps: int, cache: str) -> dict[str
         shardings = jax.tree.map(lambda x: x.sharding, abstract)
         init = jax.jit(lambda key: trainer.init_state(key, batch_spec(config)), out_shardings=shardings)
         state = init(jax.random.key(config.seed))
-        loader = training_batches(config, data)
+        loader = training_batches(config, data, form=training_form(config))
         batch = put_global_batch(mesh, next(loader))
         start = time.perf_counter()
         step = jax.jit(trainer.step, donate_argnums=0, out_shardings=(shardings, None)).lower(state, frozen, batch)

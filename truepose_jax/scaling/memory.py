@@ -19,9 +19,16 @@ MOST = 1 << 20
 """Examples per device beyond which nobody looks."""
 
 
+CPU_ROWS = (
+    "**Rows of this machine are the accounts of XLA's CPU compiler, which merges the recomputation of remat away and widens "
+    "bfloat16: they show how the search works and what fsdp divides, and say nothing of remat or precision on accelerators.**"
+)
+
+
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """budget: bytes per device. resolution: the answer's relative error that is good enough; 0: exact."""
+    """budget: bytes per device; 0: each slice's own memory. resolution: the answer's relative error that is good enough;
+    0: exact."""
 
     budget: int
     resolution: float
@@ -36,6 +43,9 @@ class Run:
     remat: bool
     fsdp: int
     topology: str = ""
+
+    def budget(self, settings: Settings) -> int:
+        return settings.budget or Topology(self.topology).chip.memory
 
     @property
     def name(self) -> str:
@@ -107,7 +117,8 @@ def row(run: Run, config: Config, settings: Settings, folder: pathlib.Path, *, o
             print(f"  {run.name}: {per_device} per device: {_said(tried[per_device])}", flush=True)
         return tried[per_device].get("bytes", math.inf)
 
-    found = largest(bytes_at, settings.budget, unit=unit, resolution=settings.resolution)
+    budget = run.budget(settings)
+    found = largest(bytes_at, budget, unit=unit, resolution=settings.resolution)
     at = tried[found] if found else tried[unit]
     two = sorted(b for b in tried if "bytes" in tried[b])
     slope = (tried[two[-1]]["bytes"] - tried[two[0]]["bytes"]) / (two[-1] - two[0]) if len(two) > 1 else None
@@ -120,7 +131,7 @@ def row(run: Run, config: Config, settings: Settings, folder: pathlib.Path, *, o
         "dtype": run.dtype,
         "remat": "on" if run.remat else "off",
         "fsdp": run.fsdp,
-        "budget_bytes": settings.budget,
+        "budget_bytes": budget,
         "largest_batch": found,
         "bytes": at.get("bytes"),
         "argument_bytes": at.get("argument_bytes"),
@@ -135,9 +146,12 @@ def _said(found: dict) -> str:
     return f"{found['bytes'] / 2**20:,.1f} MiB" if "bytes" in found else f"refused ({found['error'][:80]})"
 
 
-def write_report(found: Table, config: Config, settings: Settings, command: str, notes: Sequence[str]) -> pathlib.Path:
-    """report.md and its figure; returns the path."""
-    rows = found.rows
+def write_report(
+    found: Table, config: Config, settings: Settings, command: str, notes: Sequence[str], *, on_cpu: bool
+) -> pathlib.Path:
+    """report.md and its figure; returns the path. on_cpu: rows without a slice are of this machine's CPU."""
+    rows, on_cpu = found.rows, on_cpu and not all(r["topology"] for r in found.rows)
+    budgets = sorted({r["budget_bytes"] for r in rows})
     within = f"within {settings.resolution:.0%}" if settings.resolution else "exactly"
     lines = [
         "# Memory: the largest batch per device",
@@ -145,9 +159,10 @@ def write_report(found: Table, config: Config, settings: Settings, command: str,
         *origin(config, command),
         "",
         *([*notes, ""] if notes else []),
-        f"Budget: {settings.budget / 2**20:,.0f} MiB per device. Of each setting the train step was compiled at several batch "
-        "sizes and its memory_analysis read (arguments + results + temporaries - donated buffers); nothing was run. "
-        f"The largest batch is found {within}, by closing in on the budget from both sides. What a "
+        f"Budget: {' or '.join(f'{b / 2**20:,.0f}' for b in budgets)} MiB per device. "
+        "Of each setting the train step was compiled at several batch sizes and its memory_analysis read (arguments + "
+        f"results + temporaries - donated buffers); nothing was run. The largest batch is found {within}, by closing in on "
+        "the budget from both sides. What a "
         "runtime keeps beside the program is not in these numbers."
         + (
             " With fsdp above 1 optim.layout is 'tree', since 'flat' cannot be cut."
@@ -156,12 +171,15 @@ def write_report(found: Table, config: Config, settings: Settings, command: str,
         ),
         "",
     ]
+    if on_cpu:
+        lines += [CPU_ROWS, ""]
     if any(r["prediction"] for r in rows):
         lines += [f"Rows of a TPU slice are a {PREDICTION}", ""]
     lines += table(
         {
             "where": [r["topology"] or f"{r['fsdp']} device(s) here" for r in rows],
             "size": [f"{r['height']}x{r['width']}" for r in rows],
+            "budget (MiB)": [r["budget_bytes"] / 2**20 for r in rows],
             "precision": [r["dtype"] for r in rows],
             "remat": [r["remat"] for r in rows],
             "fsdp": [r["fsdp"] for r in rows],
@@ -172,7 +190,8 @@ def write_report(found: Table, config: Config, settings: Settings, command: str,
             "compilations": [r["compiled"] for r in rows],
         }
     )
-    lines += _effects(rows)
+    lines += _effects([r for r in rows if r["topology"] or not on_cpu], ("remat", "dtype", "fsdp"))
+    lines += _effects([r for r in rows if not r["topology"] and on_cpu], ("fsdp",))
     if rows:
         _figure(found.folder / "largest_batch.png", rows)
         lines += ["", "![largest batch per device](largest_batch.png)"]
@@ -181,13 +200,13 @@ def write_report(found: Table, config: Config, settings: Settings, command: str,
     return path
 
 
-def _effects(rows: Sequence[Row]) -> list[str]:
+def _effects(rows: Sequence[Row], columns: Sequence[str]) -> list[str]:
     """What one setting does to the largest batch, the others being equal: geometric means over the pairs of rows."""
     said = []
     fewest = min((r["fsdp"] for r in rows), default=1)
     changes = [("remat", "off", "on"), ("dtype", "float32", "bfloat16")]
     changes += [("fsdp", fewest, n) for n in sorted({r["fsdp"] for r in rows} - {fewest})]
-    for column, before, after in changes:
+    for column, before, after in (change for change in changes if change[0] in columns):
         others = [k for k in ("topology", "height", "width", "dtype", "remat", "fsdp") if k != column]
         base = {tuple(r[k] for k in others): r["largest_batch"] for r in rows if r[column] == before}
         ratios = [

@@ -57,8 +57,8 @@ class Table:
         return next((row for row in self.rows if row["name"] == name), None)
 
     def add(self, row: Row) -> None:
-        """Takes a row (a "name" and plain values) and writes both files."""
-        self.rows.append(row)
+        """Takes a row (a "name" and plain values), in the place of one of its name, and writes both files."""
+        self.rows = [*(r for r in self.rows if r["name"] != row["name"]), row]
         write(self.folder / "rows.json", json.dumps(self.rows, indent=1, allow_nan=False) + "\n")
         text = io.StringIO()
         columns = list(dict.fromkeys(key for each in self.rows for key in each))
