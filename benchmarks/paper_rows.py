@@ -1,15 +1,16 @@
 """One command for each row of the paper's tables: train, generate the split, evaluate. For whoever has data and weights.
 
-    python benchmarks/paper_rows.py --row=512 --data=DEEPFASHION --photos=RAW --weights=WEIGHTS --out=runs/paper [--dry-run]
-    python benchmarks/paper_rows.py --row=B3  --data=DEEPFASHION --photos=RAW --weights=WEIGHTS --out=runs/paper
-    python benchmarks/paper_rows.py --row=wpose --data=WPOSE --photos=RAW --run=runs/paper/512/run --out=runs/paper
+    python benchmarks/paper_rows.py --row=512 --data=DEEPFASHION --photos=PHOTOS --weights=WEIGHTS --out=runs/paper [--dry-run]
+    python benchmarks/paper_rows.py --row=B3  --data=DEEPFASHION --photos=PHOTOS --weights=WEIGHTS --out=runs/paper
+    python benchmarks/paper_rows.py --row=wpose --data=WPOSE --photos=PHOTOS --run=runs/paper/512/run --out=runs/paper
     python benchmarks/paper_rows.py --row=512 --stand-in --out=runs/stand_in
 
-DEEPFASHION, WPOSE: what `prepare build` and `prepare annotate` wrote; RAW: the photos they were built from, which the metrics
-resize as the protocol says. WEIGHTS: what `convert from-torch` wrote. --metrics hands arguments on to evaluate, such as
-"--lpips-weights=FILE --fid-weights=FILE --fid-reference=RAW --fid-names=train.lst". Training and generating go on where they
-were stopped. --stand-in runs the row's own steps on a few synthetic people with a tiny network: it shows that the commands
-work, and its numbers mean nothing.
+DEEPFASHION, WPOSE: what `prepare build` and `prepare annotate` wrote; PHOTOS: the folder of the photos alone that they were
+built from (RAW/img_highres; WPose: RAW/images), which the metrics resize as the protocol says. WEIGHTS: what
+`convert from-torch` wrote. --metrics hands arguments on to evaluate, such as
+"--lpips-weights=FILE --fid-weights=FILE --fid-reference=PHOTOS --fid-names=train.lst". Training and generating go on where
+they were stopped; evaluating is done every time, from its cache where nothing changed. --stand-in runs the row's own steps on
+a few synthetic people with a tiny network: it shows that the commands work, and its numbers mean nothing.
 
 | row | paper | LPIPS | SSIM | PSNR | FID |
 |---|---|---|---|---|---|
@@ -61,6 +62,10 @@ STAND_IN = (
     "--config.eval.steps=2",
     "--config.diffusion.steps=2",
 )
+EPOCH = 8_500
+"""Steps, at a batch of 12."""
+SETTINGS = {"B2": (f"--config.total_steps={10 * EPOCH}",)}
+"""B2 is AnimateAnyone's fusion, fine-tuned for 10 epochs (section 5.3); the others train as their configuration says."""
 
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:
@@ -75,6 +80,8 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--stand-in", action="store_true", help="a few synthetic people and a tiny network")
     parser.add_argument("--dry-run", action="store_true", help="print the commands, run nothing")
     flags = parser.parse_args(argv)
+    if flags.run is not None and flags.row != "wpose":
+        parser.error(f"--run is for the row wpose; {flags.row} trains its own")
     if not flags.stand_in:
         for name in ("data", "photos", "run" if flags.row == "wpose" else "weights"):
             path = getattr(flags, name)
@@ -98,25 +105,26 @@ def steps(flags: argparse.Namespace) -> list[tuple[pathlib.Path | None, list[str
     if flags.run is None:
         variant = f":{flags.row}" if flags.row.startswith("B") else ""
         config = f"--config=configs/truepose_deepfashion_{size}.py{variant}"
-        start = STAND_IN if flags.stand_in else [f"--config.init_from={flags.weights}"]
+        start = STAND_IN if flags.stand_in else [f"--config.init_from={flags.weights}", *SETTINGS.get(flags.row, ())]
         found.append((None, ["train", config, f"--workdir={run}", f"--config.data.root={data}", *start]))
     pictures = folder / "generated"
     generate = ["generate", f"--workdir={run}", f"--records={data}", "--naming=cfld", f"--out-dir={pictures}"]
     found.append((None, generate))
     report = folder / "report.json"
-    evaluate = ["evaluate", f"--generated={pictures}", f"--reference={photos}", "--protocol=cfld", f"--size={h}x{w}"]
-    found.append((report, [*evaluate, f"--out={report}", *shlex.split(flags.metrics)]))
+    evaluate = ["evaluate", f"--generated={pictures}", f"--reference={photos}", f"--pairs={pictures / 'pairs.csv'}"]
+    evaluate += ["--protocol=cfld", f"--size={h}x{w}", f"--out={report}", "--overwrite"]
+    found.append((None, [*evaluate, *shlex.split(flags.metrics)]))
     return found
 
 
 def write_photos(records: pathlib.Path, folder: pathlib.Path) -> None:
-    """The stand-in's true pictures as files, under the records' names."""
-    images = RecordImages(records, "test", size=STAND_IN_SIZE)
-    for index in range(len(images)):
-        record = images.image(index)
-        path = folder / f"{record.name}.png"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(record.image).save(path)
+    """The stand-in's photos as files, under the records' names; those of training too, as real folders hold them."""
+    for split in ("train", "test"):
+        images = RecordImages(records, split, size=STAND_IN_SIZE)
+        for record in map(images.image, range(len(images))):
+            path = folder / f"{record.name}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(record.image).save(path)
 
 
 def main(argv: Sequence[str]) -> int:
