@@ -150,7 +150,7 @@ def held_out_pairs(config: Config, encoder) -> Pairs:
 
 def per_pair(images: np.ndarray, pairs: Pairs) -> dict[str, np.ndarray]:
     """{metric: [pairs]}: PSNR of the whole picture and inside regions (NaN: region under 50 pixels), SSIM; and how far
-    the pose moves: mean distance of the joints that both pictures show, in picture heights."""
+    the pose moves: mean distance of the joints that both pictures show, in picture heights (inf: they share none)."""
     truth = pairs.batch["target"]
     masks = {region: pairs.mask(region) for region in REGIONS}
     masks["background"] = ~masks["person"]
@@ -164,7 +164,7 @@ def per_pair(images: np.ndarray, pairs: Pairs) -> dict[str, np.ndarray]:
     a, b = pairs.batch["source_joints"], pairs.batch["target_joints"]
     both = (a[..., 2] > 0) & (b[..., 2] > 0)
     moved = np.linalg.norm(a[..., :2] - b[..., :2], axis=-1) / images.shape[1]
-    values["moved"] = (moved * both).sum(1) / np.maximum(both.sum(1), 1)
+    values["moved"] = np.where(both.any(1), (moved * both).sum(1) / np.maximum(both.sum(1), 1), np.inf)
     assert both.shape[1] == NUM_JOINTS
     return {name: np.asarray(value, np.float64) for name, value in values.items()}
 

@@ -30,12 +30,26 @@ def test_differences_are_paired_and_seeds_count():
     random = np.random.default_rng(1)
     common = 5 * random.standard_normal((3, PAIRS))
     better, worse = common + 0.3 + 0.1 * random.standard_normal((3, PAIRS)), common
-    found = report.difference(better, worse[:2], WHO)
-    assert report.verdict(found) == "better" and found[2] - found[1] < 0.1
-    assert report.verdict(report.difference(worse, better, WHO)) == "worse"
+    moved = np.tile(random.random(PAIRS), (3, 1))
+
+    def rows(values, seeds=(0, 1, 2)):
+        return {"x": values, "seed": np.array(seeds), "moved": moved, "who": WHO[None]}
+
+    def difference(a, b, **how):
+        return report.difference(rows(a), rows(b), "x", **how)
+
+    found = difference(better, worse)
+    assert report.verdict(found) == "better" and found["interval"][2] - found["interval"][1] < 0.1
+    assert report.verdict(difference(worse, better)) == "worse"
+    far = difference(np.where(moved > np.median(moved[0]), better, np.nan), worse, far=True)
+    assert report.verdict(far) == "better"
+    # Paired by the seed's number, not by its place; two seeds prove nothing.
+    two = report.difference(rows(better), rows(worse[[2, 1]], (2, 5)), "x")
+    np.testing.assert_allclose(two["by_seed"], [(better[2] - worse[2]).mean()])
+    assert report.verdict(two) == "(1 seed)"
     # One seed of three decides: no evidence, however many pairs.
     lucky = common + np.array([[1.0], [-0.4], [-0.3]])
-    assert report.verdict(report.difference(lucky, common, WHO)) == "not distinguished"
+    assert report.verdict(difference(lucky, common)) == "not distinguished"
 
 
 def row(shift: float, cost: float, seed: int) -> dict[str, np.ndarray]:
@@ -53,22 +67,22 @@ def test_report(tmp_path: pathlib.Path, cost: float, word: str):
     bench = Bench(tmp_path, 7)
     assert report.write(bench, tmp_path / "out") == []
     for variant, shift in {"full": 2.0, "B3": 2.0, "B1": 0.0, "A23_prose": 0.0}.items():
-        for seed in range(1 if variant == "A23_prose" else 2):
+        for seed in range(1 if variant == "A23_prose" else 3):
             path = bench.row(variant, seed)
             path.parent.mkdir(exist_ok=True)
             np.savez(path, **row(shift, cost, seed))
-    (tmp_path / "rows_7" / "full_2.part.npz").write_bytes(b"torn")
+    (tmp_path / "rows_7" / "full_3.part.npz").write_bytes(b"torn")
     written = report.write(bench, tmp_path / "out")
     found = json.loads(written[0].read_text())
     assert {name: of["seeds"] for name, of in found["variants"].items()} == {
-        "full": 2,
-        "B1": 2,
-        "B3": 2,
+        "full": 3,
+        "B1": 3,
+        "B3": 3,
         "A23_prose": 1,
     }
     assert list(found["paper_order"]) == ["full > B3", "B3 > B1"] and found["steps"] == 7
     text = written[1].read_text()
     assert f"costs {cost:.2f} dB inside the person; 3 are asked: {word}" in text
-    assert "| full > B3 | not distinguished" in text and "| B3 > B1 | better: 2.00" in text
-    assert "| A23_prose | worse: -2.00" in text and "nan" not in text
+    assert "| full > B3 | not distinguished" in text and "| B3 > B1 | better 2.00" in text
+    assert "| A23_prose | (1 seed) -2.00" in text and "nan" not in text
     assert written[2].stat().st_size > 1000
