@@ -23,7 +23,10 @@ from truepose_jax.programs import Parser
 
 BATCHES = (1, 8)
 STEPS, GUIDANCE = 35, 3.5
-CPU_PEERS = {1: ("recompute_eager", "cached_eager", "cached_compiled"), 8: ("recompute_eager", "cached_eager")}
+CPU_PEERS = {
+    1: ("recompute_eager", "recompute_eager_nhwc", "cached_eager", "cached_eager_nhwc", "cached_compiled"),
+    8: ("recompute_eager", "cached_eager", "cached_eager_nhwc"),
+}
 CPU_REPEATS = {1: 5, 8: 3}
 """By batch; torch.compile takes minutes on a CPU and is measured once."""
 

@@ -25,7 +25,7 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.side_by_side_case import Case
+from benchmarks.side_by_side_case import CHECKED_STEPS, Case
 from benchmarks.side_by_side_forms import OURS, PREPARE
 from truepose_jax.flops import model_flops, utilisation
 from truepose_jax.programs import parse_size
@@ -109,6 +109,8 @@ def environment_of(case: Case, xla_flags: str) -> dict[str, str]:
     found["TORCHINDUCTOR_COMPILE_THREADS"] = str(case.threads)
     found["JAX_PLATFORMS"] = {"cpu": "cpu", "gpu": "cuda"}[case.device]
     found["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"  # the forms share the card
+    if case.dtype == "float32":
+        found["JAX_DEFAULT_MATMUL_PRECISION"] = "highest"  # no TF32 on either side
     if xla_flags:
         found["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {xla_flags}".strip()
     return found
@@ -130,6 +132,7 @@ def measure(row: Row, *, xla_flags: str = "", say: Callable[[str], None] = print
             found |= _in_turn(forms, row, folder, environment, say)
         found["about"] = {
             "case": dataclasses.asdict(case),
+            "xla_flags": xla_flags,
             "apart": row.apart,
             "load_before": round(before, 2),
             "load_after": round(os.getloadavg()[0], 2),
@@ -239,9 +242,17 @@ def run(name: str, title: str, rows: Sequence[Row], flags: argparse.Namespace) -
     if not results["machine"]:
         results["machine"] = machine() | {"product_flops": product_rate()}
     for row in rows:
-        if row.case.name in results["rows"]:
-            print(f"{row.case.name}: done before")
-            continue
+        known = results["rows"].get(row.case.name)
+        if known:
+            before, now = known["about"], {"case": dataclasses.asdict(row.case), "xla_flags": flags.xla_flags}
+            if other := _first_other(json.loads(json.dumps(now)), before):
+                print(f"error: {path} has {row.case.name} with {other}; name another --out", file=sys.stderr)
+                return 2
+            if set(row.peers) <= set(known):
+                print(f"{row.case.name}: done before")
+                continue
+            # Forms are compared within one run: those that are there are measured again beside the new ones.
+            row = dataclasses.replace(row, peers=list(dict.fromkeys([*(set(known) - {OURS, "about"}), *row.peers])))
         print(row.case.name, flush=True)
         try:
             results["rows"][row.case.name] = measure(
@@ -259,6 +270,13 @@ def run(name: str, title: str, rows: Sequence[Row], flags: argparse.Namespace) -
     return 1 if differs else 0
 
 
+def _first_other(now: dict[str, Any], before: dict[str, Any]) -> str:
+    """The first setting that a row was measured with otherwise, in words."""
+    wanted = {**now["case"], "xla_flags": now["xla_flags"]}
+    had = {**before["case"], "xla_flags": before.get("xla_flags", "")}
+    return next((f"{k} {had.get(k)!r} where {v!r} is asked for" for k, v in wanted.items() if had.get(k) != v), "")
+
+
 def _machine_only(found: dict[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in found.items() if key != "product_flops"}
 
@@ -271,7 +289,7 @@ def report(name: str, title: str, results: dict[str, Any]) -> str:
         f"`python benchmarks/{name}.py`; {about['cores']} cores of {about['cpu']}, jax {about['jax']}, torch {about['torch']}. "
         "Seconds of a call: median [quartiles], every form called once in each round (but where `apart` is said). ours / form: "
         "the median over the rounds. CPU s: processor seconds of a call, which other programs disturb less. Memory: of the "
-        "form's process at its peak while timed; on GPUs of the device.",
+        "form's process at its peak while timed; on GPUs the peer's allocator at its peak, and of ours what its program holds.",
     ]
     for case_name, row in results["rows"].items():
         case = Case.of(row["about"]["case"])
@@ -281,7 +299,8 @@ def report(name: str, title: str, results: dict[str, Any]) -> str:
             "",
             f"## {case_name}",
             "",
-            f"{row['about']['when']}, {device}, load {row['about']['load_before']} before and {row['about']['load_after']} after"
+            f"{row['about']['when']}, {device}, {case.threads} threads, load {row['about']['load_before']} before and "
+            f"{row['about']['load_after']} after"
             + (", apart" if row["about"]["apart"] else "")
             + f"; {per_call / 1e9:,.1f} GFLOP a call.",
             "",
@@ -303,7 +322,8 @@ def _line(form: str, found, row, case: Case, per_call: float, device: str, produ
     of_peak = f"{share:.1%}" if share is not None else f"({per_call / found['median'] / product:.0%})"
     compiling = found.get("trace_seconds", 0) + found.get("compile_seconds", 0)
     if "compiled" in form or "flex" in form:
-        compiling = found["first_seconds"] - found["median"]
+        calls = CHECKED_STEPS if case.task == "train" else 1
+        compiling = max(found["first_seconds"] - calls * found["median"], 0.0)
     cells = (
         form,
         f"{found['median']:.3g} [{found['low']:.3g} {found['high']:.3g}]",
@@ -322,7 +342,7 @@ def _note(results) -> str:
     return (
         "of peak: model FLOPs (truepose_jax/flops.py) over the chip's dense bf16 peak; in brackets, on a CPU, over "
         f"{results['machine']['product_flops'] / 1e9:.0f} GFLOP/s, which a float32 product of NumPy reached there. compile: ours "
-        "traces and compiles before the first call; a compiled peer's first call less a later one."
+        "traces and compiles before the first call; a compiled peer's first calls less as many later ones."
     )
 
 

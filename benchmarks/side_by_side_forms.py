@@ -26,13 +26,15 @@ from benchmarks.side_by_side_case import CHECKED_STEPS, LEARNING_RATE, Case
 
 OURS = "ours"
 PEERS = {
-    "train": ("eager", "compiled", "eager_flex", "compiled_flex"),
+    "train": ("eager", "eager_nhwc", "compiled", "compiled_nhwc", "eager_flex", "compiled_flex", "compiled_nhwc_flex"),
     "sample": (
-        "recompute_eager", "recompute_compiled", "cached_eager", "cached_compiled",
-        "recompute_compiled_flex", "cached_compiled_flex",
+        "recompute_eager", "recompute_eager_nhwc", "recompute_compiled", "recompute_compiled_nhwc",
+        "cached_eager", "cached_eager_nhwc", "cached_compiled", "cached_compiled_nhwc",
+        "recompute_compiled_nhwc_flex", "cached_compiled_nhwc_flex",
     ),
 }  # fmt: skip
-"""Names are made of: whether sampling recomputes the source's side, eager or torch.compile, flex: Eq. 6 by FlexAttention."""
+"""Names are made of: whether sampling recomputes the source's side; eager or torch.compile; nhwc: PyTorch's channels_last
+layout; flex: Eq. 6 by FlexAttention."""
 PREPARE = "prepare"
 
 
@@ -77,11 +79,11 @@ def _compiled(function, *arguments, **options) -> tuple[Any, dict[str, Any]]:
     return program, facts
 
 
-def _our_peak() -> int | None:
+def _our_peak(facts: dict[str, Any]) -> int:
+    """JAX's count of a device cannot be set back after loading, so there it is what the program holds."""
     import jax
 
-    found = jax.local_devices()[0].memory_stats() or {}
-    return found.get("peak_bytes_in_use", _peak_resident())
+    return facts["program_bytes"] if jax.local_devices()[0].memory_stats() else _peak_resident()
 
 
 def _our_training(case: Case, jax, cases) -> Form:
@@ -99,7 +101,7 @@ def _our_training(case: Case, jax, cases) -> Form:
     return Form(
         check=lambda: np.array([float(one()) for _ in range(CHECKED_STEPS)]),
         call=lambda: jax.block_until_ready((one(), holder[0])),
-        peak=_our_peak,
+        peak=lambda: _our_peak(facts),
         facts=facts,
     )
 
@@ -116,7 +118,7 @@ def _our_sampling(case: Case, jax, cases) -> Form:
     return Form(
         check=lambda: np.asarray(program(*inputs)),
         call=lambda: jax.block_until_ready(program(*inputs)),
-        peak=_our_peak,
+        peak=lambda: _our_peak(facts),
         facts=facts,
     )
 
@@ -130,8 +132,6 @@ def peer_form(case: Case, form: str, folder: pathlib.Path) -> Form:
     from benchmarks import torch_truepose
 
     torch.set_num_threads(case.threads)
-    if case.device == "gpu":
-        torch.set_float32_matmul_precision("high")  # TF32 where products are float32, as JAX has it
     ways = form.split("_")
     if "flex" in ways:
         torch_truepose.reweighted_attention = functools.partial(_flex_attention, torch)
@@ -141,8 +141,14 @@ def peer_form(case: Case, form: str, folder: pathlib.Path) -> Form:
     model = torch_truepose.TruePose.from_pretrained(folder / "export", torch_dtype=held).to(device)
     given = {name: torch.from_numpy(x).to(device) for name, x in np.load(folder / "inputs.npz").items()}
 
+    layout = torch.channels_last if "nhwc" in ways else torch.contiguous_format
+    model = model.to(memory_format=layout)
+    if case.remat:
+        _recompute_blocks(torch, model)
+
     def nchw(x):
-        return x.movedim(-1, -3).contiguous()
+        moved = x.movedim(-1, -3)
+        return moved.contiguous(memory_format=layout) if moved.ndim == 4 else moved.contiguous()
 
     inputs = torch_truepose.Inputs(
         source=nchw(given["source"]),
@@ -155,6 +161,18 @@ def peer_form(case: Case, form: str, folder: pathlib.Path) -> Form:
     given |= {name: nchw(given[name]) for name in ("target", "eps", "noise") if name in given}
     make = {"train": _peer_training, "sample": _peer_sampling}[case.task]
     return make(torch, case, ways, model, inputs, given)
+
+
+def _recompute_blocks(torch, model) -> None:
+    """What case.remat is for ours: every resnet and transformer block is computed anew in the backward pass."""
+    from diffusers.models.resnet import ResnetBlock2D
+    from torch.utils.checkpoint import checkpoint
+
+    from benchmarks.torch_truepose import SourceBlock, TargetBlock
+
+    for module in model.modules():
+        if isinstance(module, ResnetBlock2D | SourceBlock | TargetBlock):
+            module.forward = functools.partial(checkpoint, module.forward, use_reentrant=False)
 
 
 def _peer_peak(torch, case: Case) -> int:
@@ -253,6 +271,10 @@ def _forget_peak() -> None:
     """What building and compiling left behind goes back to the system, and the peak begins anew."""
     ctypes.CDLL(None).malloc_trim(0)
     pathlib.Path("/proc/self/clear_refs").write_text("5")
+    torch = sys.modules.get("torch")
+    if torch is not None and torch.cuda.is_available():
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
 
 
 def serve(form: Form, folder: pathlib.Path, name: str, answer) -> None:

@@ -4,8 +4,9 @@
 
 import: `import truepose_jax.train` in a new process, less an empty one. train: from the command until its first step is in
 metrics.jsonl. generate: from the command until its picture is written. Each begins with an empty folder of compiled programs
-(`first`), then does the same again (`again`: train goes on in its workdir), then, for train, in a new workdir (`new run`).
-Rounds start from nothing each. Rows that are in the JSON are not measured again.
+(`first`), then does the same again (`again`). train goes on in its workdir, where region tokens are kept too, so it is also
+started there without the compiled programs (`again, nothing compiled`) and in a new workdir with them (`new run`). Rounds
+start from nothing each. Rows that are in the JSON are not measured again.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ PATIENCE = 400.0
 """Seconds until a program that shows nothing counts as failed."""
 LOOK_EVERY = 0.02
 STOPPED = 143
-"""Exit code of a program that was asked to end and has saved."""
+"""Exit code of training that was asked to end and has saved."""
 PROMISED_IMPORT, PROMISED_RATIO = 5.0, 3.0
 PHOTO = (96, 72)
 
@@ -50,9 +51,11 @@ def environment(cache: pathlib.Path) -> dict[str, str]:
     return found | {"JAX_COMPILATION_CACHE_DIR": str(cache), "PYTHONPATH": str(ROOT)}
 
 
-def until(command: list[str], log: pathlib.Path, env: dict[str, str], done: Callable[[], bool]) -> float:
+def until(
+    command: list[str], log: pathlib.Path, env: dict[str, str], done: Callable[[], bool], *, saves: bool = False
+) -> float:
     """Seconds from the start of `command` until `done`; a program that still runs is then asked to end, and waited for.
-    Raises Failed."""
+    Raises Failed; saves: also where it does not end as one that has saved."""
     with log.open("w") as file:
         start = time.perf_counter()
         process = subprocess.Popen(command, cwd=ROOT, env=env, stdout=file, stderr=subprocess.STDOUT)
@@ -67,6 +70,8 @@ def until(command: list[str], log: pathlib.Path, env: dict[str, str], done: Call
             seconds = time.perf_counter() - start
             process.send_signal(signal.SIGTERM)
             process.wait(timeout=PATIENCE)
+            if saves and process.returncode != STOPPED:
+                raise Failed(f"{command[2]} did not save: it ended with {process.returncode}; see {log}")
             return seconds
         finally:
             if process.poll() is None:
@@ -94,7 +99,7 @@ def train(config: str, workdir: pathlib.Path, cache: pathlib.Path) -> float:
     # Stays away from the end and from evaluations: what is wanted is the first step.
     settings = ["--config.total_steps=100000", "--config.eval.every=100000", "--config.checkpoint.every=100000"]
     command = [sys.executable, "-m", "truepose_jax.train", f"--config={config}", f"--workdir={workdir}", *settings]
-    return until(command, workdir.with_suffix(".log"), environment(cache), stepped)
+    return until(command, workdir.with_suffix(".log"), environment(cache), stepped, saves=True)
 
 
 def train_row(config: str, folder: pathlib.Path) -> dict[str, float]:
@@ -102,6 +107,7 @@ def train_row(config: str, folder: pathlib.Path) -> dict[str, float]:
     return {
         "first": train(config, folder / "run", cache),
         "again": train(config, folder / "run", cache),
+        "again, nothing compiled": train(config, folder / "run", folder / "no_programs"),
         "new run": train(config, folder / "other", cache),
     }
 
@@ -112,12 +118,13 @@ def generate_row(config: str, folder: pathlib.Path) -> dict[str, float]:
     pixels = np.random.default_rng(0).integers(0, 256, (*PHOTO, 3), np.uint8)
     Image.fromarray(pixels).save(folder / "photo.png")
     y, x = np.linspace(0.1, 0.9, NUM_JOINTS) * PHOTO[0], np.linspace(0.3, 0.7, NUM_JOINTS) * PHOTO[1]
-    (folder / "pose.txt").write_text("".join(f"{a:.1f} {b:.1f} 1\n" for a, b in zip(x, y, strict=True)))
+    (folder / "pose.txt").write_text("".join(f"{a:.1f} {b:.1f}\n" for a, b in zip(x, y, strict=True)))
     found = {}
     for name in ("first", "again"):
         out = folder / f"{name}.png"
         command = [sys.executable, "-m", "truepose_jax.generate", f"--workdir={folder / 'run'}", "--parsing=none"]
         command += [f"--source={folder / 'photo.png'}", f"--pose={folder / 'pose.txt'}", f"--out={out}"]
+        command.append(f"--pose-frame={PHOTO[0]}x{PHOTO[1]}")
         found[name] = until(command, folder / f"{name}.log", environment(folder / "programs"), out.exists)
     return found
 
@@ -152,7 +159,9 @@ def report(results: dict) -> str:
             lines.append(f"| {name} | {start} | {each} | {of_first} | {row['load']} |")
     lines += [
         "",
-        f"Promised: the second start {PROMISED_RATIO:.0f} times sooner. `new run`: a new workdir, programs kept.",
+        f"Promised: the second start {PROMISED_RATIO:.0f} times sooner. Training's region tokens lie in its workdir: `again, "
+        "nothing compiled` finds them and compiles everything, `new run` is a new workdir with the programs kept. The first "
+        "step is written when the second has begun.",
         "",
     ]
     return "\n".join(lines)

@@ -28,7 +28,7 @@ FULL = (
 )
 """(size, batch, rematerialisation, apart): in turn at batches of which one card holds several forms at once, and what the
 paper trained with, one form after the other."""
-CPU_PEERS, GPU_PEERS = ("eager", "compiled"), PEERS["train"]
+CPU_PEERS, GPU_PEERS = ("eager", "eager_nhwc", "compiled"), PEERS["train"]
 
 
 def rows(flags) -> list[Row]:

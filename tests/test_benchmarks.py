@@ -1,5 +1,6 @@
 """The speed benchmarks at a tiny size: both sides agree, the tables are written, a second start measures nothing again."""
 
+import dataclasses
 import json
 
 import numpy as np
@@ -68,3 +69,16 @@ def test_the_scripts_write_their_tables(tmp_path, capsys):
     assert train_step.main([*TINY, out, "--peers=eager"]) == 0
     assert "done before" in capsys.readouterr().out
     assert side_by_side_forms.OURS in row
+    # Other settings under one name are refused, a further form is measured beside those that are there.
+    assert train_step.main([*TINY, out, "--layers=2"]) == 2
+    assert "with layers 1 where 2 is asked for" in capsys.readouterr().err
+    assert train_step.main([*TINY, out, "--peers=eager_nhwc"]) == 0
+    (row,) = json.loads((tmp_path / "train_step.json").read_text())["rows"].values()
+    assert {"ours", "eager", "eager_nhwc"} < set(row) and len(row["eager_nhwc"]["times"]) == 2
+
+
+@pytest.mark.slow
+def test_a_peer_that_recomputes_agrees(tmp_path):
+    case = dataclasses.replace(train_step.rows(_flags(train_step.main))[0].case, remat=True)
+    row = side_by_side.measure(side_by_side.Row(case, ("eager",), 2, 200.0))
+    assert row["eager"]["difference"] < 1e-4 and len(row["eager"]["times"]) == 2

@@ -65,16 +65,24 @@ def run_with_config(main: Callable[[Sequence[str]], int | None]) -> NoReturn:
     app.run(run, flags_parser=parse)
 
 
+KEPT_FROM = 0.1
+"""Seconds of compilation from which a program is kept. JAX's own 1 s leaves out what makes parameters and restores them."""
+
+
 def keep_programs() -> None:
     """Lets XLA keep its compiled programs on disk (~/.cache/truepose_jax/programs, at most CACHE_BYTES), so that the next
     start need not compile them again. JAX_COMPILATION_CACHE_DIR names another folder, JAX_ENABLE_COMPILATION_CACHE=false
     turns it off."""
     import jax
 
-    if jax.config.jax_compilation_cache_dir is None and jax.config.jax_enable_compilation_cache:
+    if not jax.config.jax_enable_compilation_cache:
+        return
+    if jax.config.jax_compilation_cache_dir is None:
         home = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
         jax.config.update("jax_compilation_cache_dir", os.path.join(home, "truepose_jax", "programs"))
         jax.config.update("jax_compilation_cache_max_size", CACHE_BYTES)
+    if "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS" not in os.environ:
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", KEPT_FROM)
 
 
 def _is_for_people(error: ValueError) -> bool:
