@@ -119,6 +119,8 @@ def test_a_list_of_pairs(tmp_path):
 def test_two_files_of_one_image(tmp_path):
     with pytest.raises(InputError, match="same image twice"):
         pair(tmp_path, NAMES, ["p0.png", "p0.jpg"])
+    with pytest.raises(InputError, match=r"1 image \(p1\) there in several formats"):
+        pair(tmp_path / "again", ["p1.png", "p1.jpg"], NAMES)
 
 
 # --------------------------------------------------------------------------------------------- protocols

@@ -52,8 +52,12 @@ def test_pairs_are_one_region_of_one_person_in_two_poses():
 def test_known_again():
     tokens = np.random.default_rng(2).standard_normal((7, 2, 4))
     there = np.ones((7, 2), bool)
-    assert known_again(tokens, 3 * tokens, there) == 1.0
-    assert known_again(tokens, np.roll(tokens, 1, axis=0), there) == 0.0
+    rate, chance, count = known_again(tokens, 3 * tokens, there)
+    rows = [n for n in there.sum(0) if n > 1]
+    assert rate == 1.0 and count == sum(rows)
+    np.testing.assert_allclose(chance, np.concatenate([np.full(n, 1 / n) for n in rows]).mean())
+    assert known_again(tokens, np.roll(tokens, 1, axis=0), there)[0] == 0.0
+    assert np.isnan(known_again(tokens, tokens, np.zeros_like(there))[0])
 
 
 def test_a_small_run(tmp_path):

@@ -32,10 +32,17 @@ def main(argv: list[str]) -> int:
     vision, params, results = train(config)
     write(folder, vision, params, {"config": dataclasses.asdict(config), "results": results})
     print(
-        f"wrote {folder}: a held-out garment is known again in another pose among {config.synthetic.heldout_identities} "
-        f"people {results['trained']:.0%} of the time ({results['untrained']:.0%} before training)"
+        f"wrote {folder}: of {config.synthetic.heldout_identities} held-out people, crops of clothes are known again in another "
+        f"pose {_said('clothes', results)}, of all regions {_said('all', results)}"
     )
     return 0
+
+
+def _said(name: str, results: dict) -> str:
+    before, after = results["untrained"], results["trained"]
+    return (
+        f"{after[name]:.0%} of the time ({before[name]:.0%} before training, {after[f'{name}_chance']:.0%} by chance)"
+    )
 
 
 if __name__ == "__main__":

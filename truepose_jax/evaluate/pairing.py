@@ -141,8 +141,12 @@ def _some(names: Sequence[str]) -> str:
 def pair_folders(generated: Folder, reference: Folder, wanted: Sequence[tuple[str, str]] | None = None) -> Pairing:
     """Pairs in the order of the generated names.
 
-    wanted: (source, target) pairs that should be there, in any spelling; others are then unmatched.
+    wanted: (source, target) pairs that should be there, in any spelling; others are then unmatched. Raises InputError
+    where one folder holds an image twice.
     """
+    bare = collections.Counter(_IMAGE_SUFFIX.sub("", name) for name in generated.names)
+    if twice := [name for name, count in bare.items() if count > 1]:
+        raise InputError(f"{generated.root}: {_some(twice)} there in several formats; keep one of each")
     references = reference.by_key()
     listed = None if wanted is None else {(image_key(s), image_key(t)): f"{s} > {t}" for s, t in wanted}
     pairs, unmatched, seen = [], [], set()

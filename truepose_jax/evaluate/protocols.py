@@ -56,7 +56,10 @@ class Filter(NamedTuple):
 
 
 PIL_BICUBIC = Filter("Pillow bicubic, antialiased, rounded to uint8", _pil_bicubic)
-CFLD_SAMPLE = Filter("bicubic, antialiased, in floating point, truncated to uint8", _float_bicubic_truncated)
+CFLD_SAMPLE = Filter(
+    "bicubic, antialiased, in floating point, truncated to uint8 (pictures of that size stay as they are)",
+    _float_bicubic_truncated,
+)
 CV2_BICUBIC = Filter("OpenCV bicubic without antialias, floating point", _cv2_bicubic)
 CV2_BILINEAR = Filter("OpenCV bilinear without antialias, floating point", _cv2_bilinear)
 UNCHANGED = Filter("none", _as_it_is)
