@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import flax.linen as nn
@@ -50,12 +49,10 @@ def layer_norm(dtype, name: str) -> nn.LayerNorm:
 
 
 class Attention(nn.Module):
-    """Multi-head attention: q from the hidden state, k and v from the context (None: from itself). project_init: keywords
-    of the nn.Dense of all three."""
+    """Multi-head attention: q from the hidden state, k and v from the context (None: from itself)."""
 
     heads: int
     dtype: jnp.dtype = jnp.float32
-    project_init: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
     @nn.compact
     def __call__(
@@ -66,9 +63,8 @@ class Attention(nn.Module):
     ) -> Float[Array, "b n c"]:
         context = x if context is None else context
         width = x.shape[-1]
-        dense = functools.partial(nn.Dense, width, use_bias=False, dtype=self.dtype, **self.project_init)
         q, k, v = (
-            split_heads(dense(name=name)(y), self.heads)
+            split_heads(nn.Dense(width, use_bias=False, dtype=self.dtype, name=name)(y), self.heads)
             for name, y in (("to_q", x), ("to_k", context), ("to_v", context))
         )
         out = merge_heads(api.attention(q, k, v, key_mask=key_mask))

@@ -47,10 +47,10 @@ class FusionConfig:
     """Settings of HPFA and CAA.
 
     regions: K, the number of region tokens that CAA reads. delta, sigma, reading, mask_axis: Eq. 6 (methods.md A1,
-    A23). init "identity": the square projections that read F' (HPFA's, or those of the attention that stands for it) start
-    as identities, so that a network without pretrained weights begins by attending to like features instead of averaging
-    the whole image. out_init "zeros": the network starts as
-    if HPFA were not there.
+    A23). init "identity": HPFA's square projections start as identities (those of Eq. 7 also where it is SourceNet's own
+    attention), so that a network without pretrained weights begins by attending to like features instead of averaging the
+    whole image. Self-attention that reads F' too (texture "concat") starts as ever: as an identity it would see itself.
+    out_init "zeros": the network starts as if HPFA were not there.
 
     What the paper's ablations exchange (section 5.3; methods.md 1.6):
     features: F' is what SourceNet's blocks see, or the whole image's CLIP patches through an MLP for each site.
@@ -105,7 +105,7 @@ class FusionConfig:
 
     @property
     def square_init(self) -> dict:
-        """Initialiser of the square projections that read F', as keyword of nn.Dense."""
+        """Initialiser of HPFA's square projections, as keyword of nn.Dense."""
         return {"kernel_init": identity} if self.init == "identity" else {}
 
 

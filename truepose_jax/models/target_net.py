@@ -108,10 +108,8 @@ class TruePoseBlock(nn.Module):
         texture, caa = (None, None) if features is None else features
         norms = {}
         normed = layer_norm(self.dtype, "norm1")(x)
-        reads_source = self.config.texture == "concat"
-        init = self.config.square_init if reads_source else {}
-        attn1 = Attention(self.site.heads, dtype=self.dtype, project_init=init, name="attn1")
-        if not reads_source:
+        attn1 = Attention(self.site.heads, dtype=self.dtype, name="attn1")
+        if self.config.texture == "hpfa":
             x = x + attn1(normed)
             from_hpfa = HPFA(self.site, self.config, dtype=self.dtype, name="hpfa")(x, texture)
             x, norms["hpfa"] = x + from_hpfa, _rms(from_hpfa)
