@@ -14,7 +14,7 @@ from PIL import Image
 
 from input_pipeline.schema import InputError
 from tests.metrics.torch_networks import save_weights
-from truepose_jax.evaluate import pairing, scores, statistics
+from truepose_jax.evaluate import pairing, rating, scores, statistics
 from truepose_jax.evaluate.__main__ import main
 from truepose_jax.evaluate.protocols import PROTOCOLS
 from truepose_jax.metrics.psnr import psnr
@@ -391,3 +391,16 @@ def test_rating_sheet_and_scores(tmp_path, capsys):
     assert "line 2: 'perhaps'" in capsys.readouterr().err
     assert main(["sheet", *flags]) == 2 and "is there already" in capsys.readouterr().err
     assert math.isfinite(found["ours"]["G2R"])
+
+
+def test_methods_are_compared_from_one_source(tmp_path):
+    """Two methods that made one target from different sources are no fair choice; a name without a source fits any."""
+    methods = {
+        "a": pairing.Folder(tmp_path, ("p0_2_p2.png", "p1_2_p2.png", "p1_2_p3.png")),
+        "b": pairing.Folder(tmp_path, ("p1_2_p2.png", "p0_2_p3.png", "p4.png")),
+        "c": pairing.Folder(tmp_path, ("p2.png", "p3.png", "p4.png")),
+    }
+    reference = pairing.Folder(tmp_path, tuple(NAMES))
+    assert rating._targets(methods, reference) == {"p2.png": {"a": "p1_2_p2.png", "b": "p1_2_p2.png", "c": "p2.png"}}
+    del methods["a"]
+    assert set(rating._targets(methods, reference)) == {"p2.png", "p3.png", "p4.png"}

@@ -92,11 +92,12 @@ class Folder:
 
 @dataclasses.dataclass(frozen=True)
 class Pair:
-    """Names in their folders, and the rule that joined them."""
+    """Names in their folders, and the rule that joined them. source: its key, where the generated name tells it."""
 
     generated: str
     reference: str
     rule: str
+    source: str | None = dataclasses.field(default=None, compare=False)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -163,7 +164,7 @@ def pair_folders(generated: Folder, reference: Folder, wanted: Sequence[tuple[st
             seen.add(key)
         else:
             seen.add(found)
-        pairs.append(Pair(name, found, rule))
+        pairs.append(Pair(name, found, rule, source))
     if listed is None:
         missing = [name for name in reference.names if name not in seen]
     else:

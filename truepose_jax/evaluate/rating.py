@@ -72,12 +72,18 @@ def make_sheet(argv: Sequence[str]) -> None:
 
 
 def _targets(methods: Mapping[str, Folder], reference: Folder) -> dict[str, dict[str, str]]:
-    """{true image: {method: its image}} of those that all methods have."""
-    found: dict[str, dict[str, str]] = collections.defaultdict(dict)
+    """{true image: {method: its image}} of those that all methods have, made from one source where names tell it."""
+    made: dict[str, dict[str, dict[str | None, str]]] = collections.defaultdict(lambda: collections.defaultdict(dict))
     for method, folder in methods.items():
         for pair in pair_folders(folder, reference).pairs:
-            found[pair.reference].setdefault(method, pair.generated)
-    return {name: images for name, images in sorted(found.items()) if len(images) == len(methods)}
+            made[pair.reference][method][pair.source] = pair.generated
+    found = {}
+    for name, images in sorted(made.items()):
+        told = [set(sources) for sources in images.values() if None not in sources]
+        shared = sorted(set.intersection(*told)) if told else [None]
+        if len(images) == len(methods) and shared:
+            found[name] = {method: sources.get(shared[0], sources.get(None)) for method, sources in images.items()}
+    return found
 
 
 def _draw(
