@@ -9,6 +9,8 @@ folder is a transformers CLIP vision folder: config.model.clip.path takes it.
 
 from ml_collections import ConfigDict
 
+from configs import base
+
 
 def get_config() -> ConfigDict:
     return ConfigDict(
@@ -20,15 +22,7 @@ def get_config() -> ConfigDict:
             "temperature": 0.07,
             "size": (64, 48),
             "width": 64,
-            "clip": {
-                "path": "",
-                "image_size": 32,
-                "patch_size": 8,
-                "hidden_size": 64,
-                "layers": 2,
-                "heads": 2,
-                "seed": 0,
-            },
+            "clip": base.get_config().model.clip.to_dict(),
             "synthetic": {
                 "identities": 1_000,
                 "poses_per_identity": 4,

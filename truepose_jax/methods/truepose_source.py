@@ -23,11 +23,11 @@ from truepose_jax.models.target_net import SourceSide
 from truepose_jax.schema import ModelConfig
 
 
-def positions(model: ModelConfig, latents: Float[Array, "b h w c"]) -> Float[Array, ...]:
-    """What a network without pretrained weights is told of place; SD1.5's has learned it."""
+def positions(model: ModelConfig, cells: Float[Array, "b h w c"]) -> Float[Array, ...]:
+    """What a network without pretrained weights is told of place in latents or a coarser level; SD1.5's has learned it."""
     if model.positions == "none":
         return jnp.zeros(())
-    return position_sinusoids(*latents.shape[1:3], model.unet.block_out_channels[0])
+    return position_sinusoids(*cells.shape[1:3], model.unet.block_out_channels[0])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -149,7 +149,7 @@ class SourceReader:
             s, h, w = coverage.shape[:3]
             parts = [coverage] if self.model.source_parsing == "coverage" else []
             if self.model.positions != "none":
-                place = position_sinusoids(h, w, self.model.unet.block_out_channels[0])
+                place = positions(self.model, coverage)
                 parts.append(jnp.broadcast_to(place, (s, *place.shape)))
             found.append(jnp.concatenate(parts, axis=-1).reshape(s, h * w, -1) if parts else None)
         return found
