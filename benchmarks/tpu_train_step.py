@@ -2,15 +2,16 @@
 
     python benchmarks/tpu_train_step.py --setup=FOLDER [--rows=REGEX] [--compilations=N] [--verify] [--list]
 
---setup makes a virtual environment with jax[tpu] and this package's needs in FOLDER (once) and runs there; without it this
-Python must have them. Each row of ROWS is a configuration as it stands in configs/ (photos through the VAE inside the step,
+--setup makes a virtual environment with jax[tpu] in FOLDER (once), which finds all else in this one, and runs there; without
+it this Python must have them. Each row of ROWS is a configuration as it stands in configs/ (photos through the VAE inside the step,
 AdamW, EMA, bfloat16), cut by FSDP. Rows are written to benchmarks/results/tpu_train_step.json and .md as they end; every
 compilation is kept under --work, so that the same command goes on where it was stopped.
 
 A compilation is one process. The compiler assigns every buffer before it generates code; its buffer assignment (xla_dump_to)
 is the account that memory_analysis would give, and a program that does not fit is refused there ("RESOURCE_EXHAUSTED ... HBM").
 What comes after takes as long again and changes no memory, so the process is ended there, unless --code is given. Only shapes
-are used. The optimisation effort is the least (exec_time_optimization_effort -1): a full compilation may need a little less.
+are used. The optimisation effort is the least (of execution time): a full compilation may need a little less memory, while
+the least memory_fitting_effort would need half as much again.
 
 Of a row: `first` is compiled at the batch that truepose_jax.estimate predicts or a little below, a second one where the line
 through the first and the estimate's bytes per image meets the chip's memory, and so on: the largest batch is the largest one
@@ -32,6 +33,7 @@ import re
 import shutil
 import subprocess
 import sys
+import sysconfig
 import time
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
@@ -43,7 +45,6 @@ os.environ["ALLOW_MULTIPLE_LIBTPU_LOAD"] = "1"  # nothing here holds a TPU that 
 GIB = 1 << 30
 AVAILABLE = {"v5e": 15.75, "v5p": 95.74, "v6e": 31.25}
 """GiB that the compiler leaves to a program, as its refusals say."""
-NEEDS = ("flax", "optax", "orbax-checkpoint", "ml_collections", "absl-py", "tqdm", "jaxtyping")
 OPTIONS = {"exec_time_optimization_effort": -1.0}
 CONFIGS = {"256x176": "truepose_deepfashion_256", "512x352": "truepose_deepfashion_512"}
 NETWORKS = {
@@ -108,20 +109,15 @@ ROWS += [
 
 
 def set_up(folder: pathlib.Path) -> pathlib.Path:
-    """The Python of an environment with jax[tpu] and NEEDS at this environment's versions; made where it is not there yet.
+    """The Python of an environment with jax[tpu] before the packages of this one; made where it is not there yet.
 
     Raises SystemExit(tpu_aot.NO_PIP) where pip fails.
     """
     import tpu_aot
 
-    python, done = tpu_aot.set_up(folder), folder / ".done_train_step"
-    wanted = [f"{name}=={importlib.metadata.version(name)}" for name in NEEDS]
-    if not done.exists() or done.read_text().split() != wanted:
-        call = subprocess.run([python, "-m", "pip", "install", "--quiet", *wanted], capture_output=True, text=True)
-        if call.returncode:
-            print(f"pip cannot install {' '.join(wanted)}: {call.stderr.strip().splitlines()[-1]}", file=sys.stderr)
-            raise SystemExit(tpu_aot.NO_PIP)
-        done.write_text("\n".join(wanted))
+    python = tpu_aot.set_up(folder)
+    theirs = pathlib.Path(sysconfig.get_path("purelib", vars={"base": str(folder.resolve())}))
+    (theirs / "of_the_project.pth").write_text(sysconfig.get_path("purelib") + "\n")
     return python
 
 

@@ -167,7 +167,7 @@ def _untrained(clip: ClipConfig, token_width: int) -> RegionEncoder:
     config = untrained_config(clip, token_width)
     module = CLIPVisionModelWithProjection(config)
     pixels = np.zeros((1, clip.image_size, clip.image_size, 3), np.float32)
-    params = module.init(jax.random.key(clip.seed), pixels)["params"]
+    params = jax.jit(module.init)(jax.random.key(clip.seed), pixels)["params"]
     text = json.dumps(dataclasses.asdict(clip) | {"width": token_width}, sort_keys=True)
     raw = RegionEncoder(config, params, "untrained-" + hashlib.sha256(text.encode()).hexdigest()[:16], trained=False)
     # A random network's outputs are one common vector plus a few percent: centre and spread them over seeded crops

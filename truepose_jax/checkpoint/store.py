@@ -33,6 +33,8 @@ UNFINISHED = ".orbax-checkpoint-tmp"
 """In the name of a step's folder until it is whole."""
 DAMAGED = "damaged"
 """Folder of the workdir that damaged steps are moved to."""
+COPIED_AT_ONCE = 256 << 20
+"""Bytes of all devices that are there twice while restored arrays are made donatable; each such copy is one program."""
 
 
 def _bit_sum(x: jax.Array) -> jax.Array:
@@ -50,8 +52,8 @@ def _bit_sum_on(place: Sharding) -> Callable[[jax.Array], jax.Array]:
 
 
 @functools.cache
-def _identity_on(place: Sharding) -> Callable[[jax.Array], jax.Array]:
-    return jax.jit(lambda x: x, out_shardings=place)
+def _identity_on(place: Sharding) -> Callable[[list[jax.Array]], list[jax.Array]]:
+    return jax.jit(lambda arrays: arrays, out_shardings=place)
 
 
 def bit_sums(leaves: Mapping[str, jax.Array]) -> dict[str, int]:
@@ -380,11 +382,25 @@ class Checkpoints:
 
 
 def _settle(part: str, leaves: dict[str, jax.Array], saved: Mapping[str, Any]) -> dict[str, jax.Array]:
-    """Checks the bits, then passes every array through an identity jit, one after the other (memory for one
-    array twice): what comes from a restore is not donatable before (stack.md 10). Raises ValueError."""
+    """Checks the bits, then passes every array through an identity jit: what comes from a restore is not donatable before
+    (stack.md 10). Raises ValueError."""
     for path, found in bit_sums(leaves).items():
         if found != saved[path]["bit_sum"]:
             raise ValueError(f"the bits of {part}/{path} are not those that were saved: damaged on disk")
-    for path in leaves:
-        leaves[path] = _identity_on(leaves[path].sharding)(leaves[path])
+    for paths in _groups(leaves):
+        arrays = _identity_on(leaves[paths[0]].sharding)([leaves[path] for path in paths])
+        leaves.update(zip(paths, arrays, strict=True))
     return leaves
+
+
+def _groups(leaves: Mapping[str, jax.Array]) -> list[list[str]]:
+    """Paths of arrays of one sharding, at most COPIED_AT_ONCE bytes (or one array) in each."""
+    groups: dict[Sharding, list[list[str]]] = {}
+    room: dict[Sharding, int] = {}
+    for path, leaf in leaves.items():
+        room[leaf.sharding] = room.get(leaf.sharding, 0) - leaf.nbytes
+        if room[leaf.sharding] < 0:
+            groups.setdefault(leaf.sharding, []).append([])
+            room[leaf.sharding] = COPIED_AT_ONCE - leaf.nbytes
+        groups[leaf.sharding][-1].append(path)
+    return [paths for found in groups.values() for paths in found]
