@@ -27,4 +27,5 @@ lint: $(VENV)/.test
 	$(PY) -m ruff format .
 
 clean:
-	rm -rf $(VENV) runs build *.egg-info
+	rm -rf $(VENV) build *.egg-info
+	@echo "kept: runs/ (trained models); delete it by hand"

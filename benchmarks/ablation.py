@@ -6,7 +6,7 @@
 First a small region encoder is trained (configs/synthetic_clip.py), then frozen; people are rendered into records with its
 tokens; then every run trains, on one CPU core each, and is judged on held-out people. Stopped anywhere, the same command goes
 on: finished rows stay, a run goes on from its checkpoint. The report is written anew after every run, from the rows there are.
-About 11 minutes of one free core for each run of 1,500 steps.
+11 to 17 minutes of one core for each run of 1,500 steps.
 """
 
 from __future__ import annotations

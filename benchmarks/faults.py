@@ -18,6 +18,7 @@ import os
 import pathlib
 import platform
 import random
+import re
 import resource
 import signal
 import socket
@@ -46,6 +47,7 @@ from benchmarks.fault_runs import (
 
 
 def row(fault: str, injected: int, survived: int, lost: int, said: str, **detail: object) -> dict:
+    said = re.sub(r"\(process \d+ on [^)]*\)", "(process N on HOST)", said)
     return {"fault": fault, "injected": injected, "survived": survived, "lost": lost, "said": said, "detail": detail}
 
 
@@ -438,8 +440,9 @@ def table(results: dict) -> str:
         "# Faults",
         "",
         f"`python benchmarks/faults.py`, {results['machine']}. Small demo model, {STEPS} steps, a checkpoint every {EVERY}.",
-        "Survived: it ended as it should and the same command went on from its newest committed step with the losses of an",
-        "undisturbed run, bit for bit. Lost: committed steps that it did not go on from.",
+        "Survived: it ended as it should and, where it is started again, went on from its newest intact checkpoint with the",
+        "losses of an undisturbed run, bit for bit. Lost: steps of intact checkpoints that it did not go on from; a newest",
+        f"checkpoint that was damaged on disk costs the {EVERY} steps since the one before it.",
         "",
         "| fault | injected | survived | committed steps lost | what the run said |",
         "|---|---|---|---|---|",
@@ -470,6 +473,7 @@ def main() -> int:
     results["machine"] = machine
     for name in flags.only.split(","):
         if name in results["cases"] and not flags.again:
+            print(f"{name}: done before (--again injects it anew)")
             continue
         begun = time.monotonic()
         rows = CASES[name](bench)

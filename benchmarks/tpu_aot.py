@@ -219,7 +219,8 @@ def report(found: dict) -> str:
             "",
             f"`python benchmarks/tpu_aot.py --setup=FOLDER`; jax {about['jax']}, libtpu {about['libtpu']}; compiled on "
             f"{about['machine']}. Counts, not timings: no TPU was at hand. benchmarks/tpu_aot.py says what is counted how. "
-            "The compile times are rough, of one core of a machine that others used too.",
+            "The compile times are rough, of one core of a machine that others used too. Where the reference has no temporaries "
+            "its logits lie in VMEM, and XLA's count takes them for HBM: `fewer` is at most that there.",
             "",
             f"## The reweighted attention, {IMAGES} images, {HEADS} heads, bfloat16, one chip",
             "",

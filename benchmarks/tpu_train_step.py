@@ -3,9 +3,9 @@
     python benchmarks/tpu_train_step.py --setup=FOLDER [--rows=REGEX] [--compilations=N] [--verify] [--list]
 
 --setup makes a virtual environment with jax[tpu] in FOLDER (once), which finds all else in this one, and runs there; without
-it this Python must have them. Each row of ROWS is a configuration as it stands in configs/ (photos through the VAE inside the step,
-AdamW, EMA, bfloat16), cut by FSDP. Rows are written to benchmarks/results/tpu_train_step.json and .md as they end; every
-compilation is kept under --work, so that the same command goes on where it was stopped.
+it this Python must have it. Each row of ROWS is a configuration as it stands in configs/ (photos through the VAE inside the
+step, AdamW, EMA, bfloat16), cut by FSDP. Rows are written to benchmarks/results/tpu_train_step.json and .md as they end;
+every compilation is kept under --work, so that the same command goes on where it was stopped.
 
 A compilation is one process. The compiler assigns every buffer before it generates code; its buffer assignment (xla_dump_to)
 is the account that memory_analysis would give, and a program that does not fit is refused there ("RESOURCE_EXHAUSTED ... HBM").

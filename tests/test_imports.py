@@ -102,7 +102,9 @@ def test_import_table(path):
             elif room in PROGRAMS or room in PARTS:
                 assert other not in PROGRAMS or room == "demo", f"{room}: programs do not import programs ({module})"
             else:
-                raise AssertionError(f"{path}: unknown room '{room}'; add it to the table and to house.md's rooms")
+                raise AssertionError(
+                    f"{path}: unknown room '{room}'; add it to the table HOUSE and say there what it may import"
+                )
         if package in TORCH_STACK:
             assert not top_level and room in {"prepare", "study", "convert", "evaluate"}, (
                 f"{room}: {module} is behind [torch]"

@@ -11,6 +11,7 @@ import sys
 import time
 
 import pytest
+from absl.testing import flagsaver
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 LAUNCH = ROOT / "launch"
@@ -205,3 +206,16 @@ def test_dockerfile_copies_what_the_package_is():
         assert f"COPY {name} {name}" in text
     entry = json.loads(next(line for line in text.splitlines() if line.startswith("ENTRYPOINT")).split(" ", 1)[1])
     assert entry == ["python", "-m", "truepose_jax.train"]
+
+
+@pytest.mark.parametrize("flag", ["--estimate", "--distributed=always", "--processes=2"])
+def test_the_demo_refuses_flags_that_it_would_not_heed(flag):
+    from absl import flags
+
+    from truepose_jax import demo
+    from truepose_jax.schema import ConfigError
+
+    with flagsaver.flagsaver():
+        flags.FLAGS(["demo", flag])
+        with pytest.raises(ConfigError, match=flag.partition("=")[0]):
+            demo.main(["demo"])

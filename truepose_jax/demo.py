@@ -39,6 +39,9 @@ FIRST_POSE, POSE_STRIDE = 101, 10
 MEAN_OF = 64
 """Training identities whose mean, in the target pose, is the second baseline."""
 
+ONLY_OF_TRAIN = (train.ESTIMATE, train.DISTRIBUTED, train.COORDINATOR, train.PROCESS, train.PROCESSES)
+"""Flags that come with train's and mean nothing here."""
+
 LEAST_RETRIEVAL = 0.5
 HPFA_COST = 1.0
 """dB inside the person that another source image must cost before the demo says that HPFA carries appearance."""
@@ -193,6 +196,8 @@ def report(verdict: Verdict, config: Config) -> str:
 def main(argv: list[str]) -> int:
     if len(argv) > 1:
         raise ConfigError(f"unknown argument {argv[1]!r}; settings are --config.key=value")
+    if given := [flag.name for flag in ONLY_OF_TRAIN if flag.present]:
+        raise ConfigError(f"--{given[0]} is of `python -m truepose_jax.train`; the demo runs as one process")
     keep_programs()
     workdir = train.WORKDIR.value or "runs/demo"
     config = from_config_dict(Config, train.CONFIG.value or get_config())

@@ -29,22 +29,44 @@ def placed(mesh, arrays):
     return q, k, v, put(arrays.mask), d_out
 
 
-def run(name, mesh_name, b, g):
+def mesh_of(name):
+    return make_mesh(**dict(zip(("data", "fsdp", "tensor"), MESHES[name], strict=True)))
+
+
+def step_of(name, *, by_data):
+    """Output and gradients; by_data: inside a shard_map over the data axis alone."""
+
+    def step(q, k, v, bits, d_out):
+        def attend(q, k, v):
+            return api.reweighted_attention(q, k, v, bits, implementation=name)
+
+        out, pull = jax.vjp(attend, q, k, v)
+        return out, *pull(d_out)
+
+    cut = PartitionSpec("data")
+    if by_data:
+        step = jax.shard_map(step, in_specs=cut, out_specs=cut, axis_names={"data"}, check_vma=False)
+    return jax.jit(step)
+
+
+def run(name, mesh_name, b, g, by_data=False):
     """(error of output and gradients, the output)."""
-    arrays = case(b + g, 37, 19, b=b, g=g)
-    mesh = make_mesh(**dict(zip(("data", "fsdp", "tensor"), MESHES[mesh_name], strict=True)))
+    arrays, mesh = case(b + g, 37, 19, b=b, g=g), mesh_of(mesh_name)
     with jax.set_mesh(mesh):
-
-        @jax.jit
-        def step(q, k, v, bits, d_out):
-            def attend(q, k, v):
-                return api.reweighted_attention(q, k, v, bits, implementation=name)
-
-            out, pull = jax.vjp(attend, q, k, v)
-            return out, *pull(d_out)
-
-        found = step(*placed(mesh, arrays))
+        found = step_of(name, by_data=by_data)(*placed(mesh, arrays))
     return worst(found, oracle64.answer(arrays, *SIDES)), found[0]
+
+
+def mosaic_calls(mesh_name):
+    """Kernels in the program that a TPU would be given."""
+    mesh, platform = mesh_of(mesh_name), api.platform
+    api.platform = lambda: "tpu"
+    try:
+        with jax.set_mesh(mesh):
+            traced = step_of("pallas_tpu", by_data=True).trace(*placed(mesh, case(12, 37, 19, b=8, g=4)))
+            return traced.lower(lowering_platforms=("tpu",)).as_text().count("@tpu_custom_call")
+    finally:
+        api.platform = platform
 
 
 def main():
@@ -57,7 +79,7 @@ def main():
         return attend(q, k, v, rows)
 
     xla.attend = watched
-    for name, mesh, b, g in (
+    for name, mesh, b, g, *by_data in (
         ("reference", "all", 4, 4),
         ("reference", "all", 3, 3),
         ("xla", "data", 8, 1),
@@ -66,12 +88,15 @@ def main():
         ("xla", "all", 2, 3),
         ("pallas_tpu", "all", 4, 4),
         ("pallas_tpu", "all", 3, 3),
+        ("xla", "data", 8, 4, "by data"),
+        ("xla", "all", 4, 4, "by data"),
     ):
-        errors[f"{name} {mesh} {b}x{g}"], out = run(name, mesh, b, g)
-        if name == "xla" and mesh == "all":
+        errors[" ".join((f"{name} {mesh} {b}x{g}", *by_data))], out = run(name, mesh, b, g, bool(by_data))
+        if name == "xla" and mesh == "all" and not by_data:
             parts[f"{b}x{g}"] = out.addressable_shards[0].data.shape
     assert np.all([len(shape) == 4 for shape in seen])
-    print(json.dumps({"errors": errors, "parts": parts, "kernel_sees": seen[1]}))
+    calls = {mesh: mosaic_calls(mesh) for mesh in MESHES}
+    print(json.dumps({"errors": errors, "parts": parts, "kernel_sees": seen[1], "mosaic_calls": calls}))
 
 
 if __name__ == "__main__":

@@ -186,7 +186,7 @@ class TestPallasTpu(Attention):
         monkeypatch.setattr(pallas_tpu, "SUBLANES", 8)
         monkeypatch.setattr(pallas_tpu, "LANES", 8)  # so that two heads of 8 make two groups
         monkeypatch.setattr(pallas_tpu, "MOST_QUERIES", 16)
-        monkeypatch.setattr(pallas_tpu, "MOST_KEYS", 16)
+        monkeypatch.setattr(pallas_tpu, "MOST_KEYS", 32)  # of float32: 16
 
 
 class PallasGpu(Attention):
@@ -261,6 +261,25 @@ def test_choice_by_backend_and_size(said):
     assert "pallas_tpu does not take dtypes float16" in said.text
 
 
+def test_only_what_was_refused_or_never_verified_is_a_warning(said):
+    api.attention(*arrays_of(5))
+    api.attention(*arrays_of(5, d=300), implementation="pallas_tpu")
+    assert [record.levelname for record in said.records] == ["INFO", "WARNING"]
+
+
+def test_default_device_counts_as_the_platform():
+    with jax.default_device("tpu"):
+        assert api.platform() == "tpu"
+    with jax.default_device(jax.devices("cpu")[0]):
+        assert api.platform() == "cpu"
+
+
+def test_without_any_key_there_is_nothing():
+    q, k, v = arrays_of(5)
+    out = api.attention(q, k[:, :0], v[:, :0], key_mask=jnp.zeros((1, 0), bool), implementation="xla")
+    assert out.shape == q.shape and not np.any(out)
+
+
 def test_choice_is_said_once(said):
     for _ in range(3):
         api.attention(*arrays_of(5))
@@ -331,9 +350,14 @@ def sharded():
 
 
 def test_eight_devices_give_the_same(sharded):
-    assert len(sharded["errors"]) == 8
+    assert len(sharded["errors"]) == 10
     for what, error in sharded["errors"].items():
         assert error < 2e-5, what
+
+
+def test_kernels_lower_for_tpus_where_the_data_axis_is_manual(sharded):
+    """As the noise scale takes gradients. Mosaic refuses a kernel under any axis that is not."""
+    assert sharded["mosaic_calls"] == {"data": 3, "all": 3}
 
 
 def test_every_device_works_on_its_own_part(sharded):

@@ -57,13 +57,15 @@ def flops_per_example(config: Config) -> float:
     """A training step's, from shapes alone: three times the multiplications of the networks' convolutions and products."""
     from truepose_jax.assembly import planned
     from truepose_jax.initial import batch_spec
+    from truepose_jax.kernels.attention.api import default_implementation
 
     if config.model not in _known_flops:
         (method, frozen), spec = planned(config), batch_spec(config)
         params = jax.eval_shape(lambda key: method.init(key, spec), jax.random.key(0))
         count = spec["target"].shape[0]
         keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), count))
-        lowered = jax.jit(lambda *a: method.loss(*a)[0]).lower(params, frozen, spec, keys)
+        with default_implementation("reference"):  # XLA counts loops once and kernels not at all
+            lowered = jax.jit(lambda *a: method.loss(*a)[0]).lower(params, frozen, spec, keys)
         _known_flops[config.model] = 3 * float((lowered.cost_analysis() or {}).get("flops", 0.0)) / count
     return _known_flops[config.model]
 

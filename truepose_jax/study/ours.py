@@ -136,6 +136,10 @@ class Watcher:
 
     def watch(self, batch: dict[str, np.ndarray], keys: jax.Array) -> Seen:
         """One batch of rows, sampled from noise to the end."""
+        with jax.set_mesh(self.pipeline.mesh):
+            return self._watched(batch, keys)
+
+    def _watched(self, batch: dict[str, np.ndarray], keys: jax.Array) -> Seen:
         params, frozen = self.pipeline.params, self.pipeline.frozen
         conditioning, fused, before, after = self._prepare(params, frozen, batch)
         shape = self.method.latent_spec(batch["target_pose"].shape[1:3])

@@ -1,7 +1,7 @@
 """The one door to attention. Models call these two; which implementation answers is decided here.
 
 `implementation` None takes what `default_implementation` names, else what suits the backend and the sizes, and says so in the log
-once for every size. An implementation that cannot take a call hands it to `xla`, and says so too: never a crash.
+once for every size (level INFO). An implementation that cannot take a call hands it to `xla`, and warns: never a crash.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import contextvars
 import functools
 import importlib
 import logging
+import math
 from collections.abc import Iterator
 from types import ModuleType
 
@@ -95,6 +96,7 @@ def reweighted_attention(
         return sloped_attention(q, k, v, key_mask, inside=inside, outside=outside, implementation=implementation)
     _check(implementation)
     keys, queries = (key_mask | True, key_mask) if mask_axis == "query" else (key_mask, key_mask)
+    _say("reweighted_attention", tuple(q.shape[1:]), k.shape[1], str(q.dtype), "reference", f"mask_axis {mask_axis!r}")
     q, k, v = map(_pinned, (q, k, v))
     out = reference.reweighted_attention(q, k, v, keys, inside=inside, outside=outside, query_mask=queries)
     return _pinned(out)
@@ -120,9 +122,9 @@ def sloped_attention(
 
 def platform() -> str:
     """What the program is for: the platform of the mesh in use (it may be a description of devices that are not here),
-    else of the default backend."""
-    device = jax.sharding.get_abstract_mesh().abstract_device
-    found = jax.default_backend() if device is None else device.platform
+    else of jax.default_device, else of the default backend. Where arguments lie cannot be seen while tracing."""
+    device = jax.sharding.get_abstract_mesh().abstract_device or jax.config.jax_default_device or jax.default_backend()
+    found = device if isinstance(device, str) else device.platform
     return "gpu" if found in ("cuda", "rocm") else found
 
 
@@ -136,13 +138,22 @@ def _choose(operation: str, name: str | None, q: Array, k: Array, v: Array, has_
     _check(name)
     name = _default.get() if name is None else name
     n, m = q.shape[1], k.shape[1]
-    why = "asked for"
+    why, refused = "asked for", False
     if name is None:
         name, why = _suited(platform(), n, m), f"suits {n} x {m} on {platform()}"
-    while name != "reference" and (reason := _kernel(name).refuses(q, k, v, has_rows=has_rows, platform=platform())):
-        name, why = "reference" if name == "xla" else "xla", f"{name} does not take {reason}"
-    _say(operation, tuple(q.shape[1:]), m, str(q.dtype), name, why)
+    parts = tuple(map(_part, (q, k, v)))
+    while name != "reference" and (reason := _kernel(name).refuses(*parts, has_rows=has_rows, platform=platform())):
+        name, why, refused = "reference" if name == "xla" else "xla", f"{name} does not take {reason}", True
+    _say(operation, tuple(q.shape[1:]), m, str(q.dtype), name, why, warn=refused or name in UNVERIFIED)
     return name
+
+
+def _part(x: Array) -> jax.ShapeDtypeStruct:
+    """What a kernel sees of [b n g d] on one device of the mesh."""
+    mesh = jax.sharding.get_abstract_mesh()
+    b, n, g, d = x.shape
+    images, heads = (math.prod(mesh.shape[axis] for axis in axes) for axes in _axes(mesh, x))
+    return jax.ShapeDtypeStruct((b // images, n, g // heads, d), x.dtype)
 
 
 def _kernel(name: str) -> ModuleType:
@@ -157,20 +168,26 @@ def _suited(backend: str, n: int, m: int) -> str:
 
 
 @functools.cache
-def _say(operation: str, shape: tuple[int, int, int], keys: int, dtype: str, name: str, why: str) -> None:
+def _say(
+    operation: str, shape: tuple[int, int, int], keys: int, dtype: str, name: str, why: str, warn: bool = False
+) -> None:
     n, g, d = shape
     note = "; UNVERIFIED on the hardware it is for" if name in UNVERIFIED else ""
-    _log.info(
-        "%s of %d queries, %d keys, %d heads of %d, %s: %s (%s)%s", operation, n, keys, g, d, dtype, name, why, note
-    )
+    text = f"{operation} of {n} queries, {keys} keys, {g} heads of {d}, {dtype}: {name} ({why}){note}"
+    _log.log(logging.WARNING if warn else logging.INFO, text)
 
 
 def _on_mesh(name: str, q: Array, k: Array, v: Array, rows: Array | None) -> Array:
-    """The kernel on every device's own part of the batch and the heads; on one device, just the kernel."""
+    """The kernel on every device's own part of the batch and the heads; on one device, just the kernel.
+
+    Where some axes of the mesh are manual already, the others become so too, were they of one device: Mosaic takes no kernel
+    that XLA might still have to cut.
+    """
     attend = functools.partial(_kernel(name).attend, **_interpreted(name))
     mesh = jax.sharding.get_abstract_mesh()
     free = _free(mesh)
-    if not any(mesh.shape[axis] > 1 for axis in free):
+    is_whole = len(free) == len(mesh.axis_names)
+    if not free or (is_whole and mesh.size == 1):
         return attend(q, k, v, rows)
     of_array = _cut(mesh, q)
     specs = (of_array,) * 3 + (() if rows is None else (PartitionSpec(of_array[0], None, None),))
@@ -200,17 +217,23 @@ def _free(mesh: AbstractMesh) -> set[str]:
 
 
 def _cut(mesh: AbstractMesh, x: Array) -> PartitionSpec:
-    """How [b n g d] is cut. A mesh axis that does not divide its dimension is left out: its devices repeat the work."""
+    """How [b n g d] is cut."""
+    images, heads = _axes(mesh, x)
+    return PartitionSpec(images or None, None, heads or None, None)
 
-    def axes(logical: str, size: int) -> tuple[str, ...] | None:
+
+def _axes(mesh: AbstractMesh, x: Array) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Mesh axes that cut the images and the heads. One that does not divide them is left out: its devices repeat the work."""
+
+    def dividing(logical: str, size: int) -> tuple[str, ...]:
         taken, parts = [], 1
         for axis in LOGICAL_AXES[logical]:
             if axis in _free(mesh) and size % (parts * mesh.shape[axis]) == 0:
                 taken.append(axis)
                 parts *= mesh.shape[axis]
-        return tuple(taken) or None
+        return tuple(taken)
 
-    return PartitionSpec(axes("batch", x.shape[0]), None, axes("heads", x.shape[2]), None)
+    return dividing("batch", x.shape[0]), dividing("heads", x.shape[2])
 
 
 def _interpreted(name: str) -> dict[str, bool]:

@@ -27,6 +27,8 @@ MOST_HEAD_DIM = 192
 """Five tiles of 64 x 192 and one of 64 x 64 take 131 of the 227 KiB that a block may use on Hopper."""
 DTYPES = (jnp.dtype(jnp.bfloat16), jnp.dtype(jnp.float16))
 
+HOPPER = 9.0
+"""Compute capability that brought TMA and wgmma."""
 QUERIES, KEYS = 0, 1
 """Axes of a tile of logits; in the kernel of dk and dv, where tiles are transposed, they change places."""
 
@@ -46,7 +48,11 @@ class Sizes:
 
 def refuses(q: Array, k: Array, v: Array, *, has_rows: bool, platform: str) -> str | None:
     """What of a call the kernels cannot take; None where they can take all."""
-    del has_rows, platform
+    del has_rows
+    if platform not in ("gpu", "cpu"):
+        return f"a program for {platform}"
+    if platform == "gpu" and (older := _older_gpu()):
+        return f"GPUs of compute capability {older}; it takes {HOPPER:.1f} and newer"
     if not q.dtype == k.dtype == v.dtype or jnp.dtype(q.dtype) not in DTYPES:
         return f"dtypes {q.dtype}, {k.dtype}, {v.dtype}; it takes one of {', '.join(map(str, DTYPES))}"
     if q.size == 0 or k.size == 0:
@@ -54,6 +60,13 @@ def refuses(q: Array, k: Array, v: Array, *, has_rows: bool, platform: str) -> s
     if q.shape[-1] > MOST_HEAD_DIM:
         return f"heads of width {q.shape[-1]}; it takes at most {MOST_HEAD_DIM}"
     return None
+
+
+def _older_gpu() -> str | None:
+    """The compute capability of this process's GPUs where wgmma is not to be had on them."""
+    device = jax.local_devices()[0]
+    found = getattr(device, "compute_capability", None) if device.platform == "gpu" else None
+    return found if found is not None and float(found) < HOPPER else None
 
 
 def attend(

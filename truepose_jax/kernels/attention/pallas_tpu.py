@@ -30,7 +30,7 @@ SUBLANES = 16
 MOST_QUERIES = 256
 MOST_KEYS = 512
 """Longest blocks. 512 x 704 needs 17 of the 16 MiB that a v5e or v5p kernel may use (dk and dv, heads of 160), and 512 x 512
-compiles three times as long (16 s against 4 s for heads of 80)."""
+compiles three times as long (16 s against 4 s for heads of 80). Keys of four bytes: half of them."""
 MOST_LANES = 1024
 MOST_HEAD_DIM = 256
 DTYPES = (jnp.dtype(jnp.bfloat16), jnp.dtype(jnp.float32))
@@ -114,7 +114,7 @@ def attend(
 def sizes(b: int, n: int, m: int, g: int, d: int, dtype, *, has_rows: bool, interpret: bool = False) -> Sizes:
     """How a call of these sizes is cut."""
     padded_n, block_n = _blocks(n, MOST_QUERIES)
-    padded_m, block_m = _blocks(m, MOST_KEYS)
+    padded_m, block_m = _blocks(m, MOST_KEYS * 2 // jnp.dtype(dtype).itemsize)
     has_rows = has_rows or padded_m != m
     return Sizes(b, padded_n, padded_m, g, d, block_n, block_m, group_of(g, d), jnp.dtype(dtype), has_rows, interpret)
 

@@ -63,7 +63,7 @@ def attention(
     if key_mask is not None:
         keep = key_mask[:, None, None, :]
         a = jnp.where(keep, a, -jnp.inf)
-        top = jnp.max(a, axis=-1, keepdims=True)
+        top = jnp.max(a, axis=-1, keepdims=True, initial=-jnp.inf)
         e = jnp.where(keep, jnp.exp(a - jnp.where(jnp.isfinite(top), top, 0.0)), 0.0)
         weights = e / jnp.maximum(jnp.sum(e, axis=-1, keepdims=True), jnp.finfo(jnp.float32).tiny)
     else:
