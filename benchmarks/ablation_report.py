@@ -139,9 +139,11 @@ def table(found: dict, names: Iterable[str]) -> list[str]:
 
 def _comparison(title: str, found: Mapping[str, Mapping[str, dict]], metrics: tuple[str, ...]) -> list[str]:
     names = dict(zip(METRICS, TITLES, strict=True)) | {FAR: "person, far"}
-    lines = [f"| {title} | " + " | ".join(names[m] for m in metrics) + " |", "|---" * (len(metrics) + 1) + "|"]
+    titles = [title, *(names[m] for m in metrics), "person, by seed"]
+    lines = ["| " + " | ".join(titles) + " |", "|---" * len(titles) + "|"]
     for name, of in found.items():
         cells = [f"{verdict(of[m])} {_cell(of[m]['interval'], 3 if m == 'ssim' else 2)}" for m in metrics]
+        cells.append(", ".join(f"{seed:.2f}" for seed in of["psnr_person"]["by_seed"]))
         lines.append(f"| {name} | " + " | ".join(cells) + " |")
     return lines
 
@@ -182,8 +184,17 @@ def markdown(found: dict, bench: Bench) -> str:
         "",
         *_comparison("is the first better?", found["paper_order"], (*METRICS[:4], FAR)),
         "",
+        "Against the full model:",
+        "",
+        *_comparison(
+            "variant, less `full`", {n: of for n, of in found["against_full"].items() if n in names}, METRICS[:5]
+        ),
+        "",
         f"Better, worse: {LEAST_SEEDS} seeds of one sign and 0 outside the interval; else not distinguished. `person` was the",
-        "measure chosen beforehand; the others are given beside it, without a correction for looking at several.",
+        "measure chosen beforehand; the others are given beside it, without a correction for looking at several. Resampling",
+        "three seeds makes intervals too narrow: look at the seeds themselves.",
+        "",
+        f"ablation.png: the first seed of each, the first {SHOWN} pairs, not chosen.",
     ]
     swept = [n for n in READINGS if n in found["variants"]]
     if swept:

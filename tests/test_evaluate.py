@@ -109,11 +109,34 @@ def test_names_that_mean_nothing_here(tmp_path):
     found.check(allow_missing=True)
 
 
+def test_the_longest_target_and_no_namesake_from_another_folder(tmp_path):
+    """A separator inside a name parts no pair, and anna/1 and bob/1 are two people."""
+    (found,) = pair(tmp_path, ["anna_to_03_2_side.png"], ["side.png", "03_2_side.png"]).pairs
+    assert (found.reference, found.rule, found.source) == ("03_2_side.png", "SOURCE_to_TARGET", "anna")
+    source = "WOMEN/Blouses_Shirts/id_00003372/03_2_side"
+    (found,) = pair(tmp_path, [f"{source}_2_{CANONICAL}.png"], [f"{CANONICAL}.jpg", f"{source}.jpg"]).pairs
+    assert (found.reference, found.source) == (f"{CANONICAL}.jpg", source)
+    for generated in ("anna/1.png", "anna/0_to_1.png"):
+        assert pair(tmp_path, [generated], ["bob/1.jpg"]).unmatched == (generated,)
+    for generated, reference in (("1.png", "bob/1.jpg"), ("anna/1.png", "1.jpg"), ("anna/0_to_1.png", "anna/1.jpg")):
+        assert [p.reference for p in pair(tmp_path, [generated], [reference]).pairs] == [reference]
+
+
 def test_a_list_of_pairs(tmp_path):
-    generated = ["p1_2_p2.png", "p3_2_p2.png", "p2.png"]
-    found = pair(tmp_path, generated, NAMES, [("p1.jpg", "p2.jpg"), ("p0", "p4")])
-    assert [p.generated for p in found.pairs] == ["p1_2_p2.png", "p2.png"]
-    assert found.unmatched == ("p3_2_p2.png",) and found.missing == ("p0 > p4",)
+    generated = ["p1_2_p2.png", "p3_2_p2.png", "p4.png"]
+    found = pair(tmp_path, generated, NAMES, [("p1.jpg", "p2.jpg"), ("p0", "p4"), ("p0", "p3")])
+    assert [p.generated for p in found.pairs] == ["p1_2_p2.png", "p4.png"]
+    assert found.unmatched == ("p3_2_p2.png",) and found.missing == ("p0 > p3",)
+    (tmp_path / "list.csv").write_text("from,to\np0,p1\n\np2,\n")
+    with pytest.raises(InputError, match=r"list\.csv, line 4: 'p2,'"):
+        pairing.read_pair_list(str(tmp_path / "list.csv"))
+
+
+def test_two_files_of_one_pair(tmp_path):
+    with pytest.raises(InputError, match=r"p1_2_p2\.png and p1_to_p2\.png are p1 > p2\.png twice"):
+        pair(tmp_path, ["p1_2_p2.png", "p3_2_p2.png", "p1_to_p2.png"], NAMES)
+    with pytest.raises(InputError, match=r"p1_2_p2\.png and p2\.png are p1 > p2 twice"):
+        pair(tmp_path, ["p1_2_p2.png", "p2.png"], NAMES, [("p1", "p2")])
 
 
 def test_two_files_of_one_image(tmp_path):
@@ -146,6 +169,8 @@ def test_protocols_resize_as_they_say():
     expected = torch_resize(square, size, mode="bilinear")
     np.testing.assert_allclose(found.perceptual, expected, atol=2e-3)
     np.testing.assert_array_equal(pcdm.frames(photo, "generated", size).similarity, cubic)
+    np.testing.assert_array_equal(pcdm.frames(photo, "truth", size).similarity, pillow)  # their pngs of that size
+    assert "saved beforehand" in pcdm.describe(size)["resize of reference images"]
     np.testing.assert_array_equal(PROTOCOLS["plain"].frames(photo, "truth", None).perceptual, photo)
     white = np.full((1, 1, 3), 255, np.float32)
     assert [p.lpips_input(x).max() for p in (cfld, pcdm) for x in (0 * white, white)] == [-1, 1, 0, 1]
@@ -271,6 +296,29 @@ def test_regions(tmp_path):
     assert row["regions"]["Upper-clothes"][0] == pytest.approx(expected, abs=1e-9)
     assert row["regions"]["face"] == ["inf", 1.0] and row["regions"]["Upper-clothes"][1] < 0.95
     assert row["regions"]["person"][0] > expected and row["regions"]["background"][0] == "inf"
+
+
+def test_references_without_a_map(tmp_path, capsys):
+    """Their regions are not left out of the means in silence."""
+    folder(tmp_path / "reference", NAMES), folder(tmp_path / "generated", NAMES, offset=5)
+    for name in NAMES[:3]:
+        write(tmp_path / "maps" / name, np.full(HW, 4, np.uint8))
+    extra = [f"--parsing={tmp_path / 'maps'}", "--labels=atr18"]
+    assert "no maps of 2 images (p3.png, p4.png)" in refusal(capsys, tmp_path, *extra)
+    code, report = run(tmp_path, *extra, "--allow-missing")
+    assert code == 0 and report["parsing"]["without_map"] == {"count": 2, "names": ["p3.png", "p4.png"]}
+    assert report["regions"]["Upper-clothes"]["psnr"]["count"] == 3
+
+
+def test_a_photo_that_lies_on_its_side_is_of_the_size_it_shows(tmp_path):
+    exif, upright = Image.Exif(), picture(0)
+    exif[0x0112] = 6
+    (tmp_path / "reference").mkdir()
+    lying = Image.fromarray(np.rot90(upright))
+    lying.save(tmp_path / "reference" / "p0.jpg", exif=exif, quality=95, subsampling=0)
+    write(tmp_path / "generated" / "p0.png", upright)
+    code, report = run(tmp_path)
+    assert code == 0 and report["metrics"]["psnr"]["mean"] > 25
 
 
 def test_rows_resume(tmp_path, monkeypatch):

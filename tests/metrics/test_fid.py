@@ -1,6 +1,9 @@
 """FID: both networks and both preparations against PyTorch, the statistics and the distance against NumPy and SciPy."""
 
+import contextlib
 import functools
+import itertools
+import sys
 
 import jax
 import numpy as np
@@ -94,6 +97,37 @@ def test_streamed_statistics():
     np.testing.assert_allclose(found.covariance, np.cov(rows.astype(np.float64), rowvar=False), rtol=1e-9)
     with pytest.raises(ValueError, match="2 images"):
         _ = statistics(rows[:1]).covariance
+
+
+def stop_at(line):
+    """A trace that ends the program at that line of Statistics.update."""
+    lines = itertools.count(1)
+
+    def trace(frame, event, _):
+        if frame.f_code is fid.Statistics.update.__code__ and event == "line" and next(lines) == line:
+            raise SystemExit(143)
+        return trace
+
+    return trace
+
+
+def test_an_update_that_is_stopped_has_taken_all_rows_or_none():
+    """A signal ends the program at any line, and what the statistics then hold is saved."""
+    rows = features(3, 20)
+    ends = {len(x): statistics(x, 10) for x in (rows[:10], rows)}
+    counts = set()
+    for line in range(1, 16):
+        found, before = statistics(rows[:10], 10), sys.gettrace()
+        sys.settrace(stop_at(line))
+        try:
+            with contextlib.suppress(SystemExit):
+                found.update(rows[10:])
+        finally:
+            sys.settrace(before)
+        counts.add(found.count)
+        np.testing.assert_array_equal(found.mean, ends[found.count].mean)
+        np.testing.assert_array_equal(found.scatter, ends[found.count].scatter)
+    assert counts == {10, 20}
 
 
 def test_distance():

@@ -6,7 +6,8 @@
 
 Images are paired by name: TARGET, SOURCE_2_TARGET_vis or SOURCE_to_TARGET, DeepFashion's in any spelling. The report
 states the protocol in full, each metric's image count and 95 % interval over images, and the hash of all weights; FID and
-LPIPS of unknown weights are not called so. Work is kept in --cache: run the same command again after a stop.
+LPIPS of unknown weights are not called so. Work is kept in --cache: run the same command again after a stop. What another
+version of the program has left there is not used.
 Several processes (SLURM, a TPU pod, or --coordinator, --process and --processes) share the work; folders, --cache and --out
 must be where all of them see them, and the first one writes the report.
 """
@@ -17,24 +18,24 @@ import argparse
 import hashlib
 import importlib.metadata
 import json
-import os
 import pathlib
 import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from input_pipeline.parsing import LABEL_SETS, label_set
-from input_pipeline.photo import one_line
 from input_pipeline.schema import InputError
 from input_pipeline.shares import ALONE, Share
 from truepose_jax.distributed import add_flags, joined
 from truepose_jax.evaluate import pairing, rating
-from truepose_jax.evaluate.pairing import NAMED, Folder, Pairing, image_key
+from truepose_jax.evaluate.files import make_folder, whole
+from truepose_jax.evaluate.pairing import NAMED, OR_ALLOW, Folder, Pairing, some
+from truepose_jax.evaluate.program_hash import program_hash
 from truepose_jax.evaluate.protocols import PROTOCOLS, Protocol, Size, check_size
+from truepose_jax.evaluate.references import fid_sources
 from truepose_jax.evaluate.report import summarise, table
 from truepose_jax.evaluate.scores import Maps, Scorer, plain, score_pairs
 from truepose_jax.evaluate.statistics import folder_statistics, reference_statistics
-from truepose_jax.evaluate.statistics import read as read_statistics
 from truepose_jax.evaluate.weights import PUBLISHED, Network, convert, load
 from truepose_jax.metrics.fid import FID_KINDS, frechet_distance
 from truepose_jax.programs import Parser, parse_size, run_program
@@ -101,41 +102,44 @@ def evaluate(flags: argparse.Namespace, share: Share, argv: Sequence[str]) -> No
     paired = pairing.pair_folders(generated, reference, wanted)
     paired.check(allow_missing=flags.allow_missing)
     sizes = pairing.sizes(generated, reference, paired.pairs, equal=flags.protocol == "plain")
-    maps = Maps(Folder.read(flags.parsing, flag="--parsing"), label_set(flags.labels)) if flags.parsing else None
+    maps, parsing = _maps(flags, paired)
     given = {"lpips": flags.lpips_weights, "fid": flags.fid_weights, "clean_fid": flags.clean_fid_weights}
     not_computed = {
         metric: f"give {PUBLISHED[metric].flag}=FILE: {PUBLISHED[metric].where}" for metric, f in given.items() if not f
     }
-    sources = fid_sources(flags.fid_reference, flags.fid_names)
+    sources = fid_sources(flags.fid_reference, flags.fid_names, [metric for metric in FID_KINDS if given[metric]])
     networks = {metric: load(metric, file) for metric, file in given.items() if file}
-    for source in (s for s in sources if isinstance(s, str)):
-        metric = _metric_of(source)
-        if metric in networks:
+    for metric, source in sources.items():
+        if isinstance(source, str):
             reference_statistics(source, networks[metric], protocol, size)
+    cache = pathlib.Path(flags.cache) if flags.cache else out.with_suffix(".cache")
+    for folder in (out.parent, cache):
+        make_folder(folder)
     if share.leads:
         print(describe(flags, protocol, paired, generated), flush=True)
 
-    cache = pathlib.Path(flags.cache) if flags.cache else out.with_suffix(".cache")
+    lpips = networks.get("lpips")
     settings = {
+        "program": program_hash(),
+        "folders": [str(folder.root.absolute()) for folder in (generated, reference)],
         "protocol": protocol.describe(size),
-        "lpips": networks["lpips"].sha256 if "lpips" in networks else None,
+        "lpips": [lpips.name, lpips.sha256] if lpips else None,
         "maps": [maps.folder.fingerprint(), maps.labels.name] if maps else None,
     }
     listed = hashlib.sha256("\n".join(f"{p.generated}>{p.reference}" for p in paired.pairs).encode()).hexdigest()
     share.agree("settings and pairs", settings | {"pairs": listed, "out": str(out), "cache": str(cache)})
-    scorer = Scorer(generated, reference, protocol, size, maps, networks.get("lpips"))
+    scorer = Scorer(generated, reference, protocol, size, maps, lpips)
     how = {"cache": cache, "batch_size": flags.batch_size, "share": share}
     rows = score_pairs(scorer, paired.pairs, settings=settings, **how)
     made = generated.chosen([pair.generated for pair in paired.pairs])
     fids = {
-        metric: measure_fid(network, made, sources, protocol, size, **how)
+        metric: measure_fid(network, made, sources.get(metric), protocol, size, **how)
         for metric, network in networks.items()
         if metric in FID_KINDS
     }
     if not share.leads:
         return
-    lpips_name = networks["lpips"].name if "lpips" in networks else "lpips"
-    metrics, regions = summarise(rows, lpips_name=lpips_name)
+    metrics, regions = summarise(rows, lpips_name=lpips.name if lpips else "lpips", expected=len(paired.pairs))
     for name in ("ssim", "ssim_256"):
         if name not in metrics:
             not_computed[name] = "the images are smaller than its window"
@@ -150,6 +154,7 @@ def evaluate(flags: argparse.Namespace, share: Share, argv: Sequence[str]) -> No
         "generated": {"folder": flags.generated, "files": len(generated.names)} | generated.kinds() | {"sizes": sizes},
         "reference": {"folder": flags.reference, "files": len(reference.names)} | reference.kinds(),
         "pairs": facts_of(paired, flags.pairs),
+        "parsing": parsing,
         "fid": fid_facts,
         "weights": {metric: dict(network.facts) for metric, network in networks.items()},
         "metrics": metrics,
@@ -157,6 +162,7 @@ def evaluate(flags: argparse.Namespace, share: Share, argv: Sequence[str]) -> No
         "not_computed": not_computed,
         "rows": str(rows.path),
         "command": ["python", "-m", "truepose_jax.evaluate", *argv],
+        "program": program_hash(),
         "versions": {package: _version(package) for package in PACKAGES},
     }
     _write(out, report)
@@ -180,30 +186,22 @@ def _check_flags(flags: argparse.Namespace, out: pathlib.Path) -> None:
         raise InputError(f"--fid-reference needs --fid-weights=FILE: {PUBLISHED['fid'].where}")
 
 
-def fid_sources(given: Sequence[str], names: str | None) -> list[Folder | str]:
-    """Folders (only the images named) and statistics files. Raises InputError for what is neither."""
-    keys = pairing.read_names(names) if names else None
-    found: list[Folder | str] = []
-    for source in given:
-        if os.path.isfile(source):
-            found.append(source)
-            continue
-        folder = Folder.read(source, flag="--fid-reference")
-        if any(isinstance(other, Folder) for other in found):
-            raise InputError(f"--fid-reference={source}: one folder of images is enough; give the others' statistics")
-        if keys is not None:
-            chosen = [name for name in folder.names if image_key(name) in keys]
-            if len(chosen) != len(keys):
-                raise InputError(f"--fid-reference={source}: holds {len(chosen)} of the {len(keys)} images in {names}")
-            folder = folder.chosen(chosen)
-        found.append(folder)
-    return found
+def _maps(flags: argparse.Namespace, paired: Pairing) -> tuple[Maps | None, dict[str, Any] | None]:
+    """The parsing maps, and what the report tells of them. Raises InputError where some are missing and that is not
+    allowed."""
+    if not flags.parsing:
+        return None, None
+    maps = Maps(Folder.read(flags.parsing, flag="--parsing"), label_set(flags.labels))
+    absent = maps.absent(pair.reference for pair in paired.pairs)
+    if absent and not flags.allow_missing:
+        raise InputError(f"--parsing={flags.parsing}: no maps of {some(absent)} of --reference{OR_ALLOW}")
+    return maps, {"folder": flags.parsing, "labels": maps.labels.name, "without_map": _named(absent)}
 
 
 def measure_fid(
     network: Network,
     generated: Folder,
-    sources: Sequence[Folder | str],
+    source: Folder | str | None,
     protocol: Protocol,
     size: Size | None,
     *,
@@ -212,36 +210,26 @@ def measure_fid(
     share: Share = ALONE,
 ) -> tuple[dict[str, Any], dict[str, Any]] | str:
     """(the number, what it was computed from), or why it cannot be: that of another process's share of it is not known
-    here. Raises InputError."""
-    folders = [s for s in sources if isinstance(s, Folder)]
-    files = [s for s in sources if isinstance(s, str) and _metric_of(s) == network.metric]
-    if not folders and not files:
+    here. source: images, or the file of their statistics. Raises InputError."""
+    if source is None:
         return f"give --fid-reference=DIR|FILE for {network.metric} (the field's: all 48,674 training images)"
     how = {"cache": cache, "batch_size": batch_size, "share": share}
-    if files:
-        reference, path = reference_statistics(files[0], network, protocol, size), files[0]
+    if isinstance(source, str):
+        reference, made_by = reference_statistics(source, network, protocol, size)
+        told = {"reference": source, "reference_made_by": made_by, "statistics": source}
     else:
         title = f"{network.metric}, reference"
-        reference, path = folder_statistics(folders[0], network, protocol, size, role="truth", title=title, **how)
+        reference, path = folder_statistics(source, network, protocol, size, role="truth", title=title, **how)
+        told = {"reference": str(source.root), "statistics": str(path)} | source.kinds()
     title = f"{network.metric}, generated"
     made, _ = folder_statistics(generated, network, protocol, size, role="generated", title=title, **how)
     if not share.leads:
         return "the leading process computes it"
     if min(made.count, reference.count) < 2:
         return f"{made.count} generated and {reference.count} reference images; a covariance needs 2"
-    facts = {
-        "reference": str(folders[0].root) if folders and not files else files[0],
-        "reference_count": reference.count,
-        "generated_count": made.count,
-        "statistics": str(path),
-        "input": FID_KINDS[network.metric].text,
-    }
-    facts |= folders[0].kinds() if folders and not files else {}
+    counts = {"reference_count": reference.count, "generated_count": made.count}
+    facts = told | counts | {"input": FID_KINDS[network.metric].text}
     return {"mean": frechet_distance(made, reference), "count": made.count}, facts
-
-
-def _metric_of(path: str) -> str | None:
-    return read_statistics(pathlib.Path(path))[1].get("metric")
 
 
 def describe(flags: argparse.Namespace, protocol: Protocol, paired: Pairing, generated: Folder) -> str:
@@ -260,9 +248,13 @@ def facts_of(paired: Pairing, wanted: str | None) -> dict[str, Any]:
         "count": len(paired.pairs),
         "by_rule": paired.rules,
         "list": wanted,
-        "without_reference": {"count": len(paired.unmatched), "names": list(paired.unmatched[:NAMED])},
-        "not_generated": {"count": len(paired.missing), "names": list(paired.missing[:NAMED])},
+        "without_reference": _named(paired.unmatched),
+        "not_generated": _named(paired.missing),
     }
+
+
+def _named(names: Sequence[str]) -> dict[str, Any]:
+    return {"count": len(names), "names": list(names[:NAMED])}
 
 
 def _version(package: str) -> str | None:
@@ -273,15 +265,8 @@ def _version(package: str) -> str | None:
 
 
 def _write(out: pathlib.Path, report: Mapping[str, Any]) -> None:
-    partial = out.with_name(out.name + ".partial")
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
+    with whole(out) as partial:
         partial.write_text(json.dumps(plain(report), indent=1, allow_nan=False) + "\n", encoding="utf-8")
-        partial.replace(out)
-    except OSError as error:
-        raise InputError(f"{out}: cannot be written ({one_line(error)})") from error
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def _weights(argv: Sequence[str]) -> None:

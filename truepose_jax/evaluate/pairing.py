@@ -21,7 +21,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from PIL import Image
 
 from input_pipeline.keypoints import name_key
-from input_pipeline.photo import check_size, one_line
+from input_pipeline.photo import EXIF_ORIENTATION, check_size, one_line
 from input_pipeline.schema import InputError
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
@@ -29,7 +29,10 @@ SAME_NAME = "same name"
 SEPARATORS = {"SOURCE_2_TARGET": "_2_", "SOURCE_to_TARGET": "_to_", "SOURCE___TARGET": "___"}
 NAMED = 20
 """Names that a report lists before it only counts."""
+OR_ALLOW = "; complete the folders, or give --allow-missing (the report then names them)"
 
+_EXIF_TAGS = ("exif", "xmp", "XML:com.adobe.xmp", "Raw profile type exif")
+"""Where Pillow looks for an orientation."""
 _IMAGE_SUFFIX = re.compile(r"\.(png|jpe?g|webp|bmp)$", re.IGNORECASE)
 
 
@@ -66,19 +69,20 @@ class Folder:
             digest.update(f"{name}\0{stat.st_size}\0{stat.st_mtime_ns}\n".encode())
         return digest.hexdigest()
 
-    def by_key(self) -> dict[str, str]:
-        """{what all spellings of an image share: its name}; also by file name alone where that is unique.
-
-        Raises InputError where two files are one image.
-        """
+    def images(self) -> dict[str, str]:
+        """{what all spellings of an image share: its name}. Raises InputError where two files are one image."""
         found: dict[str, str] = {}
-        short: collections.Counter[str] = collections.Counter()
         for name in self.names:
             key = image_key(name)
             if key in found:
                 raise InputError(f"{self.root}: {found[key]} and {name} are the same image twice; remove one")
             found[key] = name
-            short[pathlib.PurePosixPath(name).stem] += 1
+        return found
+
+    def by_key(self) -> dict[str, str]:
+        """The same, and by file name alone where that is unique: for names that have no folder."""
+        found = self.images()
+        short = collections.Counter(pathlib.PurePosixPath(name).stem for name in self.names)
         for name in self.names:
             stem = pathlib.PurePosixPath(name).stem
             if short[stem] == 1:
@@ -116,17 +120,16 @@ class Pairing:
     def check(self, *, allow_missing: bool) -> None:
         """Raises InputError where there are no pairs, or where some image has no partner and that is not allowed."""
         if not self.pairs:
-            shown = f"; {_some(self.unmatched)}" if self.unmatched else ""
+            shown = f"; {some(self.unmatched)}" if self.unmatched else ""
             raise InputError(
                 f"no generated image has a reference of its name{shown}; names are TARGET or SOURCE_2_TARGET_vis"
             )
         if allow_missing:
             return
-        hint = "; complete the folders, or give --allow-missing (the report then names them)"
         if self.unmatched:
-            raise InputError(f"{_some(self.unmatched)} of --generated without a reference{hint}")
+            raise InputError(f"{some(self.unmatched)} of --generated without a reference{OR_ALLOW}")
         if self.missing:
-            raise InputError(f"{_some(self.missing)} not among the generated images{hint}")
+            raise InputError(f"{some(self.missing)} not among the generated images{OR_ALLOW}")
 
 
 def image_key(name: str) -> str:
@@ -134,7 +137,8 @@ def image_key(name: str) -> str:
     return name_key(_IMAGE_SUFFIX.sub("", name.strip()) + ".png")
 
 
-def _some(names: Sequence[str]) -> str:
+def some(names: Sequence[str]) -> str:
+    """How many images, and the first of them by name."""
     shown = ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
     return f"{len(names)} image{'s' if len(names) > 1 else ''} ({shown})"
 
@@ -143,58 +147,73 @@ def pair_folders(generated: Folder, reference: Folder, wanted: Sequence[tuple[st
     """Pairs in the order of the generated names.
 
     wanted: (source, target) pairs that should be there, in any spelling; others are then unmatched. Raises InputError
-    where one folder holds an image twice.
+    where one folder holds an image twice, under any names.
     """
     bare = collections.Counter(_IMAGE_SUFFIX.sub("", name) for name in generated.names)
     if twice := [name for name, count in bare.items() if count > 1]:
-        raise InputError(f"{generated.root}: {_some(twice)} there in several formats; keep one of each")
+        raise InputError(f"{generated.root}: {some(twice)} there in several formats; keep one of each")
     references = reference.by_key()
     listed = None if wanted is None else {(image_key(s), image_key(t)): f"{s} > {t}" for s, t in wanted}
-    pairs, unmatched, seen = [], [], set()
+    pairs, unmatched = [], []
+    seen: dict[tuple[str | None, str], str] = {}
     for name in generated.names:
         rule, source, found = _partner(name, references)
         if found is None:
             unmatched.append(name)
             continue
-        if listed is not None:
-            key = _listed_key(source, image_key(found), listed)
-            if key is None:
-                unmatched.append(name)
-                continue
-            seen.add(key)
-        else:
-            seen.add(found)
+        key = (source, found) if listed is None else _listed_key(source, image_key(found), listed)
+        if key is None:
+            unmatched.append(name)
+            continue
+        if key in seen:
+            raise InputError(f"{generated.root}: {seen[key]} and {name} are {_told(key)} twice; keep one of them")
+        seen[key] = name
         pairs.append(Pair(name, found, rule, source))
     if listed is None:
-        missing = [name for name in reference.names if name not in seen]
+        shown = {found for _, found in seen}
+        missing = [name for name in reference.names if name not in shown]
     else:
         missing = [text for key, text in listed.items() if key not in seen]
     return Pairing(tuple(pairs), tuple(unmatched), tuple(missing))
 
 
+def _told(key: tuple[str | None, str]) -> str:
+    source, target = key
+    return f"{source} > {target}" if source else target
+
+
 def _partner(name: str, references: Mapping[str, str]) -> tuple[str, str | None, str | None]:
     """(rule, source's key where the name tells it, reference's name); the last is None where there is none."""
-    exact = references.get(_IMAGE_SUFFIX.sub("", name))
-    if exact:
+    bare = _IMAGE_SUFFIX.sub("", name)
+    if exact := references.get(bare):
         return SAME_NAME, None, exact
     # Before other spellings are tried: DeepFashion's rule would read TARGET alone out of SOURCE_to_TARGET.
-    stem = re.sub(r"_vis$", "", _IMAGE_SUFFIX.sub("", name))
+    stem = re.sub(r"_vis$", "", bare)
+    cuts: dict[str, tuple[str, str, str]] = {}
+    for cut in sorted(_cuts(stem), key=lambda cut: -len(cut[2])):
+        key = image_key(cut[2])
+        found = references.get(key)
+        if found and (key == image_key(found) or _namesakes(bare, found)):
+            cuts[found] = cut  # DeepFashion's rule reads one name out of several texts: the shortest stays
+    if cuts:
+        found, (rule, source, _) = max(cuts.items(), key=lambda item: len(item[1][2]))
+        return rule, image_key(source), found
+    short = references.get(pathlib.PurePosixPath(bare).name)
+    return SAME_NAME, None, references.get(image_key(name)) or (short if short and _namesakes(bare, short) else None)
+
+
+def _namesakes(generated: str, reference: str) -> bool:
+    """May the file name alone pair them? Where one has no folder, or both have one: anna/1 and bob/1 are two people."""
+    folders = [pathlib.PurePosixPath(name).parent.as_posix() for name in (generated, reference)]
+    return "." in folders or folders[0] == folders[1]
+
+
+def _cuts(stem: str) -> Iterator[tuple[str, str, str]]:
+    """(rule, source, target) wherever a separator stands between two names."""
     for rule, separator in SEPARATORS.items():
-        for cut in _cuts(stem, separator):
-            source, target = stem[:cut], stem[cut + len(separator) :]
-            found = references.get(image_key(target)) if source and target else None
-            if found:
-                return rule, image_key(source), found
-    short = pathlib.PurePosixPath(_IMAGE_SUFFIX.sub("", name)).name
-    return SAME_NAME, None, references.get(image_key(name)) or references.get(short)
-
-
-def _cuts(text: str, separator: str) -> Iterator[int]:
-    """Where the separator stands, the last first."""
-    cut = text.rfind(separator)
-    while cut >= 0:
-        yield cut
-        cut = text.rfind(separator, 0, cut + len(separator) - 1)
+        for cut in range(1, len(stem) - len(separator)):
+            if stem.startswith(separator, cut):
+                yield rule, stem[:cut], stem[cut + len(separator) :]
 
 
 def _listed_key(source: str | None, target: str, listed: Mapping[tuple[str, str], str]) -> tuple[str, str] | None:
@@ -209,7 +228,13 @@ def read_pair_list(path: str) -> list[tuple[str, str]]:
     rows = _rows(path)
     if not rows or rows[0][:2] != ["from", "to"]:
         raise InputError(f"--pairs={path}: the first line must be from,to")
-    pairs = [(row[0], row[1]) for row in rows[1:] if len(row) > 1 and row[0] and row[1]]
+    pairs = []
+    for line, row in enumerate(rows[1:], 2):
+        if row in ([], [""]):
+            continue
+        if len(row) < 2 or not (row[0] and row[1]):
+            raise InputError(f"--pairs={path}, line {line}: '{','.join(row)}'; write from,to, and none of them empty")
+        pairs.append((row[0], row[1]))
     if not pairs:
         raise InputError(f"--pairs={path}: holds no pairs")
     return pairs
@@ -231,16 +256,27 @@ def _rows(path: str) -> list[list[str]]:
         raise InputError(f"{path}: cannot read the list ({one_line(error)})") from error
 
 
-def image_size(path: pathlib.Path) -> tuple[int, int]:
-    """(h, w) from the file's header. Raises InputError where it is not an image, or too large."""
+def image_size(path: pathlib.Path, *, upright: bool) -> tuple[int, int]:
+    """(h, w) from the file's header. Raises InputError where it is not an image, or too large.
+
+    upright: as `read_photo` turns it; parsing maps are not turned.
+    """
     try:
         with Image.open(path) as image:
             check_size(image, name=str(path))
-            return image.size[::-1]
+            w, h = image.size
+            return (w, h) if upright and _lies(image) else (h, w)
     except InputError:
         raise
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise InputError(f"{path}: not a readable image ({one_line(error)})") from error
+
+
+def _lies(image: Image.Image) -> bool:
+    """Is it turned by a quarter? Asks only files with a tag that tells it: to ask, Pillow decodes a PNG."""
+    if not any(tag in image.info for tag in _EXIF_TAGS):
+        return False
+    return image.getexif().get(EXIF_ORIENTATION, 1) in range(5, 9)
 
 
 def sizes(generated: Folder, reference: Folder, pairs: Sequence[Pair], *, equal: bool) -> dict[str, int]:
@@ -267,4 +303,4 @@ def sizes(generated: Folder, reference: Folder, pairs: Sequence[Pair], *, equal:
 
 
 def _size_text(path: pathlib.Path) -> str:
-    return "x".join(map(str, image_size(path)))
+    return "x".join(map(str, image_size(path, upright=True)))

@@ -60,6 +60,11 @@ CFLD_SAMPLE = Filter(
     "bicubic, antialiased, in floating point, truncated to uint8 (pictures of that size stay as they are)",
     _float_bicubic_truncated,
 )
+SAVED_AT_SIZE = Filter(
+    "saved beforehand as PNG of that size (Pillow bicubic, antialiased, rounded to uint8); OpenCV's bicubic, which PCDM "
+    "then calls, finds nothing to do",
+    _pil_bicubic,
+)
 CV2_BICUBIC = Filter("OpenCV bicubic without antialias, floating point", _cv2_bicubic)
 CV2_BILINEAR = Filter("OpenCV bilinear without antialias, floating point", _cv2_bilinear)
 UNCHANGED = Filter("none", _as_it_is)
@@ -127,7 +132,7 @@ PROTOCOLS: Mapping[str, Protocol] = {
     "pidm": Protocol(
         PIL_BICUBIC, PIL_BICUBIC, CV2_BILINEAR, lambda size: (size[0], size[0]), (-1.0, 1.0), 1.2, "PIDM (GFLA's files)"
     ),
-    "pcdm": Protocol(CV2_BICUBIC, CV2_BICUBIC, UNCHANGED, lambda size: size, (0.0, 1.0), 1.2, "PCDM"),
+    "pcdm": Protocol(CV2_BICUBIC, SAVED_AT_SIZE, UNCHANGED, lambda size: size, (0.0, 1.0), 1.2, "PCDM"),
     "plain": Protocol(
         UNCHANGED, UNCHANGED, UNCHANGED, lambda size: size, (-1.0, 1.0), 1.5, "no resizing: images as they are"
     ),

@@ -10,30 +10,37 @@ import numpy as np
 
 from input_pipeline.folder import identity_of
 from input_pipeline.market1501 import person_of
+from input_pipeline.schema import InputError
 from input_pipeline.synthetic import person_in
 from truepose_jax.evaluate.scores import Row
+from truepose_jax.evaluate.statistics import ANOTHER_VERSION
 from truepose_jax.metrics.garments import BINS, GALLERY, retrieval_rate
 
 Z95 = 1.96
 Summary = dict[str, Any]
 """mean, ci95 (half its width; over images, nothing else), count; undefined: images that have no number."""
 
-METRICS = ("ssim", "ssim_256", "psnr", "lpips")
+METRICS = ("ssim", "ssim_256", "psnr")
+"""And LPIPS, by its network's name."""
 
 
-def summarise(rows: Iterable[Row], *, lpips_name: str) -> tuple[dict[str, Summary], dict[str, dict[str, Summary]]]:
+def summarise(
+    rows: Iterable[Row], *, lpips_name: str, expected: int
+) -> tuple[dict[str, Summary], dict[str, dict[str, Summary]]]:
     """({metric: summary}, {region: {"psnr", "ssim": summary}}); garment retrieval is a metric where there are clothes.
 
-    lpips_name: what LPIPS may be called.
+    lpips_name: what LPIPS is called in the rows and may be called. Raises InputError where there are not `expected` rows.
     """
-    values: dict[str, list[float]] = {name: [] for name in METRICS}
+    values: dict[str, list[float]] = {name: [] for name in (*METRICS, lpips_name)}
+    seen = 0
     regions: dict[str, tuple[list[float], list[float]]] = {}
     clothes: tuple[list[np.ndarray], list[np.ndarray]] = ([], [])
     garments: list[str] = []
     for row in rows:
-        for name in METRICS:
+        seen += 1
+        for name, numbers in values.items():
             if name in row:
-                values[name].append(row[name])
+                numbers.append(row[name])
         for region, (decibels, similar) in row.get("regions", {}).items():
             of_psnr, of_ssim = regions.setdefault(region, ([], []))
             of_psnr.append(decibels)
@@ -42,9 +49,12 @@ def summarise(rows: Iterable[Row], *, lpips_name: str) -> tuple[dict[str, Summar
             garments.append(garment_of(row["reference"]))
             for kept, sparse in zip(clothes, row["clothes"], strict=True):
                 kept.append(_dense(sparse))
-    metrics = {
-        (lpips_name if name == "lpips" else name): summary(numbers) for name, numbers in values.items() if numbers
-    }
+    if seen != expected:
+        raise InputError(
+            f"only {seen} of {expected} pairs have a row; does another evaluation write to the same --cache? "
+            "Let it end, and run the same command again"
+        )
+    metrics = {name: summary(numbers) for name, numbers in values.items() if numbers}
     if garments:
         rate, asked = retrieval_rate(np.stack(clothes[0]), np.stack(clothes[1]), garments)
         if asked:
@@ -94,6 +104,11 @@ def table(report: Mapping[str, Any]) -> str:
                 f"{region:18}{psnr['mean']:8.3f}{psnr['ci95']:10.3f}{similar['mean']:9.4f}{similar['ci95']:10.4f}"
                 f"{psnr['count']:10}"
             )
+    lines += [
+        f"{name}: its reference statistics were {facts['reference_made_by']}"
+        for name, facts in report.get("fid", {}).items()
+        if facts.get("reference_made_by") == ANOTHER_VERSION
+    ]
     lines += [f"{name} not computed: {why}" for name, why in report["not_computed"].items()]
     return "\n".join(lines)
 

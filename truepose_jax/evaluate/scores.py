@@ -19,6 +19,7 @@ from input_pipeline.parsing import CLOTHES, LabelSet, read_parsing
 from input_pipeline.photo import read_photo
 from input_pipeline.schema import InputError
 from input_pipeline.shares import ALONE, Share
+from truepose_jax.evaluate.files import make_folder, writing
 from truepose_jax.evaluate.pairing import Folder, Pair, image_key, image_size
 from truepose_jax.evaluate.protocols import Protocol, Size
 from truepose_jax.evaluate.reading import read_ahead
@@ -49,10 +50,15 @@ class Maps:
     def names(self) -> dict[str, str]:
         return self.folder.by_key()
 
+    def absent(self, references: Iterable[str]) -> list[str]:
+        """The reference images without a map."""
+        names = self.names()
+        return [name for name in dict.fromkeys(references) if image_key(name) not in names]
+
     def read(self, name: str, photo_hw: Size, hw: Size) -> np.ndarray:
         """uint8 [hw]: the map, of the photo's size or of the frames', by nearest neighbour."""
         path = self.folder.path(name)
-        own = image_size(path)
+        own = image_size(path, upright=False)
         parsing = read_parsing(path, self.labels, own if own in {photo_hw, hw} else photo_hw)
         return np.asarray(Image.fromarray(parsing).resize(hw[::-1], Image.Resampling.NEAREST))
 
@@ -150,8 +156,8 @@ class Rows:
 
     def gather(self, parts: Iterable[pathlib.Path] = ()) -> None:
         """Puts the parts of several processes, these and those of a run that was stopped, into the file."""
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        with self.path.open("ab") as file:
+        make_folder(self.path.parent)
+        with writing(self.path), self.path.open("ab") as file:
             file.write(b"\n")  # a kill may have cut the last line off
             for part in sorted({*parts, *self.path.parent.glob(f"{self.path.stem}.*.jsonl")}):
                 file.write(part.read_bytes() + b"\n")
@@ -188,7 +194,7 @@ def score_pairs(
             total=len(mine), initial=len(mine) - len(todo), unit="pair", desc="pairs", smoothing=0.05,
             disable=not share.leads,
         )  # fmt: skip
-        with bar, part.open("a", encoding="utf-8") as file:
+        with writing(part), bar, part.open("a", encoding="utf-8") as file:
             found = read_ahead(lambda pair: scorer.read(pair, map_names), todo, ahead=2 * batch_size)
             for rows in _with_lpips(scorer.lpips, found, batch_size):
                 for row in rows:
@@ -196,7 +202,9 @@ def score_pairs(
                 file.flush()
                 bar.update(len(rows))
                 share.check()
-    written = share.meet("rows", [str(part), part.stat().st_size] if todo else None)
+    with writing(part):
+        said = [str(part), part.stat().st_size] if todo else None
+    written = share.meet("rows", said)
     if share.leads and share.count > 1:
         parts = {pathlib.Path(path): size for path, size in filter(None, written)}
         for path, size in parts.items():
@@ -208,26 +216,32 @@ def score_pairs(
 def _with_lpips(
     network: Network | None, found: Iterator[tuple[Pair, tuple[Row, np.ndarray, np.ndarray]]], batch_size: int
 ) -> Iterator[list[Row]]:
-    """Rows with their LPIPS, in lists of batch_size per image size; the last ones are padded."""
+    """Rows with their LPIPS, under the network's name; each at once where there is no network.
+
+    Batches are of one image size, and padded where they are not full: no more than 2 x batch_size images wait for others.
+    """
+    if network is None:
+        yield from ([row] for _, (row, _, _) in found)
+        return
     waiting: dict[tuple[int, ...], list[tuple[Row, np.ndarray, np.ndarray]]] = {}
 
-    def flush(batch: list[tuple[Row, np.ndarray, np.ndarray]]) -> list[Row]:
-        if network:
-            fill = batch + batch[-1:] * (batch_size - len(batch))
-            a, b = (np.stack([entry[i] for entry in fill]) for i in (1, 2))
-            for (row, _, _), value in zip(batch, np.asarray(network.apply(a, b)), strict=False):
-                row["lpips"] = float(value)
+    def flush(shape: tuple[int, ...]) -> list[Row]:
+        batch = waiting.pop(shape)
+        fill = batch + batch[-1:] * (batch_size - len(batch))
+        a, b = (np.stack([entry[i] for entry in fill]) for i in (1, 2))
+        for (row, _, _), value in zip(batch, np.asarray(network.apply(a, b)), strict=False):
+            row[network.name] = float(value)
         return [row for row, _, _ in batch]
 
     for pair, (row, a, b) in found:
-        if network and min(a.shape[:2]) < LEAST_SIDE:
+        if min(a.shape[:2]) < LEAST_SIDE:
             raise InputError(f"{pair.generated}: {a.shape[0]}x{a.shape[1]} pixels; LPIPS needs {LEAST_SIDE} a side")
-        batch = waiting.setdefault(a.shape, [])
-        batch.append((row, a, b))
-        if len(batch) == batch_size:
-            yield flush(waiting.pop(a.shape))
-    for batch in waiting.values():
-        yield flush(batch)
+        waiting.setdefault(a.shape, []).append((row, a, b))
+        fullest = max(waiting, key=lambda shape: len(waiting[shape]))
+        if len(waiting[fullest]) == batch_size or sum(map(len, waiting.values())) >= 2 * batch_size:
+            yield flush(fullest)
+    for shape in list(waiting):
+        yield flush(shape)
 
 
 def _sparse(histogram: np.ndarray) -> list[list[float]]:

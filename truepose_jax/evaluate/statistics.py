@@ -1,7 +1,7 @@
 """FID statistics of a folder: streamed in constant memory, kept in a file, resumed from it.
 
 A statistics file is safetensors: mean, scatter and count in float64 / int64, and in its metadata what they are statistics
-of. Only the same images, prepared in the same way for the same weights, go on with it or use it again.
+of. Only the same images, prepared in the same way for the same weights by the same program, go on with it or use it again.
 """
 
 from __future__ import annotations
@@ -20,7 +20,9 @@ from safetensors.numpy import save_file
 from input_pipeline.photo import one_line, read_photo
 from input_pipeline.schema import InputError
 from input_pipeline.shares import ALONE, Share
+from truepose_jax.evaluate.files import make_folder, whole
 from truepose_jax.evaluate.pairing import Folder
+from truepose_jax.evaluate.program_hash import program_hash
 from truepose_jax.evaluate.protocols import Protocol, Size
 from truepose_jax.evaluate.reading import batches, read_ahead
 from truepose_jax.evaluate.weights import Network
@@ -29,6 +31,7 @@ from truepose_jax.metrics.inception import FEATURES
 
 SAVE_EVERY = 2048
 """Images between two saves: 33 MB each."""
+THIS_VERSION, ANOTHER_VERSION = "made by this version", "made by another version"
 
 
 def describe(network: Network, protocol: Protocol, size: Size | None, role: str) -> dict[str, str]:
@@ -41,6 +44,7 @@ def describe(network: Network, protocol: Protocol, size: Size | None, role: str)
         "resize": f"{resize.text}; {protocol.perceptual.text}",
         "similarity_size": "x".join(map(str, protocol.similarity_size(size))) if size else "own",
         "input": FID_KINDS[network.metric].text,
+        "program": program_hash(),
     }
 
 
@@ -90,20 +94,21 @@ def folder_statistics(
 
     if not starts:
         return found, path
-    cache.mkdir(parents=True, exist_ok=True)
+    make_folder(cache)
     if share.count > 1:
         _leave_pieces(share, starts, piece, features, about, title)
         if not share.leads:
             return found, path
     saved = found.count
-    missing = features([start for start in starts if not piece(start).exists()])
+    there = {start for start in starts if piece(start).exists()}
+    missing = features([start for start in starts if start not in there])
     bar = tqdm.tqdm(
         total=len(folder.names), initial=saved, unit="image", desc=title, smoothing=0.05, disable=share.count > 1
     )
     try:
         with bar:
             for start in starts:
-                rows = _piece(piece(start), about) if piece(start).exists() else next(missing)
+                rows = _piece(piece(start), about) if start in there else next(missing)
                 found.update(rows)
                 bar.update(len(rows))
                 share.check()
@@ -147,7 +152,9 @@ def _piece(path: pathlib.Path, about: Mapping[str, str]) -> np.ndarray:
         with safe_open(path, "numpy") as opened:
             told, rows = opened.metadata() or {}, opened.get_tensor("features")
     except (OSError, SafetensorError) as error:
-        raise InputError(f"{path}: not a file of features ({one_line(error)}); remove it") from error
+        raise InputError(
+            f"{path}: not a file of features ({one_line(error)}); remove it if it is there, and run the same command again"
+        ) from error
     if told != dict(about):
         raise InputError(f"{path}: is about other images than its name says; remove it")
     return rows
@@ -169,14 +176,8 @@ def save(path: pathlib.Path, statistics: Statistics, about: Mapping[str, str]) -
 
 
 def _write(path: pathlib.Path, tensors: Mapping[str, np.ndarray], about: Mapping[str, str]) -> None:
-    partial = path.with_name(path.name + ".partial")
-    try:
+    with whole(path) as partial:
         save_file(dict(tensors), partial, metadata=dict(about))
-        partial.replace(path)
-    except OSError as error:
-        raise InputError(f"{path}: cannot be written ({one_line(error)}); free space there") from error
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def read(path: pathlib.Path) -> tuple[Statistics, dict[str, str]]:
@@ -192,12 +193,18 @@ def read(path: pathlib.Path) -> tuple[Statistics, dict[str, str]]:
     return Statistics(int(count[0]), mean, scatter), about
 
 
-def reference_statistics(path: str, network: Network, protocol: Protocol, size: Size | None) -> Statistics:
-    """Of a finished file that fits the evaluation. Raises InputError that says in what it does not."""
+def reference_statistics(path: str, network: Network, protocol: Protocol, size: Size | None) -> tuple[Statistics, str]:
+    """(statistics of a finished file that fits the evaluation, THIS_VERSION or ANOTHER_VERSION that made it).
+
+    Another program's are taken: people share them, and the report tells. Raises InputError that says in what they do not
+    fit.
+    """
     statistics, about = read(pathlib.Path(path))
-    for name, value in describe(network, protocol, size, "truth").items():
+    wanted = describe(network, protocol, size, "truth")
+    made_by = THIS_VERSION if about.get("program") == wanted.pop("program") else ANOTHER_VERSION
+    for name, value in wanted.items():
         if about.get(name) != value:
             raise InputError(f"--fid-reference={path}: its {name} is {about.get(name)}, and here it is {value}")
     if about.get("total") != str(statistics.count):
         raise InputError(f"--fid-reference={path}: unfinished ({statistics.count} of {about.get('total')} images)")
-    return statistics
+    return statistics, made_by

@@ -28,6 +28,7 @@ from input_pipeline.schema import InputError
 from truepose_jax.conversion import from_torch
 from truepose_jax.conversion.key_maps import ModelKeys, Stranger
 from truepose_jax.conversion.safetensors_io import ConversionError
+from truepose_jax.evaluate.files import whole
 from truepose_jax.metrics.fid import FID_KINDS
 from truepose_jax.metrics.inception import Inception
 from truepose_jax.metrics.lpips import LPIPS
@@ -210,12 +211,6 @@ def convert(paths: Sequence[str], out: str) -> dict[str, str]:
         tensors |= found
     tensors = {name: np.ascontiguousarray(array) for name, array in tensors.items()}
     metadata = {METADATA_SOURCES: json.dumps(sources), METADATA_TENSORS: tensors_sha256(tensors)}
-    partial = place.with_name(place.name + ".partial")
-    try:
+    with whole(place) as partial:
         save_file(tensors, partial, metadata={"format": "pt"} | metadata)
-        partial.replace(place)
-    except OSError as error:
-        raise InputError(f"--out={out}: cannot be written ({one_line(error)})") from error
-    finally:
-        partial.unlink(missing_ok=True)
     return sources

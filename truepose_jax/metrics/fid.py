@@ -76,7 +76,7 @@ class Statistics:
         return cls(0, np.zeros(width), np.zeros((width, width)))
 
     def update(self, features: Float[np.ndarray, "n d"]) -> None:
-        """Takes more rows in (Chan et al.: no difference of large sums)."""
+        """Takes more rows in (Chan et al.: no difference of large sums); stopped at any place, all of them or none."""
         rows = np.asarray(features, np.float64)
         if not len(rows):
             return
@@ -84,10 +84,10 @@ class Statistics:
         centred = rows - mean
         step = mean - self.mean
         total = self.count + len(rows)
-        self.scatter += centred.T @ centred
-        self.scatter += np.outer(step, step * (self.count * len(rows) / total))
-        self.mean = self.mean + step * (len(rows) / total)
-        self.count = total
+        scatter = self.scatter + centred.T @ centred
+        scatter += np.outer(step, step * (self.count * len(rows) / total))
+        # One call: a signal's SystemExit comes between calls, and what is here then is saved.
+        vars(self).update(count=total, mean=self.mean + step * (len(rows) / total), scatter=scatter)
 
     @property
     def covariance(self) -> Float[np.ndarray, "d d"]:

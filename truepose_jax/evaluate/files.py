@@ -1,0 +1,46 @@
+"""Files that appear when they are whole, and one line where the disk does not take them."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import pathlib
+from collections.abc import Iterator
+
+from safetensors import SafetensorError
+
+from input_pipeline.photo import one_line
+from input_pipeline.schema import InputError
+
+
+@contextlib.contextmanager
+def writing(path: pathlib.Path) -> Iterator[None]:
+    """Errors of the disk inside become InputError. safetensors has its own kind, which is no OSError."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        raise InputError(
+            f"{path}: cannot be written ({one_line(error)}); free space there, or name another place"
+        ) from error
+
+
+@contextlib.contextmanager
+def whole(path: pathlib.Path) -> Iterator[pathlib.Path]:
+    """`with whole(path) as partial:` what is written to `partial`, this process's own, is the file at the end."""
+    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
+    try:
+        with writing(path):
+            yield partial
+            partial.replace(path)
+    finally:
+        with contextlib.suppress(OSError):
+            partial.unlink(missing_ok=True)
+
+
+def make_folder(folder: pathlib.Path) -> None:
+    """Before the work rather than after it. Raises InputError where nothing can be written there."""
+    probe = folder / f".{os.getpid()}.partial"
+    with writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        probe.touch()
+        probe.unlink(missing_ok=True)
