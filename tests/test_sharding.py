@@ -5,6 +5,7 @@ import os
 import re
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -13,7 +14,7 @@ from jax.sharding import AbstractMesh, PartitionSpec
 
 from tests import tiny
 from tests.sharded import MESHES
-from truepose_jax.sharding import AXES, constrain, make_mesh, param_specs, path_of
+from truepose_jax.sharding import AXES, compiler_options, constrain, make_mesh, param_specs, path_of
 
 
 @pytest.fixture(scope="module")
@@ -149,3 +150,11 @@ def test_rules_of_truepose_name_what_exists():
         assert ("tensor" in spec) == (
             name.endswith("kernel") and ("/to_" in name or "/net_" in name or "source_to" in name)
         )
+
+
+def test_collective_matmuls_are_off_on_tpus_alone():
+    """tests/test_tpu_train_step.py compiles with it (slow)."""
+    described = SimpleNamespace(devices=np.array([[SimpleNamespace(platform="tpu")]]))
+    ((name, threshold),) = compiler_options(described).items()
+    assert "windowed_einsum" in name and threshold > 2**17  # MiB: more than any chip has
+    assert compiler_options(make_mesh(data=1, fsdp=1, tensor=1)) is None

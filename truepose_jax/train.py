@@ -142,8 +142,7 @@ def _loop(
         host_count=jax.process_count(),
         form=training_form(config),
     )
-    shardings = jax.tree.map(lambda x: x.sharding, state)
-    train_step = jax.jit(trainer.step, donate_argnums=0, out_shardings=(shardings, None))
+    train_step = trainer.jitted(state)
 
     def save(step: int) -> None:
         monitor.flush()

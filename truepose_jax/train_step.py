@@ -24,6 +24,7 @@ from truepose_jax.optim import (
     trained_part,
 )
 from truepose_jax.schema import Config
+from truepose_jax.sharding import compiler_options
 
 
 @flax.struct.dataclass
@@ -72,6 +73,12 @@ class Trainer:
             skipped=jnp.zeros((), jnp.int32),
             skips_in_a_row=jnp.zeros((), jnp.int32),
         )
+
+    def jitted(self, state: TrainState) -> jax.stages.Wrapped:
+        """`step` as programs run it: the state is used up, and comes back where it lay. state: arrays or shapes, on a mesh."""
+        shardings = jax.tree.map(lambda x: x.sharding, state)
+        options = compiler_options(state.step.sharding.mesh)
+        return jax.jit(self.step, donate_argnums=0, out_shardings=(shardings, None), compiler_options=options)
 
     def step(self, state: TrainState, frozen: Frozen, batch: Batch) -> tuple[TrainState, dict[str, jax.Array]]:
         """One update from a batch of any form (input_pipeline.schema.FORMS). Randomness is a function of (seed,

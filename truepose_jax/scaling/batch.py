@@ -219,8 +219,7 @@ class Study:
         workdir: pathlib.Path,
         preemption: Preemption,
     ) -> bool:
-        shardings = jax.tree.map(lambda x: x.sharding, state)
-        train_step = jax.jit(trainer.step, donate_argnums=0, out_shardings=(shardings, None))
+        train_step = trainer.jitted(state)
         start, due = int(state.step), set(evaluated_steps(config.total_steps))
         loader, saved = self.loader(config, start), time.monotonic()
         bar = tqdm.tqdm(total=config.total_steps, initial=start, desc=run.name, dynamic_ncols=True, mininterval=2)

@@ -41,11 +41,9 @@ def compile_step(config: Config, mesh: Mesh, *, options: dict[str, Any] | None =
     with jax.set_mesh(mesh):
         trainer = Trainer(config, method)
         state = abstract_state(config, trainer, mesh)
-        shardings = jax.tree.map(lambda x: x.sharding, state)
-        step = jax.jit(trainer.step, donate_argnums=0, out_shardings=(shardings, None))
         frozen = placed(shapes, whole)
         batch = placed(batch_spec(config, targets=config.batch_size, form=training_form(config)), cut)
-        return step.lower(state, frozen, batch).compile(compiler_options=options)
+        return trainer.jitted(state).lower(state, frozen, batch).compile(compiler_options=options)
 
 
 @dataclasses.dataclass(frozen=True)
