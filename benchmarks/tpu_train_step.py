@@ -56,7 +56,7 @@ NETWORKS = {
         "layers_per_block": 1,
     }
 }
-"""Changes of the UNets that compile in two minutes instead of ten or more."""
+"""Changes of the UNets that compile in two minutes instead of ten."""
 STRAIGHT = 4
 """Compilations of a row after which its bytes are taken as no straight line."""
 POLL = 2.0
@@ -391,8 +391,8 @@ def report(found: dict) -> str:
             "through the VAE inside the step, AdamW and EMA in float32, computing in bfloat16. Nothing was run: the compiler's "
             "own assignment of buffers, and its refusals. benchmarks/tpu_train_step.py says what is counted how. `estimate` is "
             "what `python -m truepose_jax.train --estimate` computes for the same batch and FSDP. CPU seconds: until the "
-            "buffers are assigned, on a machine that others used too. The estimate's OVERLAP was set from the two-level row at "
-            "64 images a chip, so that row's ratio checks nothing.",
+            "buffers are assigned, on a machine that others used too. Collective matmuls are off, as in training "
+            "(sharding.compiler_options).",
             "",
             *lines,
             "",

@@ -3,8 +3,8 @@
 The step is traced as the platform it is planned for would run it (its attention above all), and its operations are walked in
 order with what is alive at each: an array lives from the operation that makes it to the last that reads it. What a compiler
 fuses away is taken as free (broadcasts, reshapes) or as written in place (elementwise operations whose operand dies); a Pallas
-kernel is taken as its results. Of what XLA schedules side by side the walk knows nothing: OVERLAP stands for it on TPUs.
-benchmarks/tpu_train_step.py holds the estimate against XLA's own account.
+kernel is taken as its results. Of what XLA schedules side by side, and of memory in which nothing fits, the walk knows nothing.
+benchmarks/tpu_train_step.py holds the estimate against XLA's own account (benchmarks/results/tpu_train_step.md).
 """
 
 from __future__ import annotations
@@ -42,11 +42,6 @@ FSDP = (1, 8)
 PRIMES = (61, 67, 71, 73, 79, 83, 89, 97, 101, 103)
 """Sources in the traced batch: an array whose size the number divides grows with the batch. The first one is taken that divides
 no other dimension."""
-
-OVERLAP = 1.9
-"""Bytes per image of a rematerialised step compiled for TPUs, over those of this walk: XLA recomputes several blocks at once and
-encodes sources and targets side by side. From one program (two levels, 256x176, v5e:4x4, FSDP over 16, 64 images a chip;
-benchmarks/results/tpu_train_step.md); not measured on GPUs, nor without rematerialisation."""
 
 BATCHES = (1, 2, 64, 128)
 """Sources in the batches between which the bytes are taken as a straight line: the first two, and the last two."""
@@ -172,11 +167,10 @@ def _step(trainer: Trainer, params: Any, frozen: Any, platform: str) -> Step:
 
     few, two, many, more = (peak_bytes(jaxpr, scaled=scaled(sources)) for sources in BATCHES)
     per_source = (more - many) / (BATCHES[3] - BATCHES[2])
-    overlap = OVERLAP if platform == "tpu" and config.model.remat else 1.0
     return Step(
         least=max(2 * few - two, 0),
         fixed=max(round(many - BATCHES[2] * per_source), 0),
-        per_image=-(-round(overlap * per_source) // k),
+        per_image=-(-round(per_source) // k),
     )
 
 
