@@ -200,7 +200,8 @@ class TargetBlock(nn.Module):
         region_keys = torch.einsum("bnp,bgnd->bgpd", in_region, k.float())
         scores = torch.einsum("bgd,bgpd->bp", q.float().mean(dim=2), region_keys)
         scores = scores.masked_fill(~present, torch.inf)  # the lowest win: 1/g and 1/sqrt d change no order
-        lowest, index = scores.topk(self.settings["regions"], dim=1, largest=False)
+        # Small regions in one coarse cell have one score; the first of equals is taken, as topk would not promise.
+        lowest, index = (x[:, : self.settings["regions"]] for x in scores.sort(dim=1, stable=True))
         return index, torch.isfinite(lowest)
 
 

@@ -6,6 +6,7 @@ Every parameter is random. max|difference| / max|reference| per tensor.
 import functools
 import json
 import re
+from types import SimpleNamespace
 
 import flax.linen as nn
 import jax
@@ -14,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks.torch_truepose import SOURCE_MODES, Inputs, TruePose, coverage_and_masks
+from benchmarks.torch_truepose import SOURCE_MODES, Inputs, TargetBlock, TruePose, coverage_and_masks
 from configs import demo
 from input_pipeline.schema import MAX_CLASSES
 from tests import tiny
@@ -27,6 +28,8 @@ from truepose_jax.diffusion import losses
 from truepose_jax.diffusion.guidance import guided
 from truepose_jax.diffusion.samplers import ddim_sample
 from truepose_jax.methods import truepose
+from truepose_jax.models import caa
+from truepose_jax.models.hpfa import SourceAttention
 from truepose_jax.models.masks import coverage_levels, parsing_mask
 from truepose_jax.models.vae import PixelAutoencoder
 from truepose_jax.schema import Config, from_config_dict
@@ -324,3 +327,17 @@ def test_another_models_tensors_are_an_error(tmp_path):
     (tmp_path / "export/truepose.json").write_text(json.dumps(settings | {"source_parsing": "coverage", "classes": 20}))
     with pytest.raises(RuntimeError, match="parsing_encoder"):
         TruePose.from_pretrained(tmp_path / "export")
+
+
+def test_regions_of_one_score_are_taken_in_their_order():
+    """Small regions that lie in one coarse cell have exactly one score; torch.topk takes any of them."""
+    random = np.random.default_rng(0)
+    n, regions, count = 4, 12, 3
+    q, k = random.standard_normal((2, 64, n, 2, 8)).astype(np.float32)
+    cells = np.eye(n, dtype=np.float32)[random.integers(0, n, (64, regions))].swapaxes(1, 2)
+    present = random.random((64, regions)) < 0.8
+    ours, _ = caa.lowest_regions(caa.region_scores(SourceAttention(q, k), cells), present, count)
+    block = SimpleNamespace(settings={"regions": count})
+    torchs = [torch.from_numpy(x) for x in (q.swapaxes(1, 2), k.swapaxes(1, 2), cells, present)]
+    theirs, _ = TargetBlock.least_attended(block, *torchs)
+    np.testing.assert_array_equal(np.asarray(ours), theirs.numpy())

@@ -15,11 +15,12 @@ from truepose_jax.models.hpfa import FusionConfig, KeysValues, SourceAttention
 def region_scores(source: SourceAttention, coverage: Float[Array, "b n p"]) -> Float[Array, "b p"]:
     """Average attention score of each region (A17): A' = Q'K'^T / sqrt d, mean over heads, queries, and the region's
     keys weighted by coverage. The mean is linear in q and in k, so it costs O(n) and is exact. A region without any
-    coverage gets 0."""
+    coverage gets 0. Regions that lie in one cell get one score to the bit, whatever their places in memory: cells are scored
+    first, and to one of them nothing but zeros is added."""
     q, k = source.q.astype(jnp.float32), source.k.astype(jnp.float32)
-    region_keys = jnp.einsum("bnp,bngd->bpgd", _shares(coverage), k)
-    scores = jnp.einsum("bgd,bpgd->bpg", jnp.mean(q, axis=1), region_keys)
-    return jnp.mean(scores, axis=-1) / jnp.sqrt(jnp.float32(q.shape[-1]))
+    cells = jnp.einsum("bgd,bngd->bn", jnp.mean(q, axis=1), k)
+    scores = jnp.einsum("bnp,bn->bp", _shares(coverage), cells)
+    return scores / (q.shape[2] * jnp.sqrt(jnp.float32(q.shape[-1])))
 
 
 def reweighted_scores(
@@ -40,7 +41,8 @@ def _shares(coverage: Float[Array, "b n p"]) -> Float[Array, "b n p"]:
 def lowest_regions(
     scores: Float[Array, "b p"], present: Bool[Array, "b p"], count: int
 ) -> tuple[Int[Array, "b K"], Bool[Array, "b K"]]:
-    """The `count` present regions of lowest score, and which of the slots hold one (A18, A19). No gradient."""
+    """The `count` present regions of lowest score, the first of equals, and which of the slots hold one (A18, A19). No
+    gradient."""
     ranked, index = jax.lax.top_k(jnp.where(present, -jax.lax.stop_gradient(scores), -jnp.inf), count)
     return index, jnp.isfinite(ranked)
 
