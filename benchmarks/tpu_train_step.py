@@ -10,8 +10,7 @@ every compilation is kept under --work, so that the same command goes on where i
 A compilation is one process. The compiler assigns every buffer before it generates code; its buffer assignment (xla_dump_to)
 is the account that memory_analysis would give, and a program that does not fit is refused there ("RESOURCE_EXHAUSTED ... HBM").
 What comes after takes as long again and changes no memory, so the process is ended there, unless --code is given. Only shapes
-are used. The optimisation effort is the least (of execution time): a full compilation may need a little less memory, while
-the least memory_fitting_effort would need half as much again.
+are used. The optimisation effort is the least (of execution time): a full compilation may need a little less memory.
 
 Of a row: `first` is compiled at the batch that truepose_jax.estimate predicts or a little below, a second one where the line
 through the first and the estimate's bytes per image meets the chip's memory, and so on: the largest batch is the largest one
