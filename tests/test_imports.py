@@ -33,7 +33,7 @@ HOUSE = {
 }
 # The parts that programs are made of: they may use anything but programs.
 PARTS = {
-    "pipeline", "programs", "initial", "distributed", "estimate", "region_tokens", "datasets", "frozen", "sampling",
+    "pipeline", "programs", "files", "initial", "distributed", "estimate", "region_tokens", "datasets", "frozen", "sampling",
     "evaluation", "pictures", "stored", "record_rows", "file_rows", "assembly", "editing", "flops", "contrastive",
 }  # fmt: skip
 TORCH_STACK = {"torch", "transformers", "diffusers", "torchvision"}

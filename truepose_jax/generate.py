@@ -26,7 +26,6 @@ import hashlib
 import itertools
 import json
 import logging
-import os
 import pathlib
 import sys
 import time
@@ -47,6 +46,7 @@ from truepose_jax.checkpoint import STOPPED, Preemption
 from truepose_jax.distributed import add_flags, joined, refuse_flags
 from truepose_jax.editing import OUTSIDE, read_edit, sheet_columns
 from truepose_jax.file_rows import COLUMNS, Row, read_rows
+from truepose_jax.files import whole
 from truepose_jax.pictures import sheet
 from truepose_jax.pipeline import WEIGHTS, Fitted, Pipeline, Run
 from truepose_jax.programs import BAD_INPUT, Parser, keep_programs, parse_size, run_program
@@ -204,21 +204,9 @@ def _make_folder(folder: pathlib.Path) -> None:
 
 def save_png(picture: np.ndarray, path: pathlib.Path) -> None:
     """uint8 [h w 3]; the file appears when it is whole. Raises InputError where it cannot be written."""
-    _write_whole(path, lambda partial: Image.fromarray(picture).save(partial, format="PNG"))
-
-
-def _write_whole(path: pathlib.Path, write: Callable[[pathlib.Path], object]) -> None:
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
-        _make_folder(path.parent)
-        write(partial)
-        os.replace(partial, path)
-    except OSError as error:
-        raise InputError(
-            f"{path}: cannot be written ({one_line(error)}); free space there, or see its permissions"
-        ) from error
-    finally:
-        partial.unlink(missing_ok=True)
+    _make_folder(path.parent)
+    with whole(path) as partial:
+        Image.fromarray(picture).save(partial, format="PNG")
 
 
 def generate_list(flags: argparse.Namespace, share: Share) -> int:
@@ -271,10 +259,12 @@ def generate_list(flags: argparse.Namespace, share: Share) -> int:
         share.meet("old pictures are gone")
 
         def write_about() -> None:
-            text = json.dumps(settings, indent=1) + "\n"
-            _write_whole(out_dir / SETTINGS_FILE, lambda partial: partial.write_text(text))
+            _make_folder(out_dir)
+            with whole(out_dir / SETTINGS_FILE) as partial:
+                partial.write_text(json.dumps(settings, indent=1) + "\n")
             if flags.records:
-                _write_whole(out_dir / PAIRS_FILE, lambda partial: partial.write_text(pair_list(rows, out_dir)))
+                with whole(out_dir / PAIRS_FILE) as partial:
+                    partial.write_text(pair_list(rows, out_dir))
 
         share.lead("what the pictures are", write_about)
         share.see(out_dir / SETTINGS_FILE)

@@ -10,8 +10,9 @@ from safetensors import SafetensorError
 
 from input_pipeline.schema import InputError
 from tests.test_evaluate import NAMES, folder, refusal, run
+from truepose_jax import files
 from truepose_jax.evaluate import __main__ as evaluation
-from truepose_jax.evaluate import files, program_hash, references, report, scores, statistics
+from truepose_jax.evaluate import program_hash, references, report, scores, statistics
 from truepose_jax.evaluate.pairing import Folder, Pair
 from truepose_jax.evaluate.protocols import PROTOCOLS
 from truepose_jax.evaluate.weights import Network

@@ -28,7 +28,6 @@ from input_pipeline.schema import InputError
 from input_pipeline.shares import ALONE, Share
 from truepose_jax.distributed import add_flags, joined
 from truepose_jax.evaluate import pairing, rating
-from truepose_jax.evaluate.files import make_folder, whole
 from truepose_jax.evaluate.pairing import NAMED, OR_ALLOW, Folder, Pairing, some
 from truepose_jax.evaluate.program_hash import program_hash
 from truepose_jax.evaluate.protocols import PROTOCOLS, Protocol, Size, check_size
@@ -37,6 +36,7 @@ from truepose_jax.evaluate.report import summarise, table
 from truepose_jax.evaluate.scores import Maps, Scorer, plain, score_pairs
 from truepose_jax.evaluate.statistics import folder_statistics, reference_statistics
 from truepose_jax.evaluate.weights import PUBLISHED, Network, convert, load
+from truepose_jax.files import make_folder, whole
 from truepose_jax.metrics.fid import FID_KINDS, frechet_distance
 from truepose_jax.programs import Parser, parse_size, run_program
 

@@ -19,11 +19,11 @@ from input_pipeline.parsing import CLOTHES, LabelSet, read_parsing
 from input_pipeline.photo import read_photo
 from input_pipeline.schema import InputError
 from input_pipeline.shares import ALONE, Share
-from truepose_jax.evaluate.files import make_folder, writing
 from truepose_jax.evaluate.pairing import Folder, Pair, image_key, image_size
 from truepose_jax.evaluate.protocols import Protocol, Size
 from truepose_jax.evaluate.reading import read_ahead
 from truepose_jax.evaluate.weights import Network
+from truepose_jax.files import make_folder, writing
 from truepose_jax.metrics.garments import colour_histogram
 from truepose_jax.metrics.lpips import LEAST_SIDE
 from truepose_jax.metrics.psnr import LEAST_PIXELS, psnr, psnr_inside

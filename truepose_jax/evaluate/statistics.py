@@ -20,12 +20,12 @@ from safetensors.numpy import save_file
 from input_pipeline.photo import one_line, read_photo
 from input_pipeline.schema import InputError
 from input_pipeline.shares import ALONE, Share
-from truepose_jax.evaluate.files import make_folder, whole
 from truepose_jax.evaluate.pairing import Folder
 from truepose_jax.evaluate.program_hash import program_hash
 from truepose_jax.evaluate.protocols import Protocol, Size
 from truepose_jax.evaluate.reading import batches, read_ahead
 from truepose_jax.evaluate.weights import Network
+from truepose_jax.files import make_folder, whole
 from truepose_jax.metrics.fid import FID_KINDS, SIDE, Statistics
 from truepose_jax.metrics.inception import FEATURES
 

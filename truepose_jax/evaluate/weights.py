@@ -28,7 +28,7 @@ from input_pipeline.schema import InputError
 from truepose_jax.conversion import from_torch
 from truepose_jax.conversion.key_maps import ModelKeys, Stranger
 from truepose_jax.conversion.safetensors_io import ConversionError
-from truepose_jax.evaluate.files import whole
+from truepose_jax.files import whole
 from truepose_jax.metrics.fid import FID_KINDS
 from truepose_jax.metrics.inception import Inception
 from truepose_jax.metrics.lpips import LPIPS

@@ -186,8 +186,7 @@ def _on_mesh(name: str, q: Array, k: Array, v: Array, rows: Array | None) -> Arr
     attend = functools.partial(_kernel(name).attend, **_interpreted(name))
     mesh = jax.sharding.get_abstract_mesh()
     free = _free(mesh)
-    is_whole = len(free) == len(mesh.axis_names)
-    if not free or (is_whole and mesh.size == 1):
+    if not free or (mesh.size == 1 and not mesh.manual_axes):
         return attend(q, k, v, rows)
     of_array = _cut(mesh, q)
     specs = (of_array,) * 3 + (() if rows is None else (PartitionSpec(of_array[0], None, None),))

@@ -20,14 +20,14 @@ def writing(path: pathlib.Path) -> Iterator[None]:
         yield
     except (OSError, SafetensorError) as error:
         raise InputError(
-            f"{path}: cannot be written ({one_line(error)}); free space there, or name another place"
+            f"{path}: cannot be written ({one_line(error)}); free space there, see its permissions, or name another place"
         ) from error
 
 
 @contextlib.contextmanager
 def whole(path: pathlib.Path) -> Iterator[pathlib.Path]:
     """`with whole(path) as partial:` what is written to `partial`, this process's own, is the file at the end."""
-    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
         with writing(path):
             yield partial
