@@ -194,11 +194,11 @@ class TargetBlock(nn.Module):
     def least_attended(self, q: Tensor, k: Tensor, coverage: Tensor, present: Tensor) -> tuple[Tensor, Tensor]:
         """(classes [b K], which of them exist): mean of A' over heads, queries and the region's cells (A17 to A19).
 
-        The mean of q . k over all pairs is the product of the means.
+        The mean of q . k over all queries is the mean query's, which each cell's key meets once.
         """
         in_region = coverage / coverage.sum(dim=1, keepdim=True).clamp(min=1e-12)
-        region_keys = torch.einsum("bnp,bgnd->bgpd", in_region, k.float())
-        scores = torch.einsum("bgd,bgpd->bp", q.float().mean(dim=2), region_keys)
+        cells = torch.einsum("bgd,bgnd->bn", q.float().mean(dim=2), k.float())
+        scores = torch.einsum("bnp,bn->bp", in_region, cells)
         scores = scores.masked_fill(~present, torch.inf)  # the lowest win: 1/g and 1/sqrt d change no order
         # Small regions in one coarse cell have one score; the first of equals is taken, as topk would not promise.
         lowest, index = (x[:, : self.settings["regions"]] for x in scores.sort(dim=1, stable=True))

@@ -248,8 +248,8 @@ def _fusion(config: Config, h: int, w: int) -> Iterator[Part]:
     for site in config.model.unet.sites:
         n, c = -(-h // 2**site.level) * -(-w // 2**site.level), site.channels
         yield Part("hpfa source", 5 * _dense(n, c, c) + _products(n, n, c))
-        # The choice of regions: keys averaged over each class's cells, against the mean query. No gradient.
-        yield Part("caa scores", _dense(MAX_CLASSES, n, c) + _dense(MAX_CLASSES, c, 1), 1)
+        # The choice of regions: each cell's key against the mean query, averaged over each class's cells. No gradient.
+        yield Part("caa scores", _dense(n, c, 1) + _dense(MAX_CLASSES, n, 1), 1)
         yield Part("caa source", 2 * _dense(regions, tokens, c), 2)
 
 
