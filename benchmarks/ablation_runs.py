@@ -15,6 +15,7 @@ import numpy as np
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
 
 from input_pipeline.schema import NUM_JOINTS
+from truepose_jax import atomic
 from truepose_jax.assembly import assemble
 from truepose_jax.checkpoint import Checkpoints, read_config
 from truepose_jax.datasets import evaluation_set
@@ -137,9 +138,8 @@ def judge(workdir: str, row: str) -> None:
     found["pose"] = to_uint8(pairs.batch["target_pose"][:SHOWN] * 2 - 1)
     path = pathlib.Path(row)
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(".part.npz")
-    np.savez_compressed(partial, **found)
-    partial.rename(path)
+    with atomic.replacing(path) as partial, partial.open("wb") as file:
+        np.savez_compressed(file, **found)
 
 
 def held_out_pairs(config: Config, encoder) -> Pairs:

@@ -27,6 +27,7 @@ import numpy as np
 
 from benchmarks.side_by_side_case import CHECKED_STEPS, Case
 from benchmarks.side_by_side_forms import OURS, PREPARE
+from truepose_jax import atomic
 from truepose_jax.flops import model_flops, utilisation
 from truepose_jax.programs import parse_size
 
@@ -261,9 +262,7 @@ def run(name: str, title: str, rows: Sequence[Row], flags: argparse.Namespace) -
         except FormFailed as error:
             print(f"error: {row.case.name}, ours: {error}", file=sys.stderr)
             return 1
-        partial = path.with_suffix(".tmp")
-        partial.write_text(json.dumps(results, indent=1) + "\n")
-        os.replace(partial, path)
+        atomic.write_text(path, json.dumps(results, indent=1) + "\n")
         path.with_suffix(".md").write_text(report(name, title, results))
     print(report(name, title, results))
     differs = [n for n, r in results["rows"].items() for f in r.values() if "not timed" in f.get("failed", "")]

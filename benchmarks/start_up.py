@@ -29,6 +29,7 @@ sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
 
 from benchmarks.side_by_side import RESULTS, machine, summary
 from input_pipeline.schema import NUM_JOINTS
+from truepose_jax import atomic
 from truepose_jax.programs import Parser
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
@@ -205,9 +206,7 @@ def main(argv: list[str] | None = None) -> int:
             print(f"error: {error}", file=sys.stderr)
             return 1
         results["rows"][name] = {"times": times, "load": load}
-        partial = path.with_suffix(".tmp")
-        partial.write_text(json.dumps(results, indent=1) + "\n")
-        os.replace(partial, path)
+        atomic.write_text(path, json.dumps(results, indent=1) + "\n")
         path.with_suffix(".md").write_text(report(results))
     print(report(results))
     return 0

@@ -201,9 +201,9 @@ def compiled(row: Row, per_chip: int, work: pathlib.Path, *, code: bool = False)
     if texts["live-range"]:
         keep_peak(texts["live-range"][0], folder / "peak.txt")
     shutil.rmtree(dump)
-    temporary = answer.with_suffix(".tmp")
-    temporary.write_text(json.dumps(found))
-    os.replace(temporary, answer)
+    from truepose_jax import atomic
+
+    atomic.write_text(answer, json.dumps(found))
     return found
 
 
@@ -400,12 +400,6 @@ def report(found: dict) -> str:
     )
 
 
-def write(path: pathlib.Path, text: str) -> None:
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(text)
-    os.replace(temporary, path)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--setup", type=pathlib.Path, help="folder of the virtual environment to make and run in")
@@ -433,6 +427,8 @@ def main() -> None:
         raise SystemExit(subprocess.run([set_up(flags.setup), __file__, *given]).returncode)
     from tqdm import tqdm
 
+    from truepose_jax import atomic
+
     path = flags.out / "tpu_train_step.json"
     flags.out.mkdir(parents=True, exist_ok=True)
     rows = json.loads(path.read_text())["rows"] if path.exists() else []
@@ -451,8 +447,8 @@ def main() -> None:
             rows = sorted(
                 [*(r for r in rows if r["row"] != row.name), found], key=lambda r: list(by_name).index(r["row"])
             )
-            write(path, json.dumps({"about": about, "rows": rows}, indent=1) + "\n")
-            write(path.with_suffix(".md"), report({"about": about, "rows": rows}))
+            atomic.write_text(path, json.dumps({"about": about, "rows": rows}, indent=1) + "\n")
+            atomic.write_text(path.with_suffix(".md"), report({"about": about, "rows": rows}))
     print(path.with_suffix(".md").read_text())
 
 

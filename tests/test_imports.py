@@ -9,7 +9,6 @@ ROOT = pathlib.Path(__file__).resolve().parent.parent
 PROGRAMS = {
     "train", "generate", "evaluate", "convert", "prepare", "study", "scaling", "demo", "train_clip",
 }  # fmt: skip
-LEAVES = {"kernels", "diffusion", "rng", "sharding", "schema", "metrics"}
 
 # room -> rooms of the house it may import (its own room is always allowed)
 HOUSE = {
@@ -21,13 +20,14 @@ HOUSE = {
     "sharding": set(),
     "metrics": set(),
     "models": {"kernels", "sharding"},
-    "conversion": {"schema"},
+    "atomic": set(),
+    "conversion": {"schema", "atomic"},
     "methods": {"models", "diffusion", "sharding", "rng", "schema"},
     "optim": {"methods", "diffusion", "rng", "sharding", "schema"},
     "train_step": {"methods", "diffusion", "rng", "sharding", "schema", "optim", "noise_scale"},
     "noise_scale": {"sharding"},
-    "checkpoint": {"schema", "sharding"},
-    "monitor": {"schema", "sharding", "noise_scale"},
+    "checkpoint": {"schema", "sharding", "atomic"},
+    "monitor": {"schema", "sharding", "noise_scale", "atomic"},
     "input_pipeline": set(),
     "configs": set(),
 }

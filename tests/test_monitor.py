@@ -94,7 +94,7 @@ def test_resume_leaves_every_step_once(tmp_path):
     assert [line["step"] for line in read(tmp_path / "metrics.jsonl")] == [1, 2, 3, 4, 5, 6, 7]
     assert [line.get("run") for line in read(tmp_path / "metrics.jsonl")] == [1] * 4 + [None] * 3
     assert [line["step"] for line in read(tmp_path / "eval.jsonl")] == [3]
-    assert not list(tmp_path.glob("*.tmp"))
+    assert not list(tmp_path.glob(".*.partial"))
 
 
 def test_a_last_line_without_its_newline_is_torn(tmp_path):

@@ -11,6 +11,7 @@ from safetensors import SafetensorError
 
 from input_pipeline.photo import one_line
 from input_pipeline.schema import InputError
+from truepose_jax import atomic
 
 
 @contextlib.contextmanager
@@ -26,15 +27,9 @@ def writing(path: pathlib.Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def whole(path: pathlib.Path) -> Iterator[pathlib.Path]:
-    """`with whole(path) as partial:` what is written to `partial`, this process's own, is the file at the end."""
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
-        with writing(path):
-            yield partial
-            partial.replace(path)
-    finally:
-        with contextlib.suppress(OSError):
-            partial.unlink(missing_ok=True)
+    """`with whole(path) as partial:` as atomic.replacing; errors of the disk become InputError."""
+    with writing(path), atomic.replacing(path) as partial:
+        yield partial
 
 
 def make_folder(folder: pathlib.Path) -> None:

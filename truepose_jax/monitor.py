@@ -25,7 +25,7 @@ import numpy as np
 import tqdm
 from PIL import Image
 
-from truepose_jax import noise_scale
+from truepose_jax import atomic, noise_scale
 from truepose_jax.schema import ConfigError
 
 RATE_WINDOW = 50
@@ -72,8 +72,8 @@ def _cut_after(path: Path, step: int) -> None:
     """Drops lines after `step`, torn lines, repeated steps: what a killed run wrote past its checkpoint."""
     if not path.exists():
         return
-    temporary, last = path.with_name(f"{path.name}.tmp"), -1
-    with path.open(errors="replace") as old, temporary.open("w") as new:
+    last = -1
+    with atomic.replacing(path) as partial, path.open(errors="replace") as old, partial.open("w") as new:
         for line in old:
             try:
                 found = json.loads(line)["step"]
@@ -84,7 +84,6 @@ def _cut_after(path: Path, step: int) -> None:
                 last = found
         new.flush()
         os.fsync(new.fileno())
-    os.replace(temporary, path)
 
 
 class _Events:
@@ -271,9 +270,8 @@ class Monitor:
         path = self._folder / "samples" / f"{name}_{step:07d}.png"
         with _writing(self._folder):
             path.parent.mkdir(parents=True, exist_ok=True)
-            temporary = path.with_suffix(".tmp")
-            Image.fromarray(picture).save(temporary, format="PNG")
-            os.replace(temporary, path)
+            with atomic.replacing(path) as partial:
+                Image.fromarray(picture).save(partial, format="PNG")
             self._tensorboard.image(name, picture, step)
         return path
 

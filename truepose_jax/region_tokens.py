@@ -11,7 +11,6 @@ import functools
 import hashlib
 import json
 import logging
-import os
 import pathlib
 from collections.abc import Sequence
 from typing import Any
@@ -25,6 +24,7 @@ from input_pipeline.parsing import label_set
 from input_pipeline.regions import clip_normalise, region_crops
 from input_pipeline.schema import MAX_CLASSES, ImageRecord, ImageSet, InputError
 from input_pipeline.transforms import TokenTable, flip_record
+from truepose_jax import atomic
 from truepose_jax.frozen import folder_fingerprint, load_torch_folder, read_torch_config
 from truepose_jax.models.clip import CLIPVisionConfig, CLIPVisionModelWithProjection
 from truepose_jax.schema import ClipConfig, ConfigError
@@ -205,9 +205,8 @@ def token_table(
     table = TokenTable(*(np.concatenate(columns) for columns in zip(*parts, strict=True)))
     if path is not None:
         path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_suffix(f".{os.getpid()}.partial")
-        save_file(_pack(table), partial)
-        os.replace(partial, path)
+        with atomic.replacing(path) as partial:
+            save_file(_pack(table), partial)
     return table
 
 

@@ -20,7 +20,7 @@ import jax
 import jax.numpy as jnp
 
 import truepose_jax
-from truepose_jax import schema, sharding
+from truepose_jax import atomic, schema, sharding
 from truepose_jax.checkpoint.errors import CheckpointError, first_line
 
 MAY_CHANGE = ("total_steps", "log_every", "eval", "checkpoint", "data.threads", "mesh")
@@ -36,15 +36,6 @@ def parameter_table(params: Any) -> list[Row]:
     """One row per parameter (arrays or ShapeDtypeStructs)."""
     leaves = jax.tree_util.tree_leaves_with_path(params)
     return [(sharding.path_of(path), tuple(leaf.shape), jnp.dtype(leaf.dtype).name) for path, leaf in leaves]
-
-
-def _write_atomically(path: Path, text: str) -> None:
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    with temporary.open("w") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
 
 
 def write_metadata(
@@ -93,7 +84,7 @@ def write_metadata(
     text = json.dumps(record, indent=1, allow_nan=False)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        _write_atomically(path, text + "\n")
+        atomic.write_text(path, text + "\n")
     except OSError as error:
         raise CheckpointError(f"cannot write {path} ({first_line(error)})") from error
     return record

@@ -15,6 +15,8 @@ from typing import NamedTuple, Protocol
 import ml_dtypes
 import numpy as np
 
+from truepose_jax import atomic
+
 
 class ConversionError(ValueError):
     """Weights that cannot be converted: the message names every tensor concerned and what was expected."""
@@ -174,14 +176,9 @@ def write_safetensors(path: Path, infos: Mapping[str, TensorInfo], tensors: Iter
         header[name] = {"dtype": _CODES[info.dtype], "shape": list(info.shape), "data_offsets": [start, end]}
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
-    partial = path.with_name(path.name + ".partial")
-    try:
-        with partial.open("wb") as f:
-            f.write(len(text).to_bytes(8, "little") + text)
-            for (name, info), (given, array) in zip(infos.items(), tensors, strict=True):
-                if given != name or TensorInfo(array.shape, array.dtype) != info:
-                    raise ValueError(f"expected tensor {name} {info}; got {given} {array.shape} {array.dtype}")
-                f.write(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
+    with atomic.replacing(path) as partial, partial.open("wb") as f:
+        f.write(len(text).to_bytes(8, "little") + text)
+        for (name, info), (given, array) in zip(infos.items(), tensors, strict=True):
+            if given != name or TensorInfo(array.shape, array.dtype) != info:
+                raise ValueError(f"expected tensor {name} {info}; got {given} {array.shape} {array.dtype}")
+            f.write(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)

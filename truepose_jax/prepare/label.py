@@ -24,6 +24,7 @@ from input_pipeline.photo import read_photo
 from input_pipeline.raw_files import PARSING_FOLDERS, POSE_FOLDERS, files_by_key, first_folder
 from input_pipeline.schema import NUM_JOINTS, InputError
 from input_pipeline.shares import Share
+from truepose_jax import atomic
 
 PHOTO_FOLDERS = ("img_highres", "Img/img_highres", "image", "images", "img", "photos")
 READERS = 4
@@ -186,9 +187,8 @@ def write_map(folder: pathlib.Path, name: str, parsing: np.ndarray) -> None:
     """FOLDER/NAME.png."""
     path = folder / f"{name}.png"
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_bytes(encode_grey_png(parsing))
-    os.replace(partial, path)
+    with atomic.replacing(path) as partial:
+        partial.write_bytes(encode_grey_png(parsing))
 
 
 def write_pose(folder: pathlib.Path, name: str, joints: np.ndarray, hw: tuple[int, int]) -> None:

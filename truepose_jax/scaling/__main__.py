@@ -31,12 +31,13 @@ import jax
 from absl import flags
 from ml_collections import config_flags
 
+from truepose_jax import atomic
 from truepose_jax.checkpoint import Preemption, lock_workdir
 from truepose_jax.initial import resolve_init_from
 from truepose_jax.programs import keep_programs, parse_size, run_with_config
 from truepose_jax.scaling import batch, devices, memory, times
 from truepose_jax.scaling.hardware import Topology
-from truepose_jax.scaling.table import Row, Table, write
+from truepose_jax.scaling.table import Row, Table
 from truepose_jax.schema import Config, ConfigError, from_config_dict, to_dict
 
 STOPPED = 143
@@ -243,7 +244,7 @@ def _commands(folder: pathlib.Path) -> str:
     known = path.read_text().splitlines() if path.exists() else []
     if _command() not in known:
         known.append(_command())
-        write(path, "\n".join(known) + "\n")
+        atomic.write_text(path, "\n".join(known) + "\n")
     return "\n".join(known)
 
 

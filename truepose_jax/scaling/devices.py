@@ -6,10 +6,11 @@ import dataclasses
 import pathlib
 from collections.abc import Mapping, Sequence
 
+from truepose_jax import atomic
 from truepose_jax.scaling import plots, worker
 from truepose_jax.scaling.hardware import Topology, predicted
 from truepose_jax.scaling.report import number, origin, table
-from truepose_jax.scaling.table import Row, Table, write
+from truepose_jax.scaling.table import Row, Table
 from truepose_jax.schema import Config, ConfigError
 
 FAKE = (
@@ -104,7 +105,7 @@ def write_report(found: Table, config: Config, settings: Settings, command: str,
     if plans:
         lines += _planned(found.folder, plans, config)
     path = found.folder / "report.md"
-    write(path, "\n".join(lines) + "\n")
+    atomic.write_text(path, "\n".join(lines) + "\n")
     return path
 
 

@@ -8,11 +8,12 @@ import pathlib
 import sys
 from collections.abc import Callable, Sequence
 
+from truepose_jax import atomic
 from truepose_jax.scaling import plots, worker
 from truepose_jax.scaling.devices import PREDICTION
 from truepose_jax.scaling.hardware import Topology
 from truepose_jax.scaling.report import origin, table
-from truepose_jax.scaling.table import Row, Table, write
+from truepose_jax.scaling.table import Row, Table
 from truepose_jax.schema import Config, ConfigError
 
 MOST = 1 << 20
@@ -196,7 +197,7 @@ def write_report(
         _figure(found.folder / "largest_batch.png", rows)
         lines += ["", "![largest batch per device](largest_batch.png)"]
     path = found.folder / "report.md"
-    write(path, "\n".join(lines) + "\n")
+    atomic.write_text(path, "\n".join(lines) + "\n")
     return path
 
 

@@ -5,24 +5,14 @@ from __future__ import annotations
 import csv
 import io
 import json
-import os
 import pathlib
 from collections.abc import Mapping
 from typing import Any
 
+from truepose_jax import atomic
 from truepose_jax.schema import ConfigError
 
 Row = dict[str, Any]
-
-
-def write(path: pathlib.Path, text: str) -> None:
-    """Whole or not at all."""
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    with temporary.open("w") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
 
 
 class Table:
@@ -40,7 +30,7 @@ class Table:
             raise ConfigError(f"--out={folder} holds files, but no study.json of a study: name a folder of its own")
         else:
             folder.mkdir(parents=True, exist_ok=True)
-            write(about, json.dumps(common, indent=1) + "\n")
+            atomic.write_text(about, json.dumps(common, indent=1) + "\n")
         if rows.exists():
             self.rows = _read(rows)
 
@@ -59,14 +49,14 @@ class Table:
     def add(self, row: Row) -> None:
         """Takes a row (a "name" and plain values), in the place of one of its name, and writes both files."""
         self.rows = [*(r for r in self.rows if r["name"] != row["name"]), row]
-        write(self.folder / "rows.json", json.dumps(self.rows, indent=1, allow_nan=False) + "\n")
+        atomic.write_text(self.folder / "rows.json", json.dumps(self.rows, indent=1, allow_nan=False) + "\n")
         text = io.StringIO()
         columns = list(dict.fromkeys(key for each in self.rows for key in each))
         writer = csv.DictWriter(text, columns, lineterminator="\n")
         writer.writeheader()
         for each in self.rows:
             writer.writerow({k: json.dumps(v) if isinstance(v, list | dict) else v for k, v in each.items()})
-        write(self.folder / "rows.csv", text.getvalue())
+        atomic.write_text(self.folder / "rows.csv", text.getvalue())
 
 
 def _read(path: pathlib.Path) -> Any:

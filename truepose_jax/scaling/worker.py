@@ -17,6 +17,7 @@ import sys
 from collections.abc import Mapping
 from typing import Any
 
+from truepose_jax import atomic
 from truepose_jax.schema import Config, ConfigError, from_config_dict, to_dict
 
 
@@ -88,10 +89,7 @@ def _measure(task: Mapping[str, Any]) -> dict[str, Any]:
 def main(argv: list[str]) -> None:
     task = json.loads(pathlib.Path(argv[1]).read_text())
     result = {"compile": _compile, "measure": _measure}[task["do"]](task)
-    answer = pathlib.Path(argv[2])
-    temporary = answer.with_suffix(".tmp")
-    temporary.write_text(json.dumps(result, allow_nan=False))
-    os.replace(temporary, answer)
+    atomic.write_text(pathlib.Path(argv[2]), json.dumps(result, allow_nan=False))
 
 
 if __name__ == "__main__":
