@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import pathlib
 import sys
+from collections.abc import Sequence
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
 
@@ -19,7 +20,7 @@ from benchmarks.side_by_side import Row, add_flags, check_flags, patience_of, ru
 from benchmarks.side_by_side_case import Case
 from benchmarks.side_by_side_forms import PEERS
 from benchmarks.train_step import FULL_WIDTHS
-from truepose_jax.programs import Parser
+from truepose_jax.programs import Parser, run_program
 
 BATCHES = (1, 8)
 STEPS, GUIDANCE = 35, 3.5
@@ -47,6 +48,7 @@ def rows(flags) -> list[Row]:
                 steps=flags.steps,
                 guidance=GUIDANCE,
                 layers=flags.layers or (2 if flags.full else 1),
+                attention=flags.attention,
             )
             repeats = flags.repeats or (10 if flags.full else CPU_REPEATS.get(batch, 3))
             usual = CPU_PEERS.get(batch, CPU_PEERS[8]) if flags.device == "cpu" else PEERS["sample"]
@@ -55,7 +57,11 @@ def rows(flags) -> list[Row]:
     return made
 
 
-def main(argv: list[str] | None = None) -> int:
+def main(argv: Sequence[str] | None = None) -> int:
+    return run_program(_main, sys.argv[1:] if argv is None else argv)
+
+
+def _main(argv: Sequence[str]) -> int:
     parser = Parser(description=__doc__.splitlines()[0])
     add_flags(parser)
     parser.add_argument("--steps", type=int, default=STEPS, help="of DDIM")

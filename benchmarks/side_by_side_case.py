@@ -35,6 +35,7 @@ CHECKED_STEPS = 3
 class Case:
     """task "train" or "sample". size: (h, w) of the photos in pixels. widths: of the UNets' levels (SD1.5: 320 640 1280
     1280), attention on all but the lowest. dtype: of the computations, "float32" or "bfloat16". device "cpu" or "gpu".
+    attention: an implementation of kernels/attention for ours, "" for what is taken there.
     """
 
     task: str
@@ -49,6 +50,7 @@ class Case:
     guidance: float = 3.5
     remat: bool = False
     layers: int = 2
+    attention: str = ""
 
     @classmethod
     def of(cls, values: Mapping[str, Any]) -> Case:
@@ -60,7 +62,9 @@ class Case:
         h, w = self.size
         steps = f"_{self.steps}steps" if self.task == "sample" else "_remat" if self.remat else ""
         widths = "-".join(map(str, self.widths))
-        return f"{self.task}_{self.device}_{self.dtype}_{h}x{w}_width{widths}_batch{self.batch}{steps}"
+        return f"{self.task}_{self.device}_{self.dtype}_{h}x{w}_width{widths}_batch{self.batch}{steps}" + (
+            f"_{self.attention}" if self.attention else ""
+        )
 
     def config(self) -> Config:
         values = get_config()
@@ -179,8 +183,8 @@ def draws_of(case: Case) -> dict[str, np.ndarray]:
 
 
 def write_for_peer(case: Case, folder: pathlib.Path) -> None:
-    """folder/export, as `convert to-torch` writes it, and folder/inputs.npz: the batch and the draws."""
-    write_export(
-        folder / "export", params_of(case), config=case.config(), run={"step": 0, "weights": "raw", "frozen": {}}
-    )
+    """folder/export, as `convert to-torch` writes it, where it is not there yet, and folder/inputs.npz: batch and draws."""
+    if not (folder / "export").exists():
+        run = {"step": 0, "weights": "raw", "frozen": {}}
+        write_export(folder / "export", params_of(case), config=case.config(), run=run)
     np.savez(folder / "inputs.npz", **batch_of(case), **draws_of(case))

@@ -2,13 +2,14 @@
 
     python -m benchmarks.side_by_side_forms FOLDER FORM        (started by side_by_side.py)
 
-FOLDER/case.json is the Case. Commands and answers are lines: `check` -> numbers in FOLDER/FORM.npy, `time` ->
-{"seconds", "cpu_seconds"},
-`end` -> {"peak_bytes"}. So every form has its own memory, threads and compiler, and a form that dies takes no other with it.
+FOLDER/case.json is the Case. Commands and answers are lines: `check` -> numbers in FOLDER/FORM.npy and {"seconds",
+"resident_bytes"}, `time` -> {"seconds", "cpu_seconds"}, `facts` -> {"peak_bytes", ...}. It ends with stdin. So every form has
+its own memory, threads and compiler, and a form that dies takes no other with it.
 """
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import dataclasses
 import functools
@@ -30,11 +31,12 @@ PEERS = {
     "sample": (
         "recompute_eager", "recompute_eager_nhwc", "recompute_compiled", "recompute_compiled_nhwc",
         "cached_eager", "cached_eager_nhwc", "cached_compiled", "cached_compiled_nhwc",
-        "recompute_compiled_nhwc_flex", "cached_compiled_nhwc_flex",
+        "recompute_compiled_nhwc_flex", "cached_compiled_nhwc_flex", "cached_compiled_nhwc_graphs",
     ),
 }  # fmt: skip
 """Names are made of: whether sampling recomputes the source's side; eager or torch.compile; nhwc: PyTorch's channels_last
-layout; flex: Eq. 6 by FlexAttention."""
+layout; flex: Eq. 6 by FlexAttention; graphs: the denoiser as CUDA graphs (torch.compile's "reduce-overhead"), GPUs only."""
+GRAPHS = "graphs"
 PREPARE = "prepare"
 
 
@@ -56,8 +58,10 @@ def our_form(case: Case) -> Form:
     import jax
 
     from benchmarks import side_by_side_case as cases
+    from truepose_jax.kernels.attention.api import default_implementation
 
-    form = {"train": _our_training, "sample": _our_sampling}[case.task](case, jax, cases)
+    with default_implementation(case.attention or None):
+        form = {"train": _our_training, "sample": _our_sampling}[case.task](case, jax, cases)
     return dataclasses.replace(form, device=jax.devices()[0].device_kind)
 
 
@@ -79,7 +83,7 @@ def _compiled(function, *arguments, **options) -> tuple[Any, dict[str, Any]]:
     return program, facts
 
 
-def _our_peak(facts: dict[str, Any]) -> int:
+def _our_peak(facts: dict[str, Any]) -> int | None:
     """JAX's count of a device cannot be set back after loading, so there it is what the program holds."""
     import jax
 
@@ -112,7 +116,9 @@ def _our_sampling(case: Case, jax, cases) -> Form:
     config = case.config()
     diffusion = config.diffusion
     sampler = Sampler(cases.method_of(case), diffusion.schedule, case.steps, diffusion.spacing, case.guidance)
-    inputs = held_as_computed(cases.params_of(case), case.dtype), {}, jax.device_put(cases.batch_of(case))
+    # In float32 held_as_computed gives back what it got: without device_put every call would copy the host's arrays.
+    params = jax.device_put(held_as_computed(cases.params_of(case), case.dtype))
+    inputs = params, {}, jax.device_put(cases.batch_of(case))
     inputs = (*inputs, cases.sampling_keys(case))
     program, facts = _compiled(sampler.sample, *inputs)
     return Form(
@@ -136,6 +142,7 @@ def peer_form(case: Case, form: str, folder: pathlib.Path) -> Form:
     if "flex" in ways:
         torch_truepose.reweighted_attention = functools.partial(_flex_attention, torch)
     device = {"cpu": "cpu", "gpu": "cuda"}[case.device]
+    _as_ours(torch, case)
     # Training keeps float32 weights and computes by autocast, sampling holds the weights as it computes, as ours does.
     held = torch.bfloat16 if case.dtype == "bfloat16" and case.task == "sample" else torch.float32
     model = torch_truepose.TruePose.from_pretrained(folder / "export", torch_dtype=held).to(device)
@@ -163,6 +170,14 @@ def peer_form(case: Case, form: str, folder: pathlib.Path) -> Form:
     return make(torch, case, ways, model, inputs, given)
 
 
+def _as_ours(torch, case: Case) -> None:
+    """float32 without TF32, as environment_of asks of ours; on GPUs convolutions are tried out, as XLA does by itself."""
+    if case.dtype == "float32":
+        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+    if case.device == "gpu":
+        torch.backends.cudnn.benchmark = True
+
+
 def _recompute_blocks(torch, model) -> None:
     """What case.remat is for ours: every resnet and transformer block is computed anew in the backward pass."""
     from diffusers.models.resnet import ResnetBlock2D
@@ -175,7 +190,7 @@ def _recompute_blocks(torch, model) -> None:
             module.forward = functools.partial(checkpoint, module.forward, use_reentrant=False)
 
 
-def _peer_peak(torch, case: Case) -> int:
+def _peer_peak(torch, case: Case) -> int | None:
     return torch.cuda.max_memory_allocated() if case.device == "gpu" else _peak_resident()
 
 
@@ -214,7 +229,11 @@ def _peer_training(torch, case: Case, ways, model, inputs, given) -> Form:
 
 
 def _peer_sampling(torch, case: Case, ways, model, inputs, given) -> Form:
-    if "compiled" in ways:
+    if GRAPHS in ways:
+        replayed = torch.compile(model.denoise, mode="reduce-overhead")
+        # The next call writes over a graph's result, and guidance needs both branches' at once.
+        model.denoise = lambda *arguments: replayed(*arguments).clone()
+    elif "compiled" in ways:
         model.denoise = torch.compile(model.denoise)
         if "recompute" in ways:
             model.condition = torch.compile(model.condition)
@@ -261,38 +280,55 @@ def _compiled_flex(torch, flex_attention):
 # --- the process -----------------------------------------------------------------------------------------------------
 
 
-def _peak_resident() -> int:
-    """Most bytes of memory that this process has held since _forget_peak."""
-    lines = pathlib.Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM"))
+def _resident(name: str) -> int | None:
+    """Bytes of this process's memory: VmRSS now, VmHWM at most since _forget_peak. None where the system does not tell."""
+    try:
+        lines = pathlib.Path("/proc/self/status").read_text().splitlines()
+    except OSError:
+        return None
+    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith(name)), None)
 
 
-def _forget_peak() -> None:
-    """What building and compiling left behind goes back to the system, and the peak begins anew."""
-    ctypes.CDLL(None).malloc_trim(0)
-    pathlib.Path("/proc/self/clear_refs").write_text("5")
-    torch = sys.modules.get("torch")
-    if torch is not None and torch.cuda.is_available():
-        torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats()
+def _peak_resident() -> int | None:
+    return _resident("VmHWM") if _begins_anew else None
 
 
-def serve(form: Form, folder: pathlib.Path, name: str, answer) -> None:
+_begins_anew = False
+"""Whether VmHWM is of the calls alone."""
+
+
+def _forget_peak(device: str) -> int | None:
+    """What building and compiling left behind goes back to the system as far as it does, and the peak begins anew. Returns
+    the bytes that the process then holds on the host; None for a GPU's forms, whose memory is the device's."""
+    global _begins_anew
+    if device == "gpu":
+        torch = sys.modules.get("torch")
+        if torch is not None and torch.cuda.is_available():
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats()
+        return None
+    with contextlib.suppress(AttributeError):  # a libc without it
+        ctypes.CDLL(None).malloc_trim(0)
+    with contextlib.suppress(OSError):  # gVisor has no such file: the peak is then unknown
+        pathlib.Path("/proc/self/clear_refs").write_text("5")
+        _begins_anew = True
+    return _resident("VmRSS")
+
+
+def serve(form: Form, folder: pathlib.Path, name: str, device: str, answer) -> None:
     for line in sys.stdin:
         command = line.strip()
         start = time.perf_counter()
         if command == "check":
             np.save(folder / f"{name}.npy", form.check())
             seconds = time.perf_counter() - start
-            _forget_peak()
-            answer({"seconds": seconds})
+            answer({"seconds": seconds, "resident_bytes": _forget_peak(device)})
         elif command == "time":
             cpu = time.process_time()
             form.call()
             answer({"seconds": time.perf_counter() - start, "cpu_seconds": time.process_time() - cpu})
-        elif command == "end":
+        elif command == "facts":
             answer({"peak_bytes": form.peak(), **form.facts})
-            return
 
 
 def main(argv: list[str]) -> None:
@@ -312,7 +348,7 @@ def main(argv: list[str]) -> None:
         return
     form = our_form(case) if name == OURS else peer_form(case, name, folder)
     answer({"device": form.device})
-    serve(form, folder, name, answer)
+    serve(form, folder, name, case.device, answer)
 
 
 if __name__ == "__main__":

@@ -20,17 +20,19 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 from PIL import Image
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
 
-from benchmarks.side_by_side import RESULTS, machine, summary
-from input_pipeline.schema import NUM_JOINTS
+from benchmarks.side_by_side import RESULTS, commit, machine, open_results, python_path
+from benchmarks.side_by_side_report import summary
+from input_pipeline.schema import NUM_JOINTS, InputError
 from truepose_jax import atomic
-from truepose_jax.programs import Parser
+from truepose_jax.programs import Parser, run_program
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 IMPORTS = 7
@@ -49,7 +51,7 @@ class Failed(Exception):
 
 def environment(cache: pathlib.Path) -> dict[str, str]:
     found = {k: v for k, v in os.environ.items() if k != "JAX_ENABLE_COMPILATION_CACHE"}
-    return found | {"JAX_COMPILATION_CACHE_DIR": str(cache), "PYTHONPATH": str(ROOT)}
+    return found | {"JAX_COMPILATION_CACHE_DIR": str(cache), "PYTHONPATH": python_path()}
 
 
 def until(
@@ -85,7 +87,9 @@ def import_row() -> dict[str, list[float]]:
     for _ in range(IMPORTS):
         for name, code in (("empty", "pass"), ("import", "import truepose_jax.train")):
             start = time.perf_counter()
-            subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
+            subprocess.run(
+                [sys.executable, "-c", code], cwd=ROOT, env=os.environ | {"PYTHONPATH": python_path()}, check=True
+            )
             found[name].append(time.perf_counter() - start)
     return found
 
@@ -133,14 +137,14 @@ def generate_row(config: str, folder: pathlib.Path) -> dict[str, float]:
 ROWS = {"train": train_row, "generate": generate_row}
 
 
-def report(results: dict) -> str:
-    about, rows = results["machine"], results["rows"]
-    lines = [
-        "# Start-up",
-        "",
-        f"`python benchmarks/start_up.py`; {about['cores']} cores of {about['cpu']}, jax {about['jax']}; {results['config']}.",
-        "",
-    ]
+def report(rows: Mapping[str, Any]) -> str:
+    lines = ["# Start-up", "", "`python benchmarks/start_up.py`.", ""]
+    for names, about in _alike(rows):
+        lines += [
+            f"{', '.join(names)}: {about['machine']['cores']} cores of {about['machine']['cpu']}, jax {about['machine']['jax']}; "
+            f"{about['config']}" + (f"; commit {about['commit']}" if about.get("commit") else "") + ".",
+            "",
+        ]
     if "import" in rows:
         middle = {name: summary(times)["median"] for name, times in rows["import"]["times"].items()}
         seconds = middle["import"] - middle["empty"]
@@ -168,28 +172,57 @@ def report(results: dict) -> str:
     return "\n".join(lines)
 
 
-def main(argv: list[str] | None = None) -> int:
+def _alike(rows: Mapping[str, Any]) -> list[tuple[list[str], dict[str, Any]]]:
+    """Names of rows that were measured alike, and how."""
+    found: list[tuple[list[str], dict[str, Any]]] = []
+    for name, row in rows.items():
+        about = {key: row.get(key) for key in ("machine", "config", "commit")}
+        same = next((names for names, other in found if other == about), None)
+        if same is None:
+            found.append(([name], about))
+        else:
+            same.append(name)
+    return found
+
+
+def read_rows(out: pathlib.Path) -> tuple[pathlib.Path, dict[str, Any]]:
+    """The file's rows. In older files one machine and one configuration stand for all."""
+    path, results = open_results(out, "start_up")
+    rows = results.get("rows", {})
+    for row in rows.values():
+        row.setdefault("machine", results.get("machine", {}))
+        row.setdefault("config", results.get("config", ""))
+    return path, rows
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    return run_program(_main, sys.argv[1:] if argv is None else argv)
+
+
+def _main(argv: Sequence[str]) -> int:
     parser = Parser(description=__doc__.splitlines()[0], formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", default="configs/demo.py")
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--rows", default="import,train,generate")
     parser.add_argument("--out", type=pathlib.Path, default=RESULTS)
-    parser.add_argument("--again", action="store_true", help="forget the rows that are there")
+    parser.add_argument("--again", action="store_true", help="replace the rows of this call where they are there")
     flags = parser.parse_args(argv)
     wanted = flags.rows.split(",")
     if flags.rounds < 1 or not set(wanted) <= {"import", *ROWS}:
         parser.error(f"--rounds is {flags.rounds} (at least 1), --rows is {flags.rows} (of import, {', '.join(ROWS)})")
     if not (ROOT / flags.config).is_file():
         parser.error(f"--config={flags.config} is not there; name a file under configs/")
-    flags.out.mkdir(parents=True, exist_ok=True)
-    path = flags.out / "start_up.json"
-    results = {"machine": machine(), "config": flags.config, "rows": {}}
-    if path.exists() and not flags.again:
-        results = json.loads(path.read_text())
-        if results["machine"] != machine() or results["config"] != flags.config:
-            parser.error(f"{path} is of another machine, version or configuration; name another --out or begin --again")
+    if flags.out.exists() and not flags.out.is_dir():
+        parser.error(f"--out={flags.out} is a file; name a folder")
+    path, rows = read_rows(flags.out)
+    about = {"machine": machine(), "config": flags.config, "commit": commit()}
+    for name in wanted if not flags.again else ():
+        if name in rows and any(rows[name][key] != about[key] for key in ("machine", "config")):
+            raise InputError(
+                f"{path} has {name} of another machine, version or configuration; name another --out or measure it --again"
+            )
     for name in wanted:
-        if name in results["rows"]:
+        if name in rows and not flags.again:
             print(f"{name}: done before")
             continue
         load, times = round(os.getloadavg()[0], 2), {}
@@ -205,10 +238,10 @@ def main(argv: list[str] | None = None) -> int:
         except Failed as error:
             print(f"error: {error}", file=sys.stderr)
             return 1
-        results["rows"][name] = {"times": times, "load": load}
-        atomic.write_text(path, json.dumps(results, indent=1) + "\n")
-        path.with_suffix(".md").write_text(report(results))
-    print(report(results))
+        rows[name] = {"times": times, "load": load, **about}
+        atomic.write_text(path, json.dumps({"rows": rows}, indent=1) + "\n")
+        atomic.write_text(path.with_suffix(".md"), report(rows))
+    print(report(rows))
     return 0
 
 

@@ -177,7 +177,7 @@ class TargetBlock(nn.Module):
         hpfa, heads = self.hpfa, self.attn2.heads
         q, k, v = (split_heads(to(features), heads) for to in (hpfa.source_to_q, hpfa.source_to_k, hpfa.source_to_v))
         # Of a dropped sample V' = 0 is enough: H' is zero, and nothing reaches Q' and K' in the backward pass.
-        fused = merge_heads(reweighted_attention(q, k, v * keep[:, None, None, None], mask, self.settings))
+        fused = merge_heads(reweighted_attention(q, k, v * keep.to(v.dtype)[:, None, None, None], mask, self.settings))
         index, chosen = self.least_attended(q.detach(), k.detach(), coverage, present)
         regions = torch.take_along_dim(tokens, index[..., None], dim=1) * keep[:, None, None]
         # A sample without any region reads zeros, since no softmax is over nothing (A19).
@@ -197,8 +197,9 @@ class TargetBlock(nn.Module):
         The mean of q . k over all queries is the mean query's, which each cell's key meets once.
         """
         in_region = coverage / coverage.sum(dim=1, keepdim=True).clamp(min=1e-12)
-        cells = torch.einsum("bgd,bgnd->bn", q.float().mean(dim=2), k.float())
-        scores = torch.einsum("bnp,bn->bp", in_region, cells)
+        with torch.autocast(q.device.type, enabled=False):  # which would round the scores that decide
+            cells = torch.einsum("bgd,bgnd->bn", q.float().mean(dim=2), k.float())
+            scores = torch.einsum("bnp,bn->bp", in_region, cells)
         scores = scores.masked_fill(~present, torch.inf)  # the lowest win: 1/g and 1/sqrt d change no order
         # Small regions in one coarse cell have one score; the first of equals is taken, as topk would not promise.
         lowest, index = (x[:, : self.settings["regions"]] for x in scores.sort(dim=1, stable=True))

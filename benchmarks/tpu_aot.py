@@ -34,12 +34,17 @@ import subprocess
 import sys
 import time
 import venv
+from collections.abc import Sequence
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["TPU_SKIP_MDS_QUERY"] = "1"  # else libtpu asks a cloud's metadata server which machine this is
 os.environ["ALLOW_MULTIPLE_LIBTPU_LOAD"] = "1"  # nothing here holds a TPU that another process could want
+
+from input_pipeline.schema import InputError  # noqa: E402
+from truepose_jax import atomic  # noqa: E402
+from truepose_jax.programs import Parser, run_program  # noqa: E402
 
 TOPOLOGIES = {"v5e": "v5e:2x2", "v5p": "v5p:2x2x1", "v6e": "v6e:2x2"}
 SIZES = ((2816, 40), (704, 80), (176, 160), (48, 160))
@@ -185,6 +190,26 @@ def attention_section(chips: list[str], sizes: list[tuple[int, int]]) -> list[di
 # --- the report ------------------------------------------------------------------------------------------------------
 
 
+def _cell(row: dict) -> tuple:
+    """What a row is of; the form comes last."""
+    return tuple(row[name] for name in ("chip", "tokens", "head_width", "direction", "form"))
+
+
+def merged(before: dict, now: dict) -> dict:
+    """The new rows among those of an older file, in the place of theirs. A row has its own `about` where it is not the
+    file's."""
+    rows = {_cell(row): {"about": before.get("about", {})} | row for row in before.get("attention", ())}
+    rows |= {_cell(row): {"about": now["about"]} | row for row in now["attention"]}
+    chips, directions = list(TOPOLOGIES), ("forward", "forward+backward")
+
+    def order(row: dict) -> tuple:
+        at = chips.index(row["chip"]), -row["tokens"], -row["head_width"]
+        return (*at, directions.index(row["direction"]), FORMS.index(row["form"]))
+
+    ordered = sorted(rows.values(), key=order)
+    return now | {"attention": [{k: v for k, v in row.items() if k != "about" or v != now["about"]} for row in ordered]}
+
+
 def attention_table(rows: list[dict]) -> list[str]:
     """One line per chip, size and direction: the three forms side by side."""
 
@@ -196,8 +221,11 @@ def attention_table(rows: list[dict]) -> list[str]:
         "HBM MB: reference | fused | fewer | compile s: reference | xla | fused |",
         "|---" * 13 + "|",
     ]
-    for i in range(0, len(rows), len(FORMS)):
-        plain, blocks, fused = rows[i : i + len(FORMS)]
+    cells_of: dict[tuple, dict[str, dict]] = {}
+    for row in rows:
+        cells_of.setdefault(_cell(row)[:-1], {})[row["form"]] = row
+    for cell in cells_of.values():
+        plain, blocks, fused = (cell[form] for form in FORMS)
         cells = [
             plain["chip"],
             f"{plain['tokens']} x {plain['head_width']}",
@@ -213,6 +241,12 @@ def attention_table(rows: list[dict]) -> list[str]:
 
 def report(found: dict) -> str:
     about = found["about"]
+    others = {json.dumps(row["about"]): row["about"] for row in found["attention"] if "about" in row}
+    older = [
+        f"{', '.join(sorted({r['chip'] for r in found['attention'] if r.get('about') == other}))}: jax {other.get('jax')}, "
+        f"libtpu {other.get('libtpu')}, {other.get('machine')}, for some or all sizes."
+        for other in others.values()
+    ]
     return "\n".join(
         [
             "# TPU programs, compiled without a TPU",
@@ -226,36 +260,76 @@ def report(found: dict) -> str:
             "",
             *attention_table(found["attention"]),
             "",
+            *([" ".join(older), ""] if older else []),
         ]
     )
 
 
 def sizes_of(text: str) -> list[tuple[int, int]]:
-    return [(int(n), int(d)) for n, d in (size.split("x") for size in text.split(","))]
+    """'2816x40,48x160'. A `type` for add_argument."""
+    found = []
+    for size in text.split(","):
+        n, _, d = size.partition("x")
+        if not (n.isdecimal() and d.isdecimal() and int(n) and int(d)):
+            raise argparse.ArgumentTypeError(f"'{size}' is not TOKENSxWIDTH, as in 2816x40")
+        found.append((int(n), int(d)))
+    return found
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+def chips_of(text: str) -> list[str]:
+    """'v5e,v6e'. A `type` for add_argument."""
+    for chip in text.split(","):
+        if chip not in TOPOLOGIES:
+            raise argparse.ArgumentTypeError(f"'{chip}' is no chip; choose of {', '.join(TOPOLOGIES)}")
+    return text.split(",")
+
+
+def read(path: pathlib.Path) -> dict:
+    """An older file; {} where there is none. Raises InputError."""
+    try:
+        found = json.loads(path.read_text()) if path.exists() else {}
+        for row in found.get("attention", ()):
+            _cell(row)
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise InputError(
+            f"{path} is no result of this program ({error}); move it away or name another --out"
+        ) from error
+    return found
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    return run_program(_main, sys.argv[1:] if argv is None else argv)
+
+
+def _main(argv: Sequence[str]) -> int:
+    parser = Parser(description=__doc__.splitlines()[0])
     parser.add_argument("--setup", type=pathlib.Path, help="folder of the virtual environment to make and run in")
-    parser.add_argument("--chips", default=",".join(TOPOLOGIES))
-    parser.add_argument("--sizes", default=",".join(f"{n}x{d}" for n, d in SIZES), help="tokens x head width, ...")
+    parser.add_argument("--chips", type=chips_of, default=list(TOPOLOGIES))
+    parser.add_argument("--sizes", type=sizes_of, default=list(SIZES), help="tokens x head width, as in 2816x40,48x160")
     parser.add_argument("--out", type=pathlib.Path, default=ROOT / "benchmarks" / "results")
-    flags = parser.parse_args()
+    flags = parser.parse_args(argv)
+    if flags.out.exists() and not flags.out.is_dir():
+        parser.error(f"--out={flags.out} is a file; name a folder")
+    path = flags.out / "tpu_aot.json"
+    before = read(path)
     if flags.setup is not None:
-        wanted = [f"--chips={flags.chips}", f"--sizes={flags.sizes}", f"--out={flags.out.resolve()}"]
-        raise SystemExit(subprocess.run([set_up(flags.setup), __file__, *wanted]).returncode)
-    found = {
+        sizes = ",".join(f"{n}x{d}" for n, d in flags.sizes)
+        wanted = [f"--chips={','.join(flags.chips)}", f"--sizes={sizes}", f"--out={flags.out.resolve()}"]
+        return subprocess.run([set_up(flags.setup), __file__, *wanted]).returncode
+    now = {
         "about": {
             "machine": f"{os.cpu_count()} cores, {platform.system()} {platform.machine()}",
             **{name: importlib.metadata.version(name) for name in ("jax", "libtpu")},
         },
-        "attention": attention_section(flags.chips.split(","), sizes_of(flags.sizes)),
+        "attention": attention_section(flags.chips, flags.sizes),
     }
+    found = merged(before, now)
     flags.out.mkdir(parents=True, exist_ok=True)
-    (flags.out / "tpu_aot.json").write_text(json.dumps(found, indent=1) + "\n")
-    (flags.out / "tpu_aot.md").write_text(report(found))
+    atomic.write_text(path, json.dumps(found, indent=1) + "\n")
+    atomic.write_text(path.with_suffix(".md"), report(found))
     print(report(found))
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

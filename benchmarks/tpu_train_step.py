@@ -5,7 +5,8 @@
 --setup makes a virtual environment with jax[tpu] in FOLDER (once), which finds all else in this one, and runs there; without
 it this Python must have it. Each row of ROWS is a configuration as it stands in configs/ (photos through the VAE inside the
 step, AdamW, EMA, bfloat16), cut by FSDP. Rows are written to benchmarks/results/tpu_train_step.json and .md as they end;
-every compilation is kept under --work, so that the same command goes on where it was stopped.
+every compilation is kept under --work with the options, versions and sources that it is of, so that the same command goes on
+where it was stopped; one that is of others is set aside with a notice, one that does not say (older ones) is taken as it is.
 
 A compilation is one process. The compiler assigns every buffer before it generates code; its buffer assignment (xla_dump_to)
 is the account that memory_analysis would give, and a program that does not fit is refused there ("RESOURCE_EXHAUSTED ... HBM").
@@ -20,8 +21,10 @@ that was compiled and fits; with --verify one more is compiled and must be refus
 from __future__ import annotations
 
 import argparse
+import ast
 import dataclasses
 import functools
+import hashlib
 import importlib
 import importlib.metadata
 import json
@@ -34,12 +37,17 @@ import subprocess
 import sys
 import sysconfig
 import time
+from collections.abc import Sequence
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["TPU_SKIP_MDS_QUERY"] = "1"  # else libtpu asks a cloud's metadata server which machine this is
 os.environ["ALLOW_MULTIPLE_LIBTPU_LOAD"] = "1"  # nothing here holds a TPU that another process could want
+
+from tpu_train_step_report import NOT_RECORDED, merged, read_rows, report  # noqa: E402
+
+from truepose_jax.programs import Parser, run_program  # noqa: E402
 
 GIB = 1 << 30
 AVAILABLE = {"v5e": 15.75, "v5p": 95.74, "v6e": 31.25}
@@ -56,6 +64,14 @@ NETWORKS = {
     }
 }
 """Changes of the UNets that compile in two minutes instead of ten."""
+SOURCES = (
+    "configs/*.py", "input_pipeline/schema.py", "truepose_jax/scaling/compiled.py",
+    *(f"truepose_jax/{room}/**/*.py" for room in ("models", "kernels", "methods", "diffusion")),
+    *(f"truepose_jax/{name}.py" for name in (
+        "assembly", "frozen", "initial", "optim", "region_tokens", "rng", "schema", "sharding", "stored", "train_step",
+    )),
+)  # fmt: skip
+"""What a compiled step is made from."""
 STRAIGHT = 4
 """Compilations of a row after which its bytes are taken as no straight line."""
 POLL = 2.0
@@ -159,6 +175,52 @@ def compile_here(row: Row, per_chip: int, folder: pathlib.Path, code: bool) -> N
         (folder / "whole.json").write_text(json.dumps({n: getattr(found, f"{n}_size_in_bytes") for n in names}))
 
 
+@functools.cache
+def origin() -> dict:
+    """What a compilation is of: it is taken for another only where all of this is the same."""
+    names = ("jax", "jaxlib", "libtpu", "flax", "optax")
+    found = {name: importlib.metadata.version(name) for name in names if _is_installed(name)}
+    hashed = hashlib.sha256()
+    for path in sorted(path for pattern in SOURCES for path in ROOT.glob(pattern)):
+        hashed.update(f"{path.relative_to(ROOT)}\0{code_of(path.read_text())}\0".encode())
+    return {"options": OPTIONS, "versions": found, "sources": hashed.hexdigest()[:16]}
+
+
+class _Strings(ast.NodeTransformer):
+    def visit_Expr(self, node: ast.Expr) -> ast.Expr:
+        return ast.Expr(ast.Constant(...)) if isinstance(node.value, ast.Constant) else node
+
+
+def code_of(text: str) -> str:
+    """A source without comments, docstrings and layout."""
+    return ast.dump(_Strings().visit(ast.parse(text)))
+
+
+def _is_installed(name: str) -> bool:
+    try:
+        importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return False
+    return True
+
+
+def kept(path: pathlib.Path) -> dict | None:
+    """What a result.json says; None, and a notice, where it is broken or of other options, versions or sources."""
+    try:
+        found = json.loads(path.read_text())
+        if not isinstance(found, dict):
+            raise ValueError("not an object")
+    except (OSError, ValueError) as error:
+        print(f"notice: {path} cannot be read ({error}); set aside", file=sys.stderr)
+        return None
+    of = found.get("of")
+    if of is not None and of != origin():
+        other = ", ".join(name for name in origin() if of.get(name) != origin()[name])
+        print(f"notice: {path} is of other {other}; set aside", file=sys.stderr)
+        return None
+    return found
+
+
 def compiled(row: Row, per_chip: int, work: pathlib.Path, *, code: bool = False) -> dict:
     """What the compiler says of this batch per chip: {"bytes", ...} or {"refused"}; read from disk where it is there.
 
@@ -166,8 +228,13 @@ def compiled(row: Row, per_chip: int, work: pathlib.Path, *, code: bool = False)
     """
     folder = work / row.name / f"b{per_chip:04d}"
     answer, dump, log = folder / "result.json", folder / "dump", folder / "log.txt"
-    if answer.exists():
-        return json.loads(answer.read_text())
+    if (
+        answer.exists()
+        and (found := kept(answer)) is not None
+        and (not code or {"memory_analysis", "refused"} & set(found))
+    ):
+        return found
+    of = origin()  # before the compilation: sources that change meanwhile are not what was compiled
     shutil.rmtree(folder, ignore_errors=True)
     dump.mkdir(parents=True)
     start = time.perf_counter()
@@ -197,7 +264,7 @@ def compiled(row: Row, per_chip: int, work: pathlib.Path, *, code: bool = False)
     else:
         lines = [line for line in log.read_text(errors="replace").splitlines() if line.strip()]
         raise RuntimeError(f"{row.name}, {per_chip} per chip: {lines[-1][:300] if lines else 'no output'}; see {log}")
-    found |= {"seconds": round(time.perf_counter() - start, 1), "cpu_seconds": cpu}
+    found |= {"seconds": round(time.perf_counter() - start, 1), "cpu_seconds": cpu, "of": of}
     if texts["live-range"]:
         keep_peak(texts["live-range"][0], folder / "peak.txt")
     shutil.rmtree(dump)
@@ -292,9 +359,8 @@ def measure(row: Row, work: pathlib.Path, most: int, verify: bool, said) -> dict
     guess = estimated(row.size, row.remat, row.network)
     per_image = guess.steps["tpu"].per_image
     first = int(0.9 * guess.largest_batch(row.available, "tpu", fsdp=row.fsdp))
-    answers = {
-        int(path.parent.name[1:]): json.loads(path.read_text()) for path in work.glob(f"{row.name}/b*/result.json")
-    }
+    on_disk = ((path, kept(path)) for path in work.glob(f"{row.name}/b*/result.json"))
+    answers = {int(path.parent.name[1:]): found for path, found in on_disk if found is not None}
     while True:
         tried = {batch: found.get("bytes", found.get("refused_bytes", math.inf)) for batch, found in answers.items()}
         batch = next_batch(tried, row.available, first, per_image)
@@ -336,72 +402,18 @@ def summary(row: Row, answers: dict[int, dict], guess) -> dict:
         "wire_bytes": best.get("wire_bytes"),
         "kernels": best.get("kernels"),
         "compilations": len(answers),
-        "cpu_seconds": [answers[batch]["cpu_seconds"] for batch in sorted(answers)],
+        "cpu_seconds": [answers[batch].get("cpu_seconds") for batch in sorted(answers)],
         "tried": {str(batch): answers[batch].get("bytes") for batch in sorted(answers)},
+        "of": best["of"] if all(found.get("of") for found in answers.values()) and fits else NOT_RECORDED,
     }
 
 
-# --- the report ------------------------------------------------------------------------------------------------------
+def main(argv: Sequence[str] | None = None) -> int:
+    return run_program(_main, sys.argv[1:] if argv is None else argv)
 
 
-def report(found: dict) -> str:
-    def gib(value) -> str:
-        return "-" if value is None else f"{value / GIB:.2f}"
-
-    lines = [
-        "| chips | mesh data x fsdp | size | remat | attention | largest batch/chip compiled that fits | one more | HBM GiB | "
-        "of | arguments | temporaries | GiB/image | estimate GiB | estimate/compiler | GiB/image | its largest | kernels | "
-        "sent MB | compilations | CPU s each |",
-        "|---" * 20 + "|",
-    ]
-    for row in found["rows"]:
-        more = "refused" if row["one_more_is_refused"] else "not tried"
-        cells = [
-            row["topology"],
-            f"{row['chips'] // row['fsdp']} x {row['fsdp']}",
-            " ".join((row["size"], row["network"])).strip(),
-            "on" if row["remat"] else "off",
-            row["attention"] or "as chosen",
-            str(row["largest_compiled_that_fits"] or f"none (refused: {row['refused']})"),
-            more,
-            gib(row["bytes"]),
-            gib(row["available_bytes"]),
-            gib(row["argument_bytes"]),
-            gib(row["temporary_bytes"]),
-            gib(row["bytes_per_image"]),
-            gib(row["estimate_bytes"]),
-            "-" if row["estimate_ratio"] is None else f"{row['estimate_ratio']:.2f}",
-            gib(row["estimate_bytes_per_image"]),
-            str(row["estimate_largest"]),
-            str(row["kernels"]),
-            "-" if row["wire_bytes"] is None else f"{row['wire_bytes'] / 1e6:,.0f}",
-            str(row["compilations"]),
-            ", ".join(f"{seconds:.0f}" for seconds in row["cpu_seconds"] if seconds is not None),
-        ]
-        lines.append("| " + " | ".join(cells) + " |")
-    about = found["about"]
-    todo = [row.name for row in ROWS if row.name not in {row["row"] for row in found["rows"]}]
-    return "\n".join(
-        [
-            "# The whole train step on TPUs, compiled without one",
-            "",
-            f"`python benchmarks/tpu_train_step.py --setup=FOLDER`; jax {about['jax']}, libtpu {about['libtpu']}; compiler "
-            f"options {about['options']}; compiled on {about['machine']}. The configurations of configs/ as they stand: photos "
-            "through the VAE inside the step, AdamW and EMA in float32, computing in bfloat16. Nothing was run: the compiler's "
-            "own assignment of buffers, and its refusals. benchmarks/tpu_train_step.py says what is counted how. `estimate` is "
-            "what `python -m truepose_jax.train --estimate` computes for the same batch and FSDP. CPU seconds: until the "
-            "buffers are assigned, on a machine that others used too. Collective matmuls are off, as in training "
-            "(sharding.compiler_options).",
-            "",
-            *lines,
-            "",
-            *([f"Not compiled: {', '.join(todo)}.", ""] if todo else []),
-        ]
-    )
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+def _main(argv: Sequence[str]) -> int:
+    parser = Parser(description=__doc__.splitlines()[0])
     parser.add_argument("--setup", type=pathlib.Path, help="folder of the virtual environment to make and run in")
     parser.add_argument("--rows", default="", help="only rows whose name this expression finds")
     parser.add_argument("--compilations", type=int, default=4, help="most compilations of a row")
@@ -412,26 +424,29 @@ def main() -> None:
     parser.add_argument("--compile", help=argparse.SUPPRESS)
     parser.add_argument("--batch", type=int, help="with --rows of one row: compile this batch only")
     parser.add_argument("--code", action="store_true", help="with --batch: generate code too and keep memory_analysis")
-    flags = parser.parse_args()
+    flags = parser.parse_args(argv)
     by_name = {row.name: row for row in ROWS}
     if flags.compile:
-        return compile_here(by_name[flags.compile], flags.batch, flags.work, flags.code)
-    wanted = [row for row in ROWS if re.search(flags.rows, row.name)]
-    if flags.list or not wanted:
-        print("\n".join(row.name for row in wanted) or f"no row's name has {flags.rows!r}; see --list")
-        raise SystemExit(0 if wanted else 2)
+        compile_here(by_name[flags.compile], flags.batch, flags.work, flags.code)
+        return 0
+    wanted = _checked(parser, flags)
+    if flags.list:
+        print("\n".join(row.name for row in wanted))
+        return 0
     if flags.setup is not None:
-        given = sys.argv[1:]
+        given = list(argv)
         at = next(i for i, text in enumerate(given) if text.startswith("--setup"))
         del given[at : at + (1 if "=" in given[at] else 2)]
-        raise SystemExit(subprocess.run([set_up(flags.setup), __file__, *given]).returncode)
+        return subprocess.run([set_up(flags.setup), __file__, *given]).returncode
+    if not _is_installed("libtpu"):
+        parser.error("this Python has no libtpu; --setup=FOLDER makes an environment that has")
     from tqdm import tqdm
 
     from truepose_jax import atomic
 
     path = flags.out / "tpu_train_step.json"
     flags.out.mkdir(parents=True, exist_ok=True)
-    rows = json.loads(path.read_text())["rows"] if path.exists() else []
+    rows = read_rows(path, list(by_name))
     about = {
         "machine": f"one core of {os.cpu_count()}, {os.uname().sysname} {os.uname().machine}",
         "options": OPTIONS,
@@ -441,16 +456,36 @@ def main() -> None:
         for row in bar:
             if flags.batch:
                 compiled(row, flags.batch, flags.work, code=flags.code)
-            found = measure(
-                row, flags.work, 0 if flags.batch else flags.compilations, flags.verify, bar.set_description
-            )
-            rows = sorted(
-                [*(r for r in rows if r["row"] != row.name), found], key=lambda r: list(by_name).index(r["row"])
-            )
+            most = 0 if flags.batch else flags.compilations
+            found = measure(row, flags.work, most, flags.verify, bar.set_description) | {"about": about}
+            rows = merged(rows, found, list(by_name))
             atomic.write_text(path, json.dumps({"about": about, "rows": rows}, indent=1) + "\n")
-            atomic.write_text(path.with_suffix(".md"), report({"about": about, "rows": rows}))
+            atomic.write_text(path.with_suffix(".md"), report(rows, list(by_name)))
     print(path.with_suffix(".md").read_text())
+    return 0
+
+
+def _checked(parser: argparse.ArgumentParser, flags: argparse.Namespace) -> list[Row]:
+    """The rows that are asked for; ends with one line and code 2 where something cannot work."""
+    try:
+        wanted = [row for row in ROWS if re.search(flags.rows, row.name)]
+    except re.error as error:
+        parser.error(f"--rows={flags.rows} is no regular expression ({error})")
+    if not wanted:
+        parser.error(f"no row's name has '{flags.rows}'; --list prints them")
+    if flags.batch is None and flags.code:
+        parser.error("--code is for --batch=N: name the batch")
+    if flags.batch is not None and flags.verify:
+        parser.error("--verify looks for the largest batch and --batch names one; leave one of them out")
+    if flags.batch is not None and len(wanted) > 1:
+        parser.error(f"--batch is for one row and --rows={flags.rows} finds {len(wanted)}")
+    for name, least in (("batch", 1), ("compilations", 0)):
+        if (value := getattr(flags, name)) is not None and value < least:
+            parser.error(f"--{name} is {value}; it must be at least {least}")
+    if flags.out.exists() and not flags.out.is_dir():
+        parser.error(f"--out={flags.out} is a file; name a folder")
+    return wanted
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

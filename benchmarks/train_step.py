@@ -11,13 +11,14 @@ from __future__ import annotations
 
 import pathlib
 import sys
+from collections.abc import Sequence
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
 
 from benchmarks.side_by_side import Row, add_flags, check_flags, patience_of, run
 from benchmarks.side_by_side_case import Case
 from benchmarks.side_by_side_forms import PEERS
-from truepose_jax.programs import Parser
+from truepose_jax.programs import Parser, run_program
 
 FULL_WIDTHS = (320, 640, 1280, 1280)
 FULL = (
@@ -26,8 +27,8 @@ FULL = (
     ((512, 352), 12, True, True),
     ((256, 176), 60, True, True),
 )
-"""(size, batch, rematerialisation, apart): in turn at batches of which one card holds several forms at once, and what the
-paper trained with, one form after the other."""
+"""(size, batch, rematerialisation, apart): batches at which one card holds ours and a peer at once (28.9 GB each of weights,
+gradients and AdamW's moments), and what the paper trained with, one form after the other."""
 CPU_PEERS, GPU_PEERS = ("eager", "eager_nhwc", "compiled"), PEERS["train"]
 
 
@@ -41,7 +42,7 @@ def rows(flags) -> list[Row]:
     for size, batch, remat, apart in chosen:
         case = Case(
             task="train",
-            size=flags.size or size,
+            size=size,
             widths=flags.widths or (FULL_WIDTHS if flags.full else (64, 128, 256, 256)),
             batch=batch,
             dtype="bfloat16" if flags.full else "float32",
@@ -49,16 +50,27 @@ def rows(flags) -> list[Row]:
             threads=flags.threads,
             remat=remat,
             layers=flags.layers or (2 if flags.full else 1),
+            attention=flags.attention,
         )
         made.append(Row(case, peers, flags.repeats or (20 if flags.full else 9), patience_of(flags), apart))
     return made
 
 
-def main(argv: list[str] | None = None) -> int:
+def main(argv: Sequence[str] | None = None) -> int:
+    return run_program(_main, sys.argv[1:] if argv is None else argv)
+
+
+def _main(argv: Sequence[str]) -> int:
     parser = Parser(description=__doc__.splitlines()[0])
     add_flags(parser)
     flags = parser.parse_args(argv)
     check_flags(parser, flags, PEERS["train"])
+    if flags.full and flags.size:
+        parser.error("--full has sizes of its own; choose a row by --batch, or leave --size or --full out")
+    batches = [batch for _, batch, _, _ in FULL]
+    for batch in flags.batch or ():
+        if flags.full and batch not in batches:
+            parser.error(f"--full has no row of --batch={batch}; choose of {', '.join(map(str, batches))}")
     return run("train_step", "A training step, ours and PyTorch's", rows(flags), flags)
 
 

@@ -14,7 +14,8 @@ sys.path.insert(0, str(ROOT / "benchmarks"))
 
 import tpu_aot  # noqa: E402
 import tpu_train_step  # noqa: E402
-from tpu_train_step import ROWS, account, compiled, next_batch  # noqa: E402
+from tpu_train_step import ROWS, account, code_of, compiled, kept, next_batch, origin  # noqa: E402
+from tpu_train_step_report import NOT_RECORDED, merged, read_rows  # noqa: E402
 
 CACHE = pathlib.Path(os.environ.get("XDG_CACHE_HOME", pathlib.Path.home() / ".cache")) / "truepose_jax" / "tpu_aot"
 
@@ -85,6 +86,87 @@ def test_what_is_compiled_already_is_read(tmp_path, monkeypatch):
     (folder / "result.json").write_text(json.dumps({"bytes": 5}))
     monkeypatch.setattr(tpu_train_step.subprocess, "Popen", lambda *_, **__: pytest.fail("compiled again"))
     assert compiled(ROWS[0], 3, tmp_path) == {"bytes": 5}
+
+
+def test_a_compilation_of_something_else_is_set_aside(tmp_path, capsys):
+    """Older ones do not say what they are of, and are taken."""
+    path = tmp_path / "result.json"
+    for of, taken in (
+        (None, True),
+        (origin(), True),
+        (origin() | {"options": {}}, False),
+        (origin() | {"sources": ""}, False),
+    ):
+        path.write_text(json.dumps({"bytes": 5} | ({"of": of} if of else {})))
+        assert (kept(path) is not None) == taken
+    said = capsys.readouterr().err.splitlines()
+    assert [line.partition(" is ")[2] for line in said] == [
+        "of other options; set aside",
+        "of other sources; set aside",
+    ]
+    path.write_text("{")
+    assert kept(path) is None and "cannot be read" in capsys.readouterr().err
+
+
+def test_only_code_counts_as_source():
+    one = 'def f(x):\n    """Says this."""\n    return x  # why\n'
+    assert (
+        code_of(one)
+        == code_of('def f(x):\n    "And that."\n\n    return (x)\n')
+        != code_of("def f(x):\n    return -x\n")
+    )
+
+
+def test_rows_keep_what_they_are_of(tmp_path):
+    """One `about` stands for all rows of an older file; a new row changes nobody else's."""
+    order = [row.name for row in ROWS]
+    path = tmp_path / "rows.json"
+    old = [{"row": name, "tried": {"3": 5}} for name in order[:2]]
+    path.write_text(json.dumps({"about": {"jax": "1"}, "rows": old[::-1]}))
+    rows = read_rows(path, order)
+    rows = merged(rows, {"row": order[2], "tried": {}, "of": {"sources": "a"}, "about": {"jax": "2"}}, order)
+    rows = merged(rows, {"row": order[0], "tried": {"3": 5}, "of": NOT_RECORDED, "about": {"jax": "2"}}, order)
+    rows = merged(rows, {"row": order[1], "tried": {"4": 6}, "of": NOT_RECORDED, "about": {"jax": "2"}}, order)
+    assert [row["row"] for row in rows] == order[:3] and [row["about"]["jax"] for row in rows] == ["1", "2", "2"]
+
+
+@pytest.mark.parametrize(
+    ("wrong", "text"),
+    [
+        (["--rows=["], "no regular expression"),
+        (["--rows=nothing"], "no row's name"),
+        (["--code"], "--code is for --batch"),
+        (["--batch=3", "--verify", f"--rows=^{ROWS[0].name}$"], "leave one of them out"),
+        (["--batch=3"], "--batch is for one row"),
+        ([f"--out={__file__}"], "is a file"),
+    ],
+)
+def test_wrong_flags_are_one_line(wrong, text, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        tpu_train_step.main(wrong)
+    error = capsys.readouterr().err
+    assert stopped.value.code == 2 and text in error and error.count("\n") == 1
+
+
+def test_attention_of_some_chips_is_merged(tmp_path, capsys):
+    cells = [("v5e", n, form) for n in (2816, 48) for form in tpu_aot.FORMS]
+    names = ("chip", "tokens", "form")
+    rest = {"head_width": 40, "direction": "forward", "logits_bytes": 4, "temporaries_bytes": 1, "hbm_bytes": 2}
+    rows = [dict(zip(names, cell, strict=True)) | rest | {"compile_seconds": 1.0} for cell in cells]
+    before = {"about": {"jax": "1", "libtpu": "1", "machine": "a"}, "attention": rows}
+    new = [row | {"compile_seconds": 9.0} for row in rows[:3]] + [row | {"chip": "v6e"} for row in rows[:3]]
+    found = tpu_aot.merged(before, {"about": {"jax": "2", "libtpu": "2", "machine": "b"}, "attention": new[::-1]})
+    assert [row["compile_seconds"] for row in found["attention"]] == [9.0] * 3 + [1.0] * 6
+    assert [row.get("about", {}).get("jax") for row in found["attention"]] == [None] * 3 + ["1"] * 3 + [None] * 3
+    text = tpu_aot.report(found)
+    assert "v5e: jax 1, libtpu 1, a" in text and text.count("| 2816 x 40 |") == 2
+    for wrong, said in (("--chips=v9", "'v9' is no chip"), ("--sizes=3", "'3' is not TOKENSxWIDTH")):
+        with pytest.raises(SystemExit) as stopped:
+            tpu_aot.main([wrong])
+        error = capsys.readouterr().err
+        assert stopped.value.code == 2 and said in error and error.count("\n") == 1
+    (tmp_path / "tpu_aot.json").write_text("{")
+    assert tpu_aot.main([f"--out={tmp_path}"]) == 2 and "another --out" in capsys.readouterr().err
 
 
 @pytest.mark.slow

@@ -303,6 +303,18 @@ def test_what_a_kernel_cannot_take_goes_elsewhere(said):
     assert mixed.dtype == jnp.bfloat16
 
 
+def test_what_the_default_cannot_take_goes_to_what_suits(said):
+    """One kernel for a whole model: its refusal alone sends no small attention to `xla`."""
+    with api.default_implementation("cudnn"):
+        assert chosen(said, "gpu", 48) == "reference"
+        assert "reference (cudnn does not take masks" in said.text
+        assert chosen(said, "gpu", 2816) == "xla"
+        assert chosen(said, "tpu", 2816) == "pallas_tpu"
+        assert chosen(said, "tpu", 256, d=512) == "xla"
+    with api.default_implementation("pallas_tpu"):
+        assert chosen(said, "tpu", 2816, dtype=jnp.float16) == "xla"
+
+
 def test_default_implementation(said):
     with api.default_implementation("xla"):
         api.attention(*arrays_of(5))

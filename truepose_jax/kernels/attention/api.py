@@ -1,7 +1,8 @@
 """The one door to attention. Models call these two; which implementation answers is decided here.
 
 `implementation` None takes what `default_implementation` names, else what suits the backend and the sizes, and says so in the log
-once for every size (level INFO). An implementation that cannot take a call hands it to `xla`, and warns: never a crash.
+once for every size (level INFO). An implementation that cannot take a call hands it to `xla`, and warns: never a crash. One that
+`default_implementation` names for many calls hands those that it cannot take to what suits them, then to `xla`.
 """
 
 from __future__ import annotations
@@ -136,14 +137,17 @@ def _check(name: str | None) -> None:
 def _choose(operation: str, name: str | None, q: Array, k: Array, v: Array, has_rows: bool) -> str:
     """The implementation that takes this call."""
     _check(name)
-    name = _default.get() if name is None else name
     n, m = q.shape[1], k.shape[1]
-    why, refused = "asked for", False
+    suited, why, refused = _suited(platform(), n, m), "asked for", False
+    then = ["xla", "reference"]
     if name is None:
-        name, why = _suited(platform(), n, m), f"suits {n} x {m} on {platform()}"
+        name, then = _default.get(), [suited, *then]
+    if name is None:
+        name, why = suited, f"suits {n} x {m} on {platform()}"
     parts = tuple(map(_part, (q, k, v)))
     while name != "reference" and (reason := _kernel(name).refuses(*parts, has_rows=has_rows, platform=platform())):
-        name, why, refused = "reference" if name == "xla" else "xla", f"{name} does not take {reason}", True
+        then = [each for each in then if each != name]
+        name, why, refused = then[0], f"{name} does not take {reason}", True
     _say(operation, tuple(q.shape[1:]), m, str(q.dtype), name, why, warn=refused or name in UNVERIFIED)
     return name
 
