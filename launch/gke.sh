@@ -1,19 +1,57 @@
 #!/usr/bin/env bash
 # A training run on GKE as a JobSet, on TPU slices or GPU nodes, or other work that its pods share.
 #
-#   launch/gke.sh [--dry-run] tpu NAME IMAGE TYPE TOPOLOGY -- --config=... --workdir=gs://... [--config.key=value ...]
-#   launch/gke.sh [--dry-run] gpu NAME IMAGE NODES GPUS_PER_NODE -- --config=... --workdir=... [...]
-#   launch/gke.sh [--dry-run] tpu|gpu ... -- generate|evaluate|prepare ARGUMENT...       e.g. prepare build --dataset=...
+#   launch/gke.sh [OPTION...] tpu NAME IMAGE TYPE TOPOLOGY -- --config=... --workdir=/data/runs/a [--config.key=value ...]
+#   launch/gke.sh [OPTION...] gpu NAME IMAGE NODES GPUS_PER_NODE -- --config=... --workdir=/data/runs/a [...]
+#   launch/gke.sh [OPTION...] tpu|gpu ... -- generate|evaluate|prepare ARGUMENT...       e.g. prepare build --dataset=...
 #
-# TYPE and TOPOLOGY as in the node pool's labels: tpu-v5-lite-podslice 4x4, tpu-v6e-slice 4x8, tpu-v5p-slice 2x2x4. --dry-run
-# prints the JobSet. A pod that is preempted or fails restarts all of them; each start goes on from the saved step.
-# Needs kubectl and the JobSet controller in the cluster (https://jobset.sigs.k8s.io).
+#   --claim=NAME:PATH        mounts that PersistentVolumeClaim at PATH in every pod (ReadWriteMany where there are several)
+#   --bucket=NAME:PATH       mounts that Cloud Storage bucket at PATH, by GKE's Cloud Storage FUSE driver
+#   --service-account=NAME   Kubernetes' account of the pods: one that may read and write the bucket
+#   --dry-run                prints the JobSet and submits nothing
+#
+# TYPE and TOPOLOGY as in the node pool's labels: tpu-v5-lite-podslice 4x4, tpu-v6e-slice 4x8, tpu-v5p-slice 2x2x4. A pod that
+# is preempted or dies restarts all of them, from the saved step; bad input (2) and a diverged run (1) end the JobSet.
+# Needs kubectl, Kubernetes 1.31 or later and JobSet 0.10 or later in the cluster (https://jobset.sigs.k8s.io).
 set -euo pipefail
 
-usage() { sed -n '2,10s/^# \{0,1\}//p' "$0" >&2; exit 2; }
+usage() { sed -n '2,15s/^# \{0,1\}//p' "$0" >&2; exit 2; }
 
 dry=
-if [[ ${1-} == --dry-run ]]; then dry=1; shift; fi
+mounts=
+volumes=
+annotations=
+account=
+count=0
+# mount WHAT NAME:PATH SOURCE...: a volume of that source (YAML) at PATH.
+mount() {
+  [[ $2 =~ ^[a-z0-9][-a-z0-9._]*:/[^\",:]+$ ]] || { echo "error: $1=$2 is not NAME:PATH, as in $1=data:/data" >&2; exit 2; }
+  mounts+="
+              - {name: storage-$count, mountPath: \"${2#*:}\"}"
+  volumes+="
+            - {name: storage-$count, $3}"
+  count=$((count + 1))
+}
+while [[ ${1-} == --* ]]; do
+  value=${1#*=}
+  case $1 in
+    --dry-run) dry=1 ;;
+    --claim=*) mount --claim "$value" "persistentVolumeClaim: {claimName: \"${value%%:*}\"}" ;;
+    --bucket=*)
+      mount --bucket "$value" "csi: {driver: gcsfuse.csi.storage.gke.io, volumeAttributes: {bucketName: \"${value%%:*}\", mountOptions: implicit-dirs}}"
+      annotations="
+          metadata:
+            annotations: {gke-gcsfuse/volumes: \"true\"}"
+      ;;
+    --service-account=*)
+      [[ $value =~ ^[a-z0-9]([-a-z0-9.]*[a-z0-9])?$ ]] || { echo "error: --service-account=$value is no account's name" >&2; exit 2; }
+      account="
+            serviceAccountName: $value"
+      ;;
+    *) usage ;;
+  esac
+  shift
+done
 [[ $# -ge 7 && $6 == -- ]] || usage
 kind=$1 name=$2 image=$3 fourth=$4 fifth=$5
 shift 6
@@ -59,13 +97,31 @@ case $kind in
   *) usage ;;
 esac
 for argument in "${extra[@]}"; do arguments+=", \"$argument\""; done
+if [[ $volumes ]]; then
+  mounts="
+              volumeMounts:$mounts"
+  volumes="
+            volumes:$volumes"
+else
+  echo "warning: no --claim and no --bucket: what a pod writes is lost with it, and no other pod sees it" >&2
+fi
 
 jobset="apiVersion: jobset.x-k8s.io/v1alpha2
 kind: JobSet
 metadata:
   name: $name
 spec:
-  failurePolicy: {maxRestarts: 100}
+  failurePolicy:
+    maxRestarts: 100
+    rules:
+    - name: badInputOrDiverged
+      action: FailJobSet
+      onJobFailureReasons: [PodFailurePolicy]
+      onJobFailureMessagePatterns: [\"failed with exit code [12] \"]
+    - name: preempted
+      action: RestartJobSetAndIgnoreMaxRestarts
+      onJobFailureReasons: [PodFailurePolicy]
+      onJobFailureMessagePatterns: [\"failed with exit code 143 \", \"has condition DisruptionTarget \"]
   replicatedJobs:
   - name: workers
     template:
@@ -73,10 +129,14 @@ spec:
         parallelism: $hosts
         completions: $hosts
         backoffLimit: 0
-        template:
+        podFailurePolicy:
+          rules:
+          - {action: FailJob, onPodConditions: [{type: DisruptionTarget, status: \"True\"}]}
+          - {action: FailJob, onExitCodes: {containerName: train, operator: In, values: [1, 2, 143]}}
+        template:$annotations
           spec:
             restartPolicy: Never
-            terminationGracePeriodSeconds: 300
+            terminationGracePeriodSeconds: 300$account
             nodeSelector:
               $selector
             containers:
@@ -84,7 +144,7 @@ spec:
               image: $image
               command: [python, -m, truepose_jax.$program]
               args: [$arguments]
-              resources: {limits: {$resource}}$environment"
+              resources: {limits: {$resource}}$environment$mounts$volumes"
 
 if [[ $dry ]]; then
   echo "$jobset"

@@ -2,14 +2,16 @@
 # A training run on every worker of a Cloud TPU slice (one process per worker; JAX reads its place from the slice).
 #
 #   launch/tpu_pod.sh [--dry-run] TPU_NAME ZONE setup [GIT_URL]            once: the repository and its packages, on every worker
-#   launch/tpu_pod.sh [--dry-run] TPU_NAME ZONE train --config=... --workdir=gs://... [--config.key=value ...]
+#   launch/tpu_pod.sh [--dry-run] TPU_NAME ZONE train --config=... --workdir=/mnt/runs/a [--config.key=value ...]
 #   launch/tpu_pod.sh [--dry-run] TPU_NAME ZONE generate|evaluate|prepare ARGUMENT...      e.g. prepare build --dataset=...
 #   launch/tpu_pod.sh [--dry-run] TPU_NAME ZONE stop                       save and end, on every worker
 #
+# A folder such as /mnt must be one that every worker has mounted (Filestore, or a bucket by gcsfuse for what is only read).
+# PYTHON= names the workers' Python 3.11 or later (python3); setup says what to install where it is older.
 # The run goes on when this shell goes: its output is in ~/truepose-jax/train.log (generate.log, ...) of each worker.
 set -euo pipefail
 
-usage() { sed -n '2,9s/^# \{0,1\}//p' "$0" >&2; exit 2; }
+usage() { sed -n '2,11s/^# \{0,1\}//p' "$0" >&2; exit 2; }
 
 dry=
 if [[ ${1-} == --dry-run ]]; then dry=1; shift; fi
@@ -21,8 +23,12 @@ case $what in
   setup)
     url=${1-$(git config --get remote.origin.url || true)}
     [[ $url ]] || { echo "error: no GIT_URL given and this clone has no remote" >&2; exit 2; }
-    remote="git clone $(printf %q "$url") truepose-jax && cd truepose-jax && python3 -m venv .venv"
-    remote+=" && .venv/bin/pip install --quiet -e '.[tpu]'"
+    python=$(printf %q "${PYTHON:-python3}")
+    advice="this worker's $python is no Python 3.11 or later; install one (sudo apt-get install -y python3.11 python3.11-venv)"
+    advice+=" and run setup again with PYTHON=python3.11"
+    remote="{ $python -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo \"error: $advice\" >&2; exit 2; }; }"
+    remote+=" && { [ -e truepose-jax/.git ] || git clone $(printf %q "$url") truepose-jax; } && cd truepose-jax"
+    remote+=" && $python -m venv .venv && .venv/bin/pip install --quiet -e '.[tpu]'"
     ;;
   train | generate | evaluate | prepare)
     [[ $# -gt 0 ]] || usage

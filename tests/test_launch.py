@@ -1,8 +1,11 @@
 """The launchers: shellcheck, what their dry runs print, and the SLURM script around a pretended srun."""
 
+import ast
+import importlib
 import json
 import os
 import pathlib
+import re
 import shlex
 import shutil
 import signal
@@ -177,11 +180,134 @@ def test_gke_gpu_dry_run():
         (["tpu", "pose", "i", "t", "4by4", "--", "a"], "TOPOLOGY '4by4'"),
         (["gpu", "pose", "i", "two", "8", "--", "a"], "launch/gke.sh"),
         (["gpu", "pose", "i", "2", "8", *TRAIN], "launch/gke.sh"),
+        (["--claim=data", "gpu", "pose", "i", "2", "8", "--", "a"], "--claim=data is not NAME:PATH"),
+        (["--bucket=gs://b:/b", "gpu", "pose", "i", "2", "8", "--", "a"], "is not NAME:PATH"),
+        (["--volume=b:/b", "gpu", "pose", "i", "2", "8", "--", "a"], "launch/gke.sh"),
     ],
 )
 def test_gke_bad_arguments(arguments, text):
     done = shell("gke.sh", "--dry-run", *arguments)
     assert done.returncode == 2 and text in done.stderr
+
+
+def test_gke_mounts_storage_and_knows_which_ends_are_worth_a_restart():
+    storage = ["--claim=files:/data", "--bucket=my.photos:/photos", "--service-account=trainer"]
+    made, job, pod = jobset(*storage, "gpu", "pose", "image:1", "2", "8", "--", *TRAIN)
+    (container,) = pod["containers"]
+    assert [m["mountPath"] for m in container["volumeMounts"]] == ["/data", "/photos"]
+    assert [m["name"] for m in container["volumeMounts"]] == [v["name"] for v in pod["volumes"]]
+    assert pod["volumes"][0]["persistentVolumeClaim"] == {"claimName": "files"}
+    bucket = pod["volumes"][1]["csi"]
+    assert bucket["driver"] == "gcsfuse.csi.storage.gke.io" and bucket["volumeAttributes"]["bucketName"] == "my.photos"
+    annotations = made["spec"]["replicatedJobs"][0]["template"]["spec"]["template"]["metadata"]["annotations"]
+    assert annotations == {"gke-gcsfuse/volumes": "true"} and pod["serviceAccountName"] == "trainer"
+
+    # What the Job controller says of each end of a pod, and the first rule of the JobSet that takes it.
+    codes = [rule["onExitCodes"] for rule in job["podFailurePolicy"]["rules"] if "onExitCodes" in rule]
+    told = {code: f"Container train for pod a/b failed with exit code {code} matching FailJob rule at index 1"
+            for code in (1, 2, 12, 137, 143)}  # fmt: skip
+    told["evicted"] = "Pod a/b has condition DisruptionTarget matching FailJob rule at index 0"
+    taken = {}
+    for end, words in told.items():
+        if end == "evicted" or end in codes[0]["values"]:
+            rules = (
+                r for r in made["spec"]["failurePolicy"]["rules"] if r["onJobFailureReasons"] == ["PodFailurePolicy"]
+            )
+            taken[end] = next(
+                r["action"] for r in rules if any(re.search(p, words) for p in r["onJobFailureMessagePatterns"])
+            )
+    again = "RestartJobSetAndIgnoreMaxRestarts"
+    assert codes[0]["containerName"] == container["name"] and codes[0]["operator"] == "In"
+    assert taken == {1: "FailJobSet", 2: "FailJobSet", 143: again, "evicted": again}, "others restart, and are counted"
+
+
+def test_gke_without_storage_warns():
+    arguments = ["gpu", "pose", "i", "2", "8", "--", *TRAIN]
+    assert "no --claim and no --bucket" in shell("gke.sh", "--dry-run", *arguments).stderr
+    assert shell("gke.sh", "--dry-run", "--claim=a:/a", *arguments).stderr == ""
+
+
+def tpu_setup(home, python):
+    """What `setup` does on a worker: exit code and stderr, with pretended git and Python."""
+    words = shlex.split(shell("tpu_pod.sh", "--dry-run", "t", "z", "setup", "URL", PYTHON=str(python)).stdout)
+    (remote,) = (w.removeprefix("--command=") for w in words if w.startswith("--command="))
+    path = f"{home}:{os.environ['PATH']}"
+    done = subprocess.run(
+        ["bash", "-c", remote], cwd=home, env={"PATH": path}, capture_output=True, text=True, timeout=60
+    )
+    return done.returncode, done.stderr
+
+
+def test_tpu_setup_says_which_python_it_needs_and_can_be_run_again(tmp_path):
+    pip = "mkdir -p .venv/bin; printf '#!/bin/sh\\necho pip >> ../log\\n' > .venv/bin/pip; chmod +x .venv/bin/pip"
+    for name, text in {
+        "old": "exit 1",
+        "new": f'case "$2" in venv) {pip};; esac',
+        "git": "mkdir truepose-jax truepose-jax/.git; echo clone >> log",
+    }.items():
+        (tmp_path / name).write_text(f"#!/bin/sh\n{text}\n")
+        (tmp_path / name).chmod(0o755)
+    code, error = tpu_setup(tmp_path, tmp_path / "old")
+    assert code == 2 and "Python 3.11" in error and "PYTHON=python3.11" in error and error.count("\n") == 1
+    assert not (tmp_path / "log").exists()
+    for _ in range(2):
+        assert tpu_setup(tmp_path, tmp_path / "new") == (0, "")
+    assert (tmp_path / "log").read_text().split() == ["clone", "pip", "pip"]
+
+
+def printed_runs():
+    """(where, devices, the words after it) of each line in the launchers and their README that names a configuration."""
+    table = [line.split("|") for line in (LAUNCH / "README.md").read_text().splitlines() if "--config=configs/" in line]
+    for cells in table:
+        (command,) = re.findall(r"`([^`]*--config=configs/[^`]*)`", cells[3])
+        yield f"README, {cells[1].strip()}", int(cells[2]), command.split()
+        shown = re.search(r"local\.sh (\d+)|(\d+)x(\d+) --|gpu NAME IMAGE (\d+) (\d+)", command)
+        if shown:
+            numbers = [int(n) for n in shown.groups() if n]
+            assert numbers[0] * (numbers[1:] or [1])[0] == int(cells[2]), command
+    batch = (LAUNCH / "slurm.sbatch").read_text()
+    tasks = [int(re.search(rf"^#SBATCH --{name}=(\d+)", batch, re.M)[1]) for name in ("nodes", "ntasks-per-node")]
+    for script in SCRIPTS:
+        for line in script.read_text().splitlines():
+            if line.startswith("#") and "--config=configs/" in line:
+                yield script.name, tasks[0] * tasks[1] if script.suffix == ".sbatch" else 2, line.split()
+
+
+RUNS = list(printed_runs())
+
+
+@pytest.mark.parametrize(("devices", "words"), [run[1:] for run in RUNS], ids=[run[0] for run in RUNS])
+def test_printed_runs_are_ones_that_start(devices, words):
+    """The schema takes the configuration, and the batch divides over so many devices."""
+    from truepose_jax.schema import Config, from_config_dict
+
+    values = dict(w.removeprefix("--").split("=", 1) for w in words if w.startswith("--config") and "." in w)
+    made = importlib.import_module(values.pop("config").removesuffix(".py").replace("/", ".")).get_config()
+    made.update_from_flattened_dict({k.removeprefix("config."): ast.literal_eval(v) for k, v in values.items()})
+    config = from_config_dict(Config, made)
+    assert devices % (config.mesh.fsdp * config.mesh.tensor) == 0
+    parts = devices // config.mesh.tensor * config.optim.accumulation
+    assert config.batch_size % (parts * config.data.targets_per_source) == 0
+
+
+def test_the_device_counts_that_the_readme_names():
+    from configs import demo, truepose_deepfashion_256, truepose_deepfashion_512
+
+    text = " ".join((LAUNCH / "README.md").read_text().split())
+    for config, words in (
+        (truepose_deepfashion_512, r"12 \(512x352\) runs on ([\d, or]+) devices"),
+        (truepose_deepfashion_256, r"60 \(256x176\) on ([\d, or]+)\."),
+        (demo, r"The demo \(12 rows of three targets to a source\) runs on ([\d, or]+),"),
+    ):
+        made = config.get_config()
+        groups = made.batch_size // made.data.targets_per_source
+        named = [int(n) for n in re.findall(r"\d+", re.search(words, text)[1])]
+        assert named == [n for n in range(1, groups + 1) if groups % n == 0]
+
+
+def test_nobody_is_told_to_write_into_an_address():
+    for path in LAUNCH.iterdir():
+        assert "gs://" not in path.read_text(), path
 
 
 def test_tpu_pod_dry_run():
