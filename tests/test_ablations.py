@@ -16,7 +16,7 @@ from tests import oracle, tiny
 from truepose_jax.methods.truepose import TruePose
 from truepose_jax.models.attention import Site
 from truepose_jax.models.caa import reweighted_scores
-from truepose_jax.models.clip import SMALL_CLIP, CLIPVisionModelWithProjection
+from truepose_jax.models.clip import CLIPVisionConfig, CLIPVisionModelWithProjection
 from truepose_jax.models.clip_source import ClipSource, clip_patches
 from truepose_jax.models.hpfa import FusionConfig, KeysValues, SourceAttention
 from truepose_jax.models.source_net import self_attention_of, source_features, source_net
@@ -24,6 +24,15 @@ from truepose_jax.models.target_net import SiteFeatures, SourceTokens, TruePoseB
 from truepose_jax.models.vae import PixelAutoencoder
 
 N = 4
+SMALL_CLIP = CLIPVisionConfig(
+    hidden_size=64,
+    intermediate_size=256,
+    projection_dim=64,
+    num_hidden_layers=2,
+    num_attention_heads=2,
+    image_size=32,
+    patch_size=8,
+)
 SITE = Site("site", 0, 8, 2)
 CONCAT = FusionConfig(texture="concat")
 VARIANTS = {

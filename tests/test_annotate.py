@@ -3,6 +3,7 @@
 import itertools
 import json
 import re
+import shutil
 
 import jax
 import jax.numpy as jnp
@@ -18,21 +19,24 @@ from input_pipeline.record_rewrite import annotations
 from input_pipeline.record_schema import unpack_tokens
 from input_pipeline.records import RecordImages
 from input_pipeline.regions import region_crops
-from input_pipeline.schema import InputError
+from input_pipeline.schema import InputError, check_batch
 from tests.records import built
 from tests.tiny_run import quick_starts, random_like, tiny_config
-from truepose_jax import datasets, prepare, region_tokens, train
+from truepose_jax import convert, datasets, prepare, region_tokens, train
+from truepose_jax.conversion.export_configs import unet_config
 from truepose_jax.datasets import evaluation_set, training_set
-from truepose_jax.frozen import load_autoencoder
-from truepose_jax.initial import batch_spec
+from truepose_jax.frozen import files_sha256, load_autoencoder
+from truepose_jax.initial import batch_spec, resolve_init_from
 from truepose_jax.methods import make_method
+from truepose_jax.models.vae import MomentsAutoencoder
 from truepose_jax.region_tokens import LazyEncoder
+from truepose_jax.scaling import batch, measure
 from truepose_jax.schema import ConfigError
 from truepose_jax.stored import training_method
 from truepose_jax.train_step import as_floats
 
 torch = pytest.importorskip("torch")
-pytest.importorskip("diffusers")
+diffusers = pytest.importorskip("diffusers")
 transformers = pytest.importorskip("transformers")
 from tests import torch_models  # noqa: E402
 
@@ -76,8 +80,6 @@ def config_of(models, records, **changes):
 
 def test_records_hold_what_the_networks_make_of_photo_and_mirror(models, records):
     """Against transformers' CLIP and diffusers' VAE in torch."""
-    import diffusers
-
     clip = transformers.CLIPVisionModelWithProjection.from_pretrained(models / "clip").eval()
     vae = diffusers.AutoencoderKL.from_pretrained(models / "vae").eval()
     images, labels = RecordImages(records, "train", size=SIZE), LABEL_SETS["atr18"]
@@ -180,6 +182,49 @@ def test_training_from_stored_latents_and_tokens_runs_neither_network(models, re
     assert frozen == {"autoencoder": said["vae"]["fingerprint"], "clip": said["clip"]["fingerprint"]}
 
 
+def test_the_scaling_studies_train_from_stored_latents_too(models, records, tmp_path, monkeypatch):
+    """With the method and the batches of training, and no CLIP; the held-out loss is of photos."""
+    config = config_of(models, records)
+    monkeypatch.setattr(region_tokens, "make_encoder", lambda *arguments: pytest.fail("CLIP was made"))
+    study = batch.Study(config, batch.Settings(None, examples=8, micro=2, reference=4, lamb_rate=0.01), tmp_path)
+    check_batch(next(study.loader(config, 0)), "moments")
+    with monkeypatch.context() as patch:
+        judges = []
+
+        def loss(self, *arguments):
+            judges.append(self)
+            return jnp.float32(2.0), {}
+
+        patch.setattr(type(study.method), "loss", loss)
+        assert study.heldout_loss({}) == 2.0
+
+    class Made(Exception):
+        pass
+
+    def trainer(config, method):
+        raise Made(method)
+
+    monkeypatch.setattr(measure, "Trainer", trainer)
+    with pytest.raises(Made) as made:
+        measure.measure(config, devices=1, steps=1, cache=str(tmp_path))
+    reads = [
+        isinstance(method.autoencoder, MomentsAutoencoder) for method in (study.method, *made.value.args, judges[0])
+    ]
+    assert reads == [True, True, False]
+
+
+def test_records_that_cannot_be_written_are_found_before_the_networks(models, tmp_path, capsys, monkeypatch):
+    root = built(tmp_path / "r")
+    shutil.rmtree(root / "build", ignore_errors=True)
+    (root / "build").write_text("a file")
+    monkeypatch.setattr(region_tokens, "load_encoder", lambda folder: pytest.fail("CLIP was loaded"))
+    assert prepare.main(["annotate", str(root), f"--clip={models}/clip", "--size=32x24"]) == 2
+    error = capsys.readouterr().err
+    assert "cannot be written" in error and error.count("\n") == 1, error
+    with pytest.raises(InputError, match="cannot be written"):
+        record_rewrite.rewrite_records(root, {"x": {}}, lambda *arguments: [], size=SIZE)
+
+
 def test_whose_tokens_serve(models, records, caplog):
     """Those of the config's CLIP, or of whichever where the config names none; else new ones are made, and it is said."""
     encoder = LazyEncoder(config_of(models, records).model.clip, 16)
@@ -216,6 +261,36 @@ def test_latents_that_do_not_serve(models, records, changes, words):
         images = RecordImages(records, "train", size=config.model.size)
         training_method(config, make_method(config, autoencoder), images, autoencoder, fingerprint)
     assert "\n" not in str(error.value)
+
+
+def test_what_was_made_with_the_originals_serves_their_converted_copies(models, records, tmp_path, caplog, capsys):
+    """annotate by the folders of the hub (here in shards), convert, train from the weights folder: neither network runs
+    again."""
+    vae, clip = tmp_path / "sd/vae", tmp_path / "clip"
+    diffusers.AutoencoderKL.from_pretrained(models / "vae").save_pretrained(vae, max_shard_size="20KB")
+    of_hub = transformers.CLIPVisionModelWithProjection.from_pretrained(models / "clip")
+    of_hub.save_pretrained(clip, max_shard_size="4KB")
+    records = shutil.copytree(records, tmp_path / "records")
+    capsys.readouterr()
+    assert prepare.main(["annotate", str(records), f"--clip={clip}", f"--vae={vae}", "--size=32x24"]) == 0
+    assert capsys.readouterr().out.count("already") == 2
+    config = config_of(models, records)
+    unet = diffusers.UNet2DConditionModel.from_config(unet_config(config.model))
+    unet.save_pretrained(tmp_path / "sd/unet")
+    diffusers.PNDMScheduler(beta_schedule="scaled_linear", beta_end=0.012).save_pretrained(tmp_path / "sd/scheduler")
+    weights = tmp_path / "weights"
+    flags = [f"--src={tmp_path / 'sd'}", f"--clip={clip}", f"--dst={weights}"]
+    assert convert.main(["from-torch", "--model=sd15", *flags]) == 0
+    assert files_sha256(weights / "vae") != files_sha256(vae), "other files"
+    assert files_sha256(weights / "image_encoder") != files_sha256(clip)
+
+    config = resolve_init_from(config_of(models, records, init_from=str(weights), model__vae=""))
+    assert config.model.vae == config.model.clip.path == str(weights)
+    autoencoder, _, fingerprint = load_autoencoder(config.model)
+    images, encoder = RecordImages(records, "train", size=SIZE), LazyEncoder(config.model.clip, config.token_width)
+    assert isinstance(training_set(config, encoder, None).tokens, datasets.RecordTokens)
+    training_method(config, make_method(config, autoencoder), images, autoencoder, fingerprint)
+    assert "do not serve" not in caplog.text
 
 
 def test_records_without_latents(models, tmp_path):

@@ -109,6 +109,27 @@ def test_names_that_mean_nothing_here(tmp_path):
     found.check(allow_missing=True)
 
 
+@pytest.mark.parametrize("beside", ["parsing", "keypoints"])
+def test_a_folder_laid_out_for_training_is_its_photos(tmp_path, beside):
+    """photos/image beside photos/parsing or keypoints, all of which hold pictures; without these it is any folder."""
+    root = tmp_path / "photos"
+    folder(root / "image", ["anna/1.png", "bob.png"])
+    assert pairing.Folder.read(str(root), flag="--x").names == ("image/anna/1.png", "image/bob.png")
+    folder(root / beside, ["anna/1.png", "bob.png"])
+    found = pairing.Folder.read(str(root), flag="--reference")
+    assert found.names == ("anna/1.png", "bob.png") and found.path("bob.png") == root / "image/bob.png"
+    maps = pairing.Folder.read(str(root), flag="--parsing", maps=True)
+    assert maps.root == root / ("parsing" if beside == "parsing" else "image")
+    code, report = run(tmp_path, "--allow-missing", generated=folder(tmp_path / "out", ["bob.png"]), reference=root)
+    assert (
+        code == 0
+        and report["pairs"]["by_rule"] == {"same name": 1}
+        and report["reference"]["folder"] == f"{root}/image"
+    )
+    with pytest.raises(InputError, match=r"by --pairs=CSV"):
+        pairing.pair_folders(pairing.Folder(tmp_path, ("bob.png",)), found).check(allow_missing=False)
+
+
 def test_the_longest_target_and_no_namesake_from_another_folder(tmp_path):
     """A separator inside a name parts no pair, and anna/1 and bob/1 are two people."""
     (found,) = pair(tmp_path, ["anna_to_03_2_side.png"], ["side.png", "03_2_side.png"]).pairs

@@ -276,6 +276,10 @@ BAD = {
     "no map flag": ({"parsing": None}, "none where there is no map"),
     "unknown flag": ({"size": 3}, "unrecognized arguments"),
     "one and many": ({"pairs": "list.csv"}, "give one of them"),
+    "a list's folder": ({"out_dir": "d"}, "--out-dir means nothing to one picture; it is for --pairs, --records"),
+    "a list's batch": ({"batch_size": 8}, "--batch-size means nothing to one picture"),
+    "a split": ({"split": "test"}, "--split means nothing to one picture; it is for --records"),
+    "a naming": ({"naming": "cfld"}, "--naming means nothing to one picture"),
 }
 
 
@@ -333,6 +337,8 @@ def test_bad_lists_are_one_line_and_exit_code_2(inputs, tmp_path, capsys):
     for flags, words in (
         ([f"--out-dir={tmp_path / 'd'}", "--batch-size=0"], "--batch-size is 0"),
         ([f"--out-dir={tmp_path / 'd'}", "--labels=atr"], "unknown label set"),
+        ([f"--out-dir={tmp_path / 'd'}", "--split=test"], "--split means nothing to --pairs; it is for --records"),
+        ([f"--out-dir={tmp_path / 'd'}", "--naming=pidm"], "--naming means nothing to --pairs"),
         ([], "--out-dir is missing"),
     ):
         assert run(f"--workdir={shared_run()}", f"--pairs={listed}", *flags) == 2

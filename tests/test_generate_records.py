@@ -228,6 +228,8 @@ def test_a_signal_to_one_process_stops_both_and_another_number_goes_on(records, 
     [
         (["--process=1"], "--coordinator is missing"),
         (["--split=train"], "no split 'train'"),
+        (["--labels=atr18"], "--labels means nothing to --records; it is for one picture, --pairs"),
+        (["--pose-frame=40x30"], "--pose-frame means nothing to --records"),
         (["--pairs=x.csv"], "two lists"),
         (["--pose=x.json"], "--pose is for one picture and --records"),
         (["--records=/nowhere"], "no such folder"),

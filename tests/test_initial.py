@@ -2,6 +2,7 @@
 
 import json
 import pathlib
+import re
 
 import jax
 import ml_dtypes
@@ -155,6 +156,44 @@ def test_another_schedule_is_said_aloud(tmp_path, given, caplog):
     folder = write_folder(tmp_path / "weights", given, tiny_config(), schedule=schedule)
     resolve_init_from(tiny_config(init_from=str(folder)))
     assert "linear" in caplog.text and "scaled_linear" in caplog.text
+
+
+SETTINGS = {
+    "autoencoder": {"kind": "pixels", "factor": 4},
+    "positions": "none",
+    "source_parsing": "none",
+    "fusion": {"regions": 2, "delta": 0.6, "sigma": 0.3, "reading": "printed", "mask_axis": "key"},
+}
+"""Those of tiny_config, as an export's truepose.json has them."""
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"positions": "sincos"}, "model.positions sincos; give --config.model.positions=sincos"),
+        ({"source_parsing": "coverage"}, "--config.model.source_parsing=coverage"),
+        ({"fusion": {"reading": "prose"}}, "--config.model.fusion.reading=prose"),
+        ({"fusion": {"mask_axis": "none"}}, "--config.model.fusion.mask_axis=none"),
+        ({"fusion": {"delta": 0.5, "sigma": 0.2}}, "--config.model.fusion.delta=0.5 --config.model.fusion.sigma=0.2"),
+        ({"autoencoder": {"kind": "sd15", "factor": 8}}, "--config.model.autoencoder=sd15"),
+    ],
+)
+def test_an_export_of_another_network_is_refused_by_name(tmp_path, change, words):
+    told = SETTINGS | {k: SETTINGS[k] | v if isinstance(v, dict) else v for k, v in change.items()}
+    folder = write_folder(tmp_path / "weights", {}, tiny_config(), settings=told)
+    with pytest.raises(ConfigError, match=re.escape(words)) as error:
+        resolve_init_from(tiny_config(init_from=str(folder)))
+    assert "\n" not in str(error.value) and "was trained with" in str(error.value)
+
+
+def test_another_number_of_regions_is_said_aloud(tmp_path, caplog):
+    same = write_folder(tmp_path / "same", {}, tiny_config(), settings=SETTINGS)
+    resolve_init_from(tiny_config(init_from=str(same)))
+    assert not caplog.text
+    resolve_init_from(tiny_config(init_from=str(same), model__fusion__regions=3))
+    assert "model.fusion.regions 2; this run has 3" in caplog.text
+    resolve_init_from(tiny_config(init_from=str(shared_run()), model__positions="sincos"))
+    assert "model.positions none; this run has sincos" in caplog.text, "of another run too"
 
 
 def test_frozen_networks_come_along(tmp_path, given):

@@ -12,6 +12,7 @@ from input_pipeline.keypoints import load_pose
 from input_pipeline.parsing import LABEL_SETS, read_parsing
 from input_pipeline.schema import InputError
 from truepose_jax import prepare
+from truepose_jax.prepare import label
 from truepose_jax.prepare.parsing_model import ParsingModel, class_map
 from truepose_jax.prepare.pose_model import PoseModel, main_person
 
@@ -146,6 +147,8 @@ def test_nobody_found_is_written_and_said(models, raw, capsys):
     [
         ([], "nothing to do"),
         (["--pose=x"], "belong together"),
+        (["--parsing=x", "--score=0.5"], "--score means nothing to --parsing; it is for --pose"),
+        (["--pose=x", "--detector=x", "--labels=atr18"], "--labels means nothing to --pose; it is for --parsing"),
         (["--parsing={raw}"], "not a checkpoint that AutoModelForSemanticSegmentation"),
         (["--parsing={models}/detector"], "not a checkpoint|lack"),
         (["--parsing={models}/streets"], "its 3 classes (road, person, car) give"),
@@ -163,8 +166,28 @@ def test_one_line_and_exit_code_2(models, raw, capsys, flags, words):
     assert not (raw / "parsing").exists() and not (raw / "keypoints").exists()
 
 
+@pytest.mark.parametrize("flag", ["--parsing=gone", "--pose=gone --detector=gone"])
+def test_a_folder_that_cannot_be_written_is_found_before_the_models(raw, capsys, monkeypatch, flag):
+    for name in (*label.PARSING_FOLDERS, *label.POSE_FOLDERS):
+        (raw / name).write_text("a file")
+    assert prepare.main(["label", f"--raw={raw}", *flag.split()]) == 2
+    error = capsys.readouterr().err
+    assert "cannot be written" in error and error.count("\n") == 1, error
+
+
+def test_a_disk_that_fills_up_is_one_line(raw, monkeypatch):
+    (raw / "full").write_text("a file")
+    for write in (
+        lambda: label.write_map(raw / "full", "a", np.zeros((4, 4), np.uint8)),
+        lambda: label.write_pose(raw / "full", "a", np.zeros((18, 3)), (4, 4)),
+        lambda: label.write_pose(raw / "full", "a", np.ones((18, 3)), (4, 4)),
+    ):
+        with pytest.raises(InputError, match="cannot be written"):
+            write()
+
+
 def test_without_the_extra_it_is_one_line(raw, capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "transformers", None)
     assert prepare.main(["label", f"--raw={raw}", "--parsing=x"]) == 2
     error = capsys.readouterr().err
-    assert "truepose-jax[torch]" in error and error.count("\n") == 1
+    assert "pip install -e '.[torch]' in the project's folder" in error and error.count("\n") == 1

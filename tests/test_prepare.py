@@ -10,6 +10,7 @@ from input_pipeline.folder import FolderImages
 from input_pipeline.parsing import LABEL_SETS, flip_parsing
 from tests.shared_data import shared_data, write_folder
 from truepose_jax import prepare
+from truepose_jax.prepare import inspection
 
 
 def test_inspect_draws_a_sheet_and_counts(tmp_path, capsys):
@@ -54,6 +55,10 @@ def test_inspect_of_synthetic_people(tmp_path, capsys):
         (["--synthetic=0"], "empty set"),
         (["--synthetic=1", "--size=16x16"], "too small for a person"),
         (["--root=ROOT", "--labels=none", "--keypoints=/absent.csv"], "no poses"),
+        (["--root=ROOT", "--split=test"], "--split means nothing to --root; it is for --records"),
+        (["--records=ROOT", "--labels=atr18"], "--labels means nothing to --records; it is for --root"),
+        (["--synthetic=2", "--keypoints=x.csv"], "--keypoints means nothing to --synthetic"),
+        (["--synthetic=2", "--pose-frame=64x48"], "--pose-frame means nothing to --synthetic"),
     ],
 )
 def test_bad_input_is_one_line_and_exit_code_2(tmp_path, capsys, flags, words):
@@ -62,6 +67,24 @@ def test_bad_input_is_one_line_and_exit_code_2(tmp_path, capsys, flags, words):
     assert prepare.main(["inspect", "--size=64x48", *flags, f"--out={tmp_path}/s.png"]) == 2
     error = capsys.readouterr().err
     assert error.count("\n") == 1 and error.startswith("error: ") and words in error
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--count=0"], "--count is 0"),
+        (["--out=s.txt"], "does not name a picture; end it in .png"),
+        (["--out=ROOT"], "does not name a picture"),
+        (["--out=FILE/s.png"], "cannot be written"),
+    ],
+)
+def test_inspect_says_it_before_it_reads_photos(tmp_path, capsys, monkeypatch, flags, words):
+    monkeypatch.setattr(inspection, "synthetic_images", lambda *arguments: pytest.fail("photos were read"))
+    (tmp_path / "file").write_text("")
+    flags = [f.replace("ROOT", str(tmp_path)).replace("FILE", str(tmp_path / "file")) for f in flags]
+    assert prepare.main(["inspect", "--synthetic=1", "--size=64x48", f"--out={tmp_path}/s.png", *flags]) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and words in error, error
 
 
 def test_bad_flags_exit_with_2(tmp_path):

@@ -295,6 +295,14 @@ def test_bad_input_is_one_line_and_exit_code_2(encoders, tmp_path, capsys, monke
         ([], "one of the arguments --workdir --weights is required"),
         (["--weights=/absent"], "no weights folder"),
         ([workdir, "--count=0"], "--count is 0"),
+        ([workdir, "--size=32x24"], "--size means nothing to --workdir; it is for --weights"),
+        (["--weights=/absent", "--step=3"], "--step means nothing to --weights; it is for --workdir"),
+        (["--weights=/absent", "--kind=raw"], "--kind means nothing to --weights"),
+        ([workdir, "--labels=atr18"], "--labels means nothing to --data=synthetic; it is for --data=PHOTOS"),
+        ([workdir, "--split=test"], "--split means nothing to --data=synthetic; it is for --data=RECORDS"),
+        ([workdir, "--keypoints=x.csv"], "--keypoints means nothing"),
+        ([workdir, "--pose-frame=32x24"], "--pose-frame means nothing"),
+        ([workdir, f"--data={photos}", "--labels=atr18", "--split=test"], "--split means nothing"),
         ([workdir, "--batch-size=0"], "--batch-size is 0"),
         ([workdir, "--steps=0"], "steps is 0"),
         ([workdir, "--data=/absent", "--labels=atr18"], "no such folder"),
@@ -312,7 +320,7 @@ def test_bad_input_is_one_line_and_exit_code_2(encoders, tmp_path, capsys, monke
     assert "cannot make this folder" in capsys.readouterr().err
     monkeypatch.setattr(study.attention.drawing.importlib.util, "find_spec", lambda name: None)
     assert run(workdir, f"--out={tmp_path / 'out'}") == 2
-    assert "truepose-jax[scaling]" in capsys.readouterr().err
+    assert "pip install -e '.[scaling]'" in capsys.readouterr().err
 
 
 def test_style_asks_for_the_next_persons_garments(tmp_path, capsys, monkeypatch, opened):

@@ -32,6 +32,8 @@ import tqdm
 from jax.sharding import SingleDeviceSharding
 
 from configs.base import get_config
+from input_pipeline.records import open_build
+from input_pipeline.schema import InputError
 from truepose_jax.checkpoint import read_metadata
 from truepose_jax.conversion import readers, report, weights_folder
 from truepose_jax.conversion.export import write_export
@@ -44,7 +46,7 @@ from truepose_jax.models.clip import CLIPVisionConfig, CLIPVisionModelWithProjec
 from truepose_jax.models.unet import UNetConfig
 from truepose_jax.models.vae import AutoencoderKLConfig, KLAutoencoder, PixelAutoencoder
 from truepose_jax.pipeline import WEIGHTS, Run
-from truepose_jax.programs import Parser, run_program
+from truepose_jax.programs import Parser, install, run_program
 from truepose_jax.schema import Config, from_config_dict, to_dict
 
 MODELS = ("sd15", "truepose")
@@ -115,10 +117,22 @@ def to_torch(flags: argparse.Namespace) -> None:
     on_host = SingleDeviceSharding(jax.local_devices(backend="cpu")[0])
     params = run.checkpoints.restore_part(WEIGHTS[run.weights], run.step, place=on_host)
     about = {"step": run.step, "weights": run.weights, "frozen": metadata.get("frozen", {})}
+    about["records"] = _about_records(run.config)
     written = write_export(
         flags.dst, params, config=run.config, dtype=flags.dtype, origin=metadata.get("origin"), run=about
     )
     print(f"{flags.workdir}: step {run.step}, {run.weights} weights\n{written}")
+
+
+def _about_records(config: Config) -> dict[str, str]:
+    """{"name", "labels"} of the records that a run was trained on; {} where they are not where its config says."""
+    if config.data.dataset != "records":
+        return {}
+    try:
+        info = open_build(pathlib.Path(config.data.root)).info
+    except InputError:
+        return {}
+    return {"name": info.name, "labels": info.metadata["labels"]}
 
 
 def make_plan(flags: argparse.Namespace) -> Plan:
@@ -186,10 +200,6 @@ def _locate(src: str, weights: Sequence[str], variant: str | None) -> tuple[path
         from huggingface_hub import snapshot_download
 
         found = pathlib.Path(snapshot_download(src, allow_patterns=patterns))
-    except ImportError as error:
-        raise ConversionError(
-            f"{src} does not exist; to fetch it from the hub pip install 'truepose-jax[torch]', or give a folder"
-        ) from error
     except Exception as error:  # whatever the network brings; none of it is a bug here
         why = " ".join(str(error).split())[:200] or type(error).__name__
         raise ConversionError(f"{src} does not exist here and cannot be fetched from the hub ({why})") from error
@@ -203,7 +213,7 @@ def _open_ckpt(file: pathlib.Path) -> tuple[ArraySource, dict[str, int]]:
     try:
         import torch
     except ImportError as error:
-        raise ConversionError(f"{file}: .ckpt needs PyTorch: pip install 'truepose-jax[torch]'") from error
+        raise ConversionError(f"{file}: .ckpt needs PyTorch: {install('torch')}") from error
     try:
         # Only the newer format can be mapped instead of read into memory.
         loaded = torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))

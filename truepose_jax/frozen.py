@@ -1,8 +1,10 @@
 """Networks that no optimizer touches, from folders of PyTorch weights: the autoencoder and CLIP's vision tower.
 
 A folder holds config.json and safetensors, as diffusers and transformers save them. Whatever is wrong with it is
-a ConfigError, one line that names the setting. The fingerprint of weights is the sha256 of their file, which
-metadata.json records and every cache of region tokens is keyed by.
+a ConfigError, one line that names the setting. The fingerprint of weights is a sha256 over the tensors that our network
+reads: name, shape, type and bits of each. So a folder of the hub and the copy of it that `convert from-torch` wrote have
+the same one, in one file or in shards, with CLIP's text side or without. Weights in another precision have another one:
+they are other numbers. metadata.json records it, and every cache of region tokens is keyed by it.
 """
 
 from __future__ import annotations
@@ -17,10 +19,17 @@ from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from truepose_jax.conversion import from_torch, key_maps
 from truepose_jax.conversion.key_maps import ModelKeys
-from truepose_jax.conversion.safetensors_io import ConversionError, weight_files
+from truepose_jax.conversion.safetensors_io import (
+    ConversionError,
+    TensorInfo,
+    TensorSource,
+    open_source,
+    weight_files,
+)
 from truepose_jax.models.vae import Autoencoder, AutoencoderKLConfig, KLAutoencoder, PixelAutoencoder
 from truepose_jax.schema import ConfigError, ModelConfig
 
@@ -112,21 +121,48 @@ def load_torch_folder(folder: str, abstract_params: Mapping[str, Any], kind: str
     abstract_params: the tree of shapes and dtypes that is wanted; every tensor must fit, and none may be left
     over. kind: "vae" or "clip". Raises ConfigError.
     """
-    place = _folder(folder, kind)
+    place, keys = _folder(folder, kind), KINDS[kind].keys
     try:
-        params = from_torch.load(place, abstract_params, KINDS[kind].keys)
-        fingerprint = _sha256(weight_files(place))
+        source = _Hashed(open_source(place), keys)
+        params = from_torch.load(source, abstract_params, keys)
+        return jax.tree.map(jnp.asarray, params), source.fingerprint()
     except (OSError, ConversionError) as error:
         raise _refusal(folder, kind, _one_line(error)) from error
-    return jax.tree.map(jnp.asarray, params), fingerprint
 
 
 def folder_fingerprint(folder: str, kind: str) -> str:
     """The fingerprint of a folder's weights, which are hashed and not loaded. Raises ConfigError."""
     try:
-        return _sha256(weight_files(_folder(folder, kind)))
+        return _Hashed(open_source(_folder(folder, kind)), KINDS[kind].keys).fingerprint()
     except (OSError, ConversionError) as error:
         raise _refusal(folder, kind, _one_line(error)) from error
+
+
+class _Hashed:
+    """A TensorSource that hashes every tensor when it is read, so that loading reads the weights once."""
+
+    def __init__(self, source: TensorSource, keys: ModelKeys):
+        self._source, self._keys = source, keys
+        self._digests: dict[str, str] = {}
+        self.infos: Mapping[str, TensorInfo] = source.infos
+
+    def read(self, name: str) -> np.ndarray:
+        array = self._source.read(name)
+        if name not in self._digests:
+            bits = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
+            self._digests[name] = hashlib.sha256(bits).hexdigest()
+        return array
+
+    def fingerprint(self) -> str:
+        """Over the tensors that count, by their canonical names; those not read yet are read now, one at a time."""
+        lines = []
+        for name, (shape, dtype) in self.infos.items():
+            if self._keys.reason_to_ignore(name):
+                continue
+            if name not in self._digests:
+                self.read(name)
+            lines.append(f"{self._keys.canonical(name)} {list(shape)} {dtype} {self._digests[name]}")
+        return hashlib.sha256("\n".join(sorted(lines)).encode()).hexdigest()
 
 
 def _folder(folder: str, kind: str) -> pathlib.Path:
@@ -154,10 +190,11 @@ def _one_line(error: Exception) -> str:
     return "; ".join(parts)
 
 
-def _sha256(files: list[pathlib.Path]) -> str:
-    """Of one file its sha256, the number that model hubs list; of shards the sha256 of theirs in a row."""
+def files_sha256(folder: pathlib.Path) -> str:
+    """Of one file of weights its sha256, the number that model hubs list; of shards the sha256 of theirs in a row. Raises
+    ConversionError."""
     digests = []
-    for file in files:
+    for file in weight_files(folder):
         with file.open("rb") as opened:
             digests.append(hashlib.file_digest(opened, "sha256").hexdigest())
     return digests[0] if len(digests) == 1 else hashlib.sha256("".join(digests).encode()).hexdigest()

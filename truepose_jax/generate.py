@@ -49,7 +49,7 @@ from truepose_jax.file_rows import COLUMNS, Row, read_rows
 from truepose_jax.files import whole
 from truepose_jax.pictures import sheet
 from truepose_jax.pipeline import WEIGHTS, Fitted, Pipeline, Run
-from truepose_jax.programs import BAD_INPUT, Parser, keep_programs, parse_size, run_program
+from truepose_jax.programs import BAD_INPUT, Parser, keep_programs, parse_size, refuse_unheeded, run_program
 from truepose_jax.record_rows import NAMINGS, RecordRow, pair_list, record_rows
 from truepose_jax.schema import to_dict
 
@@ -60,6 +60,17 @@ HINTS = {
     "edit-mask": " (the region of --reference that is made anew)",
     "pose": " (the reference's own pose)",
 }
+ONE = "one picture"
+HEEDED_BY = {
+    "labels": (ONE, "--pairs"),
+    "pose-frame": (ONE, "--pairs"),
+    "split": ("--records",),
+    "naming": ("--records",),
+    "out-dir": ("--pairs", "--records"),
+    "batch-size": ("--pairs", "--records"),
+}
+"""Which calls read a flag; in others it is an error. What is for one picture alone is refused before."""
+SPLIT, NAMING, BATCH = "test", "cfld", 8
 READERS = 4
 """Threads that read and fit the photos of the next batches while one is sampled."""
 Report = Callable[[int, object], None]
@@ -89,11 +100,13 @@ def _main(argv: Sequence[str]) -> int | None:
         given = [name for name, value in (single | {"sheet": flags.sheet} | edit).items() if value]
         if given:
             raise InputError(f"--{given[0]} is for one picture and --{many} for a list; give one of them")
+        refuse_unheeded(flags, HEEDED_BY, f"--{many}")
         if not flags.out_dir:
             raise InputError(f"--out-dir is missing: name the folder for the pictures of --{many}")
         with joined(flags) as share:
             return generate_list(flags, share)
     else:
+        refuse_unheeded(flags, HEEDED_BY, ONE)
         refuse_flags(flags, "one picture is one process's; --pairs and --records are shared")
         if any(edit.values()):
             single = single | {name: edit[name] for name in EDIT_FLAGS[:2]}
@@ -132,10 +145,10 @@ def make_parser() -> argparse.ArgumentParser:
     add("--outside", choices=OUTSIDE, help="outside the region: as the autoencoder gives it (default), or pasted")
     add("--pairs", metavar="CSV", help="a list in place of one picture")
     add("--records", metavar="DIR", help="all pairs of records in place of one picture")
-    add("--split", default="test", help="of --records (test)")
-    add("--naming", choices=tuple(NAMINGS), default="cfld", help="of the pictures of --records (cfld)")
+    add("--split", help=f"of --records ({SPLIT})")
+    add("--naming", choices=tuple(NAMINGS), help=f"of the pictures of --records ({NAMING})")
     add("--out-dir", metavar="D", help="folder for the pictures of --pairs or --records")
-    add("--batch-size", type=int, default=8, help="of a list (8); no picture depends on it")
+    add("--batch-size", type=int, help=f"of a list ({BATCH}); no picture depends on it")
     add("--overwrite", action="store_true", help="replace what is there")
     add("--steps", type=int, help="DDIM steps (the run's)")
     add("--guidance", type=float, help="classifier-free guidance, 1: none (the run's)")
@@ -217,17 +230,18 @@ def generate_list(flags: argparse.Namespace, share: Share) -> int:
     Every process holds all parameters on its own devices and samples alone: a picture needs nothing of another one, so
     hosts never wait for one another between the beginning and the end.
     """
-    if flags.batch_size < 1:
-        raise InputError(f"--batch-size is {flags.batch_size}; it must be 1 or more")
+    batch_size = BATCH if flags.batch_size is None else flags.batch_size
+    if batch_size < 1:
+        raise InputError(f"--batch-size is {batch_size}; it must be 1 or more")
     run = Run.open(flags.workdir, weights=flags.weights, step=flags.step)
     steps, guidance = run.sampling(flags.steps, flags.guidance)
     out_dir = pathlib.Path(flags.out_dir)
     settings = settings_of(run, steps, guidance, flags)
     if flags.records:
-        images = RecordImages(flags.records, flags.split)
-        source, problems = str(images.root / f"pairs-{flags.split}.csv"), []
-        rows = record_rows(images, out_dir, flags.naming)
-        settings |= {"records": images.digest, "split": flags.split}
+        images = RecordImages(flags.records, flags.split or SPLIT)
+        source, problems = str(images.root / f"pairs-{images.split}.csv"), []
+        rows = record_rows(images, out_dir, flags.naming or NAMING)
+        settings |= {"records": images.digest, "split": images.split}
     else:
         source = flags.pairs
         rows, problems = read_rows(flags.pairs, out_dir, labels=flags.labels, pose_frame=flags.pose_frame)
@@ -269,7 +283,7 @@ def generate_list(flags: argparse.Namespace, share: Share) -> int:
         share.lead("what the pictures are", write_about)
         share.see(out_dir / SETTINGS_FILE)
         # Not of what is left or this process's: one size, so one program and the same bits, however the work is cut.
-        size = min(flags.batch_size, len(rows))
+        size = min(batch_size, len(rows))
         made = len(mine) - len(todo)
         bar = tqdm.tqdm(total=len(mine), initial=made, unit="image", smoothing=0.1, disable=not share.leads)
         compiled = False  # Until the first batch is sampled there is nothing to save. Others would not hear of the end.

@@ -30,6 +30,12 @@ from truepose_jax.train_step import Trainer, TrainState
 SCRATCH = ("parsing_encoder", "clip_source")
 """Networks that no UNet has anything for, beside what a weights folder itself calls fresh."""
 
+SETTINGS = ("autoencoder", "positions", "source_parsing")
+FUSION_SETTINGS = ("reading", "mask_axis", "delta", "sigma", "regions")
+"""Of config.model and config.model.fusion: what no tensor's shape tells, and trained parameters depend on."""
+HARMLESS = ("fusion.regions",)
+"""CAA reads any number of region tokens; only how well it does depends on the number."""
+
 
 def resolve_init_from(config: Config) -> Config:
     """The config with what init_from implies: its VAE and CLIP where the config names none. Raises ConfigError."""
@@ -40,6 +46,7 @@ def resolve_init_from(config: Config) -> Config:
     if (folder / WEIGHTS_FILE).is_file():
         weights = _open(config)
         _same_network(config, weights.unet, model.unet)
+        _same_settings(config, weights.settings)
         if weights.schedule is not None:
             ours = {name: getattr(config.diffusion.schedule, name) for name in weights.schedule}
             if ours != dict(weights.schedule):
@@ -54,6 +61,7 @@ def resolve_init_from(config: Config) -> Config:
         except CheckpointError as error:
             raise ConfigError(f"config.init_from: {error}") from error
         _same_network(config, to_dict(other.model.unet), model.unet)
+        _warn(config, _differences(config, to_dict(other.model)))
         inside = {"vae": other.model.vae, "clip": other.model.clip.path}
     else:
         raise ConfigError(
@@ -192,6 +200,38 @@ def _same_network(config: Config, theirs: Mapping[str, Any], unet: Any) -> None:
                 f"config.init_from={config.init_from} holds a UNet with {name} {value}; "
                 f"config.model.unet.{name} is {ours[name]}"
             )
+
+
+def _same_settings(config: Config, told: Mapping[str, Any]) -> None:
+    """told: truepose.json of the export that the weights came from, or {}. Raises ConfigError."""
+    codec = told.get("autoencoder", {})
+    found = _differences(config, dict(told) | ({"autoencoder": codec["kind"]} if "kind" in codec else {}))
+    wrong = {name: value for name, value in found.items() if name not in HARMLESS}
+    if wrong:
+        what = ", ".join(f"model.{name} {theirs}" for name, (theirs, _) in wrong.items())
+        give = " ".join(f"--config.model.{name}={theirs}" for name, (theirs, _) in wrong.items())
+        raise ConfigError(
+            f"config.init_from={config.init_from} was trained with {what}; give {give}, or change the settings in its "
+            f"{WEIGHTS_FILE} where another network is meant"
+        )
+    _warn(config, found)
+
+
+def _differences(config: Config, told: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """{setting: (theirs, ours)} of those that `told` has and this configuration has otherwise."""
+    fusion = told.get("fusion", {})
+    theirs = {name: told[name] for name in SETTINGS if name in told}
+    theirs |= {f"fusion.{name}": fusion[name] for name in FUSION_SETTINGS if name in fusion}
+    ours = {name: getattr(config.model, name) for name in SETTINGS}
+    ours |= {f"fusion.{name}": getattr(config.model.fusion, name) for name in FUSION_SETTINGS}
+    return {name: (value, ours[name]) for name, value in theirs.items() if value != ours[name]}
+
+
+def _warn(config: Config, found: Mapping[str, tuple[Any, Any]]) -> None:
+    for name, (theirs, ours) in found.items():
+        logging.warning(
+            "config.init_from=%s was trained with model.%s %s; this run has %s", config.init_from, name, theirs, ours
+        )
 
 
 def _plain(value: Any) -> Any:

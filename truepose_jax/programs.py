@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import NoReturn
 
 from input_pipeline.schema import InputError
@@ -94,6 +94,26 @@ def _is_for_people(error: ValueError) -> bool:
     from truepose_jax.schema import ConfigError
 
     return isinstance(error, CheckpointError | ConfigError | ConversionError)
+
+
+def install(extra: str) -> str:
+    """How to install an extra of pyproject.toml: no registry has this package, so from its own folder."""
+    return f"pip install -e '.[{extra}]' in the project's folder"
+
+
+def refuse_unheeded(
+    flags: argparse.Namespace, heeded_by: Mapping[str, Sequence[str]], *modes: str, title: str = ""
+) -> None:
+    """Raises InputError for a flag that was given and that nothing of this call reads.
+
+    heeded_by: {flag: modes that heed it}; the parser's default of such a flag is None. modes: of this call. title: what to
+    call them, if not by their names.
+    """
+    for flag, heeding in heeded_by.items():
+        if getattr(flags, flag.replace("-", "_")) is not None and not set(heeding) & set(modes):
+            raise InputError(
+                f"--{flag.replace('_', '-')} means nothing to {title or ' and '.join(modes)}; it is for {', '.join(heeding)}"
+            )
 
 
 def parse_size(text: str) -> tuple[int, int]:

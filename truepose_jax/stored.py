@@ -53,13 +53,16 @@ def training_method(config: Config, method: Method, images: Any, autoencoder: Au
     if config.data.latents == "off":
         return method
     found = annotations(images.root).get("vae")
-    setting, advice = "config.data.latents is 'stored'", "make them by `prepare annotate --vae=DIR --size=HxW`"
+    h, w = config.model.size
+    setting = "config.data.latents is 'stored'"
+    advice = f"make them by `prepare annotate {images.root} --vae={config.model.vae} --size={h}x{w}`"
     if found is None:
         raise ConfigError(f"{setting} and {images.root} has no latents; {advice}")
-    h, w = found["size"]
-    if (h, w) != config.model.size:
-        raise ConfigError(f"{setting} and those of {images.root} are of {h}x{w} pictures; config.model.size is "
-                          f"{config.model.size[0]}x{config.model.size[1]}; {advice}")  # fmt: skip
+    if tuple(found["size"]) != config.model.size:
+        there = f"{found['size'][0]}x{found['size'][1]}"
+        raise ConfigError(
+            f"{setting} and those of {images.root} are of {there} pictures; config.model.size is {h}x{w}; {advice}"
+        )
     if config.data.flip and not found["flipped"]:
         raise ConfigError(
             f"{setting}, config.data.flip is True and {images.root} has none of mirrored photos; {advice}"

@@ -1,6 +1,7 @@
 """An export is opened by diffusers' own classes, holds every parameter to the bit, and says where it comes from."""
 
 import dataclasses
+import errno
 import functools
 import json
 import re
@@ -14,6 +15,8 @@ from diffusers import DDIMScheduler, UNet2DConditionModel
 
 from configs import demo
 from tests import tiny
+from tests.records import built, noise_set
+from truepose_jax import convert
 from truepose_jax.conversion import from_torch, key_maps
 from truepose_jax.conversion.export import FILES, write_export
 from truepose_jax.conversion.origins import SCHEDULE_FIELDS, UNKNOWN_LICENCE, licence_of, schedule_of
@@ -207,6 +210,40 @@ def test_model_card(tmp_path):
     assert from_config_dict(Config, json.loads(config)) == cfg
 
 
+def of_records(config: Config, **optim) -> Config:
+    """A run on records whose labels the configuration does not say."""
+    data = dataclasses.replace(config.data, dataset="records", root="/absent", labels="")
+    return dataclasses.replace(config, data=data, optim=dataclasses.replace(config.optim, **optim))
+
+
+@pytest.mark.parametrize(
+    ("records", "labels", "said"),
+    [
+        ({"name": "deepfashion", "labels": "lip20"}, "lip20", ("records of `deepfashion`", "Parsing labels: lip20.")),
+        ({}, None, ("records (`prepare build`)", "Parsing labels: as the records say")),
+    ],
+)
+def test_what_a_run_on_records_was_trained_on(records, labels, said, tmp_path):
+    """Labels and name from the records where they are at hand; the optimizer's own name; fingerprints called such."""
+    cfg, params = case("linear")
+    frozen = {"autoencoder": "pixels-2", "clip": "untrained-00"}
+    run = RUN | {"records": records, "frozen": frozen}
+    write_export(tmp_path / "out", params, config=of_records(cfg, name="lamb", layout="tree"), run=run)
+    assert json.loads((tmp_path / "out/truepose.json").read_text())["labels"] == labels
+    text = card_of(tmp_path / "out")[1]
+    for words in (*said, "LAMB at", "pixels are rearranged", "random weights", "no hub lists it"):
+        assert words in text, words
+    assert "a folder of photos" not in text
+
+
+def test_records_at_hand_are_read(tmp_path):
+    root = built(tmp_path / "r", noise_set(train=1, test=0))
+    cfg = case("linear")[0]
+    here = dataclasses.replace(cfg, data=dataclasses.replace(cfg.data, dataset="records", root=str(root)))
+    assert convert._about_records(here) == {"name": "noise", "labels": "atr18"}
+    assert convert._about_records(of_records(cfg)) == convert._about_records(cfg) == {}
+
+
 @pytest.mark.parametrize(
     "origin,licence,said",
     [
@@ -294,9 +331,9 @@ def test_a_failed_write_leaves_nothing(tmp_path, monkeypatch):
     cfg, params = case("linear")
 
     def full(*args):
-        raise OSError("No space left on device")
+        raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr("truepose_jax.conversion.export.write_safetensors", full)
-    with pytest.raises(ConversionError, match=r"cannot be written: No space left"):
+    with pytest.raises(ConversionError, match=r"cannot be written: the disk is full, [\d.]+ MiB are needed"):
         write_export(tmp_path / "out", params, config=cfg, run=RUN)
     assert not any(tmp_path.iterdir())

@@ -100,18 +100,18 @@ def test_parameters_may_be_bf16(vae):
     shapes, state = vae
     narrow = {name: array.astype(ml_dtypes.bfloat16) for name, array in state.items()}
     shapes = jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape, jax.numpy.bfloat16), shapes)
-    back = to_torch.state_dict(from_torch.load(narrow, shapes, key_maps.VAE))
+    back = dict(to_torch.stream(from_torch.load(narrow, shapes, key_maps.VAE)))
     assert all(back[name].tobytes() == array.tobytes() for name, array in narrow.items())
 
 
 def test_float16_that_would_overflow_is_an_error():
     with pytest.raises(ConversionError, match="a/kernel reaches 7e\\+04"):
-        to_torch.state_dict({"a": {"kernel": np.full((2, 2), 7e4, np.float32)}}, "float16")
+        list(to_torch.stream({"a": {"kernel": np.full((2, 2), 7e4, np.float32)}}, "float16"))
 
 
 def test_two_parameters_of_one_name_are_an_error():
     with pytest.raises(ConversionError, match=r"both net\.0\.bias"):
-        to_torch.state_dict({"net_0": {"bias": np.zeros(2)}, "net": {"0": {"bias": np.zeros(2)}}})
+        to_torch.infos({"net_0": {"bias": np.zeros(2)}, "net": {"0": {"bias": np.zeros(2)}}})
 
 
 def test_old_attention_names_of_the_autoencoder(vae):
@@ -135,7 +135,7 @@ def test_vision_side_of_a_whole_clip(tmp_path):
     # Files of transformers < 4.31 hold this buffer.
     state["vision_model.embeddings.position_ids"] = np.arange(10)[None]
     params = from_torch.load(state, clip_shapes(), key_maps.CLIP_VISION)
-    back = to_torch.state_dict(params)
+    back = dict(to_torch.stream(params))
     assert all(np.array_equal(array, state[name]) for name, array in back.items())
     left_out = from_torch.ignored(from_torch.open_source(state).infos, key_maps.CLIP_VISION)
     assert left_out.keys() == state.keys() - back.keys()

@@ -15,16 +15,13 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from truepose_jax import schema
 from truepose_jax.conversion import key_maps, to_torch
-from truepose_jax.conversion.export_configs import scheduler_config, settings, unet_config
+from truepose_jax.conversion.export_configs import labels_of, scheduler_config, settings, unet_config
 from truepose_jax.conversion.model_card import model_card
 from truepose_jax.conversion.safetensors_io import STEMS, ConversionError, TensorInfo, write_safetensors
 from truepose_jax.conversion.truepose_names import (
@@ -35,7 +32,7 @@ from truepose_jax.conversion.truepose_names import (
     block_of_site,
     place_of,
 )
-from truepose_jax.conversion.weights_folder import Progress, check_destination, gib
+from truepose_jax.conversion.weights_folder import Progress, check_destination, gib, new_folder, told, write_texts
 
 FILES = {
     SOURCE_NET: f"{SOURCE_NET}/{STEMS[0]}.safetensors",
@@ -86,8 +83,9 @@ def write_export(
     params: our parameter tree; leaves may be NumPy or jax arrays and are brought to the host one by one. dtype: of all
     tensors, "float32", "float16" or "bfloat16"; None keeps each parameter's own. origin: what training started from, as
     WeightsFolder.origin has it: {"name", "licence", "files": {file: sha256}, "clip": {"name", "licence"}}, all but the
-    name optional; None: from nothing. run: {"step", "weights": "ema" or "raw", "frozen": {"autoencoder": hash, "clip":
-    hash}}. progress: told the bytes of each tensor. Raises ConversionError before the first byte, one line.
+    name optional; None: from nothing. run: {"step", "weights": "ema" or "raw", "frozen": {"autoencoder": fingerprint,
+    "clip": fingerprint}, "records": {"name", "labels"}}; the last where they are at hand. progress: told the bytes of each
+    tensor. Raises ConversionError before the first byte, one line.
     """
     dst = Path(dst)
     if dtype is not None and dtype not in to_torch.DTYPES:
@@ -110,32 +108,17 @@ def write_export(
                 pass
 
     texts = _texts(config, origin, run, infos)
-    partial = dst.with_name(f".{dst.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    try:
-        for file, text in texts.items():
-            (partial / file).parent.mkdir(parents=True, exist_ok=True)
-            (partial / file).write_text(text, encoding="utf-8")
+    with new_folder(dst, size) as partial:
+        write_texts(partial, texts)
         for file, tree in trees.items():
             tensors = to_torch.stream(tree, dtype, _tensor_name)
-            write_safetensors(partial / file, infos[file], _told(tensors, progress))
-        partial.replace(dst)
-    except OSError as error:
-        raise ConversionError(f"{dst} cannot be written: {error.strerror or error}") from error
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+            write_safetensors(partial / file, infos[file], told(tensors, progress))
     return Report(
         folder=dst,
         tensors={file: len(found) for file, found in infos.items()},
         parameters={file: sum(math.prod(info.shape) for info in found.values()) for file, found in infos.items()},
         bytes=size,
     )
-
-
-def _told(tensors: Iterator[tuple[str, np.ndarray]], progress: Progress) -> Iterator[tuple[str, np.ndarray]]:
-    for name, array in tensors:
-        yield name, array
-        progress(array.nbytes)
 
 
 def _tensor_name(path: str) -> str:
@@ -196,7 +179,7 @@ def _texts(
         f"{SOURCE_NET}/config.json": unet,
         f"{TARGET_NET}/config.json": unet,
         "scheduler/scheduler_config.json": scheduler_config(config.diffusion),
-        SETTINGS_FILE: settings(config, classes=classes.shape[1] if classes else 0),
+        SETTINGS_FILE: settings(config, classes=classes.shape[1] if classes else 0, labels=labels_of(config, run)),
         "training_config.json": schema.to_dict(config),
     }
     texts = {file: json.dumps(values, indent=2, allow_nan=False) + "\n" for file, values in found.items()}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from truepose_jax import schema
@@ -66,10 +67,15 @@ def scheduler_config(diffusion: schema.DiffusionConfig) -> dict[str, Any]:
     }
 
 
-def settings(config: schema.Config, *, classes: int) -> dict[str, Any]:
+def labels_of(config: schema.Config, run: Mapping[str, Any]) -> str | None:
+    """The label set that it was trained on: the config's, else that of the records. None: they were not at hand."""
+    return config.data.labels or run.get("records", {}).get("labels")
+
+
+def settings(config: schema.Config, *, classes: int, labels: str | None) -> dict[str, Any]:
     """truepose.json: what a program needs beside the two UNets and the schedule to run the model.
 
-    classes: inputs of the parsing encoder; 0 where there is none.
+    classes: inputs of the parsing encoder; 0 where there is none. labels: see labels_of.
     """
     model, fusion = config.model, config.model.fusion
     return {
@@ -93,5 +99,5 @@ def settings(config: schema.Config, *, classes: int) -> dict[str, Any]:
         "positions": model.positions,
         "source_parsing": model.source_parsing,
         "classes": classes,
-        "labels": config.data.labels,
+        "labels": labels,
     }

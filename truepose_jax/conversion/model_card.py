@@ -8,11 +8,13 @@ from collections.abc import Mapping
 from typing import Any
 
 from truepose_jax import schema
+from truepose_jax.conversion.export_configs import labels_of
 from truepose_jax.conversion.origins import UNKNOWN_LICENCE
 
 OWN_LICENCE = "apache-2.0"
 """Of a model that was trained from nothing: this program's."""
 
+_OPTIMIZERS = {"adamw": "AdamW", "lamb": "LAMB"}
 _LICENCE_ID = re.compile(r"[a-z0-9][a-z0-9.\-]*")
 _REPOSITORY = re.compile(r"[\w.\-]+/[\w.\-]+")
 
@@ -40,12 +42,27 @@ def _licence(origin: Mapping[str, Any]) -> str:
     return origin.get("licence") or UNKNOWN_LICENCE
 
 
+def _frozen(name: str, fingerprint: str) -> str:
+    """A line on one of the networks that are not here."""
+    if fingerprint.startswith("pixels-"):
+        return f"- {name}: none; pixels are rearranged (`{fingerprint}`)"
+    if fingerprint.startswith("untrained-"):
+        return f"- {name}: a small one with random weights, which truepose_jax makes from its seed (`{fingerprint}`)"
+    return f"- {name}: fingerprint `{fingerprint}`"
+
+
 def _text(config: schema.Config, origin: Mapping[str, Any] | None, run: Mapping[str, Any]) -> list[str]:
     model, data = config.model, config.data
     h, w = model.size
     kind = {"ema": "the parameters' exponential moving average", "raw": "the parameters"}[run["weights"]]
-    dataset = "synthetic people" if data.dataset == "synthetic" else "a folder of photos"
-    frozen = [f"- {name}: `{fingerprint}`" for name, fingerprint in sorted(dict(run.get("frozen") or {}).items())]
+    records = run.get("records", {}).get("name")
+    dataset = {
+        "synthetic": "synthetic people",
+        "folder": "a folder of photos",
+        "records": f"records of `{records}`" if records else "records (`prepare build`)",
+    }[data.dataset]
+    labels = labels_of(config, run) or "as the records say that it was trained on; they were not at hand for this card"
+    frozen = [_frozen(name, found) for name, found in sorted(dict(run.get("frozen") or {}).items())]
     if origin is None:
         start = [
             f"Trained from nothing: no other model's weights are in it. Licence: {OWN_LICENCE}, as the program that "
@@ -71,17 +88,19 @@ def _text(config: schema.Config, origin: Mapping[str, Any] | None, run: Mapping[
         "truepose_jax.",
         "",
         f"- Weights: {kind} at step {run['step']:,} (`{run['weights']}`).",
-        f"- Training: {dataset}, {h}x{w} pixels, batch {config.batch_size}, AdamW at {config.optim.learning_rate:g}, "
-        f"{config.optim.schedule} rate, dropping the source of {config.diffusion.drop_rate:.0%} of the samples.",
+        f"- Training: {dataset}, {h}x{w} pixels, batch {config.batch_size}, {_OPTIMIZERS[config.optim.name]} at "
+        f"{config.optim.learning_rate:g}, {config.optim.schedule} rate, dropping the source of "
+        f"{config.diffusion.drop_rate:.0%} of the samples.",
         f"- Sampling it was set up for: DDIM, {config.diffusion.steps} steps, {config.diffusion.spacing} spacing, "
         f"guidance {config.diffusion.guidance:g}; the network predicts {config.diffusion.schedule.prediction}.",
-        f"- Parsing labels: {data.labels}.",
+        f"- Parsing labels: {labels}.",
         "",
         "## Where it comes from",
         "",
         *start,
         "",
-        "Not in this folder, and needed to run it; with other ones the pictures differ:",
+        "Not in this folder, and needed to run it; with other ones the pictures differ. A fingerprint is of the tensors "
+        "(names, shapes, bits; truepose_jax/frozen.py), not of a file: no hub lists it.",
         "",
         *(frozen or ["- none recorded"]),
         "",

@@ -52,12 +52,6 @@ def stream(
         yield name_of(path), tensor
 
 
-def state_dict(params: Mapping[str, Any], dtype: str | None = None) -> dict[str, np.ndarray]:
-    """All tensors in memory, by PyTorch's names."""
-    infos(params, dtype)
-    return dict(stream(params, dtype))
-
-
 def save(params: Mapping[str, Any], path: Path, dtype: str | None = None) -> None:
     """One safetensors file that diffusers and transformers open. Memory: one tensor beyond `params`."""
     write_safetensors(path, infos(params, dtype), stream(params, dtype))

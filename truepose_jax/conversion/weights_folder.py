@@ -11,12 +11,13 @@ A folder is written under another name and renamed when it is whole.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import errno
 import hashlib
 import json
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -128,35 +129,46 @@ def check_destination(dst: Path, size: int) -> None:
         raise ConversionError(f"{dst} needs {gib(size + SPARE)}; {above} has {gib(free)} free")
 
 
-def write(checked: CheckedPlan, dst: Path, *, progress: Progress = lambda count: None) -> None:
-    """Writes the folder. progress: told work(checked) bytes in all.
+@contextlib.contextmanager
+def new_folder(dst: Path, size: int) -> Iterator[Path]:
+    """A folder to write `size` bytes of tensors into, which becomes dst when the block ends well.
 
     Raises ConversionError where dst is taken or the disk does not take it; then nothing is left behind. A kill leaves
     `.NAME.partial` beside dst, which the next conversion replaces.
     """
-    check_destination(dst, checked.bytes)
-    plan = checked.plan
+    check_destination(dst, size)
     partial = dst.with_name(f".{dst.name}.partial")
     try:
         if partial.exists():
             shutil.rmtree(partial)
         partial.mkdir(parents=True)
-        for file, text in plan.texts.items():
-            (partial / file).parent.mkdir(parents=True, exist_ok=True)
-            (partial / file).write_text(text, encoding="utf-8")
-        for file in plan.items:
-            (partial / file).parent.mkdir(parents=True, exist_ok=True)
-            write_safetensors(partial / file, checked.infos(file), _told(checked.tensors(file), progress))
-        details = _weights_json(checked, progress)
-        (partial / WEIGHTS_FILE).write_text(json.dumps(details, indent=2) + "\n", encoding="utf-8")
+        yield partial
         partial.replace(dst)
     except OSError as error:
         full = error.errno in (errno.ENOSPC, errno.EDQUOT)
-        why = f"the disk is full, {gib(checked.bytes)} are needed" if full else error.strerror or str(error)
+        why = f"the disk is full, {gib(size)} are needed" if full else error.strerror or str(error)
         at = f" ({error.filename})" if error.filename and not full else ""
         raise ConversionError(f"{dst} cannot be written: {why}{at}") from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+
+
+def write_texts(folder: Path, texts: Mapping[str, str]) -> None:
+    """{file, by its path in the folder: its text}."""
+    for file, text in texts.items():
+        (folder / file).parent.mkdir(parents=True, exist_ok=True)
+        (folder / file).write_text(text, encoding="utf-8")
+
+
+def write(checked: CheckedPlan, dst: Path, *, progress: Progress = lambda count: None) -> None:
+    """Writes the folder. progress: told work(checked) bytes in all. Raises ConversionError, as new_folder does."""
+    plan = checked.plan
+    with new_folder(dst, checked.bytes) as partial:
+        write_texts(partial, plan.texts)
+        for file in plan.items:
+            (partial / file).parent.mkdir(parents=True, exist_ok=True)
+            write_safetensors(partial / file, checked.infos(file), told(checked.tensors(file), progress))
+        write_texts(partial, {WEIGHTS_FILE: json.dumps(_weights_json(checked, progress), indent=2) + "\n"})
 
 
 def work(checked: CheckedPlan) -> int:
@@ -168,7 +180,8 @@ def gib(count: int) -> str:
     return f"{count / 2**30:.2f} GiB" if count >= 2**28 else f"{count / 2**20:.2f} MiB"
 
 
-def _told(tensors, progress: Progress):
+def told(tensors: Iterable[tuple[str, np.ndarray]], progress: Progress) -> Iterator[tuple[str, np.ndarray]]:
+    """The tensors, with the bytes of each told to `progress` once it is taken."""
     for name, array in tensors:
         yield name, array
         progress(array.nbytes)

@@ -63,7 +63,7 @@ def make_parser() -> argparse.ArgumentParser:
     )
     add = parser.add_argument
     add("--generated", required=True, metavar="DIR", help="folder of generated images")
-    add("--reference", required=True, metavar="DIR", help="folder of true images")
+    add("--reference", required=True, metavar="DIR", help="folder of true images, or one with image/ beside parsing/")
     add("--protocol", required=True, choices=tuple(PROTOCOLS), help="how images are resized and compared")
     add("--size", type=parse_size, metavar="HxW", help="at which size (not for plain)")
     add("--out", required=True, metavar="JSON", help="the report")
@@ -151,8 +151,10 @@ def evaluate(flags: argparse.Namespace, share: Share, argv: Sequence[str]) -> No
             metrics[networks[metric].name], fid_facts[metric] = found
     report = {
         "protocol": {"name": flags.protocol} | protocol.describe(size),
-        "generated": {"folder": flags.generated, "files": len(generated.names)} | generated.kinds() | {"sizes": sizes},
-        "reference": {"folder": flags.reference, "files": len(reference.names)} | reference.kinds(),
+        "generated": {"folder": str(generated.root), "files": len(generated.names)}
+        | generated.kinds()
+        | {"sizes": sizes},
+        "reference": {"folder": str(reference.root), "files": len(reference.names)} | reference.kinds(),
         "pairs": facts_of(paired, flags.pairs),
         "parsing": parsing,
         "fid": fid_facts,
@@ -191,11 +193,11 @@ def _maps(flags: argparse.Namespace, paired: Pairing) -> tuple[Maps | None, dict
     allowed."""
     if not flags.parsing:
         return None, None
-    maps = Maps(Folder.read(flags.parsing, flag="--parsing"), label_set(flags.labels))
+    maps = Maps(Folder.read(flags.parsing, flag="--parsing", maps=True), label_set(flags.labels))
     absent = maps.absent(pair.reference for pair in paired.pairs)
     if absent and not flags.allow_missing:
         raise InputError(f"--parsing={flags.parsing}: no maps of {some(absent)} of --reference{OR_ALLOW}")
-    return maps, {"folder": flags.parsing, "labels": maps.labels.name, "without_map": _named(absent)}
+    return maps, {"folder": str(maps.folder.root), "labels": maps.labels.name, "without_map": _named(absent)}
 
 
 def measure_fid(

@@ -20,6 +20,7 @@ from collections.abc import Iterator, Mapping, Sequence
 
 from PIL import Image
 
+from input_pipeline.folder import PARSING_FOLDER, PHOTO_FOLDERS, POSE_FOLDERS
 from input_pipeline.keypoints import name_key
 from input_pipeline.photo import EXIF_ORIENTATION, check_size, one_line
 from input_pipeline.schema import InputError
@@ -30,6 +31,9 @@ SEPARATORS = {"SOURCE_2_TARGET": "_2_", "SOURCE_to_TARGET": "_to_", "SOURCE___TA
 NAMED = 20
 """Names that a report lists before it only counts."""
 OR_ALLOW = "; complete the folders, or give --allow-missing (the report then names them)"
+OR_LIST = (
+    "; complete the folders, name the pairs that should be there by --pairs=CSV (`generate --records` writes one), or "
+)
 
 _EXIF_TAGS = ("exif", "xmp", "XML:com.adobe.xmp", "Raw profile type exif")
 """Where Pillow looks for an orientation."""
@@ -44,11 +48,13 @@ class Folder:
     names: tuple[str, ...]
 
     @classmethod
-    def read(cls, root: str, *, flag: str) -> Folder:
-        """Raises InputError where there is no such folder, or no image in it."""
+    def read(cls, root: str, *, flag: str, maps: bool = False) -> Folder:
+        """Of a folder that is laid out as training takes it (image/ beside parsing/ or keypoints/) the photos alone, or its
+        maps. Raises InputError where there is no such folder, or no image in it."""
         path = pathlib.Path(root)
         if not path.is_dir():
             raise InputError(f"{flag}={root}: no such folder")
+        path = _inside(path, maps)
         files = (file for file in path.rglob("*") if file.suffix.lower() in SUFFIXES)
         names = sorted(f.relative_to(path).as_posix() for f in files if f.is_file() and not f.name.startswith("."))
         if not names:
@@ -129,7 +135,16 @@ class Pairing:
         if self.unmatched:
             raise InputError(f"{some(self.unmatched)} of --generated without a reference{OR_ALLOW}")
         if self.missing:
-            raise InputError(f"{some(self.missing)} not among the generated images{OR_ALLOW}")
+            raise InputError(f"{some(self.missing)} not among the generated images{OR_LIST}give --allow-missing")
+
+
+def _inside(root: pathlib.Path, maps: bool) -> pathlib.Path:
+    """Where the photos (or maps) of a folder of input_pipeline/folder.py lie; any other folder is its own place."""
+    photos = [root / name for name in PHOTO_FOLDERS if (root / name).is_dir()]
+    beside = [root / name for name in (PARSING_FOLDER, *POSE_FOLDERS) if (root / name).is_dir()]
+    if not photos or not beside:
+        return root
+    return root / PARSING_FOLDER if maps and (root / PARSING_FOLDER).is_dir() else photos[0]
 
 
 def image_key(name: str) -> str:

@@ -32,6 +32,7 @@ from truepose_jax.files import whole
 from truepose_jax.metrics.fid import FID_KINDS
 from truepose_jax.metrics.inception import Inception
 from truepose_jax.metrics.lpips import LPIPS
+from truepose_jax.programs import install
 
 UNVERIFIED = "_unverified_weights"
 METADATA_SOURCES, METADATA_TENSORS = "sources_sha256", "tensors_sha256"
@@ -194,7 +195,7 @@ def convert(paths: Sequence[str], out: str) -> dict[str, str]:
     try:
         import torch
     except ImportError as error:
-        raise InputError("PyTorch reads .pth files and is not installed: pip install '.[torch]'") from error
+        raise InputError("PyTorch reads .pth files and is not installed: " + install("torch")) from error
     tensors, sources = {}, {}
     for path in paths:
         try:

@@ -92,18 +92,6 @@ class CLIPVisionConfig:
         return cls(**{name: vision.get(name, default) for name, default in _TRANSFORMERS_DEFAULTS.items()})
 
 
-SMALL_CLIP = CLIPVisionConfig(
-    hidden_size=64,
-    intermediate_size=256,
-    projection_dim=64,
-    num_hidden_layers=2,
-    num_attention_heads=2,
-    image_size=32,
-    patch_size=8,
-)
-"""For runs without pretrained weights (random features); set projection_dim by dataclasses.replace."""
-
-
 class CLIPVisionOutput(NamedTuple):
     """image_embeds: [b projection_dim], TruePose's token (methods.md A11), not normalised, float32.
     hidden_states: the residual stream [b 1 + patches c] before the first layer and after each; class first.

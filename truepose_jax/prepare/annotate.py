@@ -18,6 +18,7 @@ from input_pipeline.records import read_json
 from input_pipeline.schema import LATENT_FACTOR, ImageRecord, InputError
 from input_pipeline.shares import Share
 from input_pipeline.transforms import flip_record
+from truepose_jax import files
 from truepose_jax.programs import parse_size
 
 VAE_BATCH = 8
@@ -55,6 +56,8 @@ def annotate(flags: argparse.Namespace, share: Share) -> None:
     size = (int(size[0]), int(size[1]))
     if any(side % LATENT_FACTOR for side in size):
         raise InputError(f"--size is {size[0]}x{size[1]}; both sides must be divisible by {LATENT_FACTOR}")
+    if not {name for name in ("clip", "vae") if getattr(flags, name)} <= annotations(root).keys():
+        files.make_folder(root / "build")  # before the networks are loaded
     wanted: dict[str, dict[str, Any]] = {}
     annotators: list[Annotator] = []
     for name, folder, make in (("clip", flags.clip, clip_annotator), ("vae", flags.vae, vae_annotator)):

@@ -21,7 +21,7 @@ from input_pipeline.schema import InputError
 from input_pipeline.shares import Share
 from input_pipeline.wpose import read_wpose
 from truepose_jax.prepare.drop_sheet import drop_sheet
-from truepose_jax.programs import parse_size
+from truepose_jax.programs import parse_size, refuse_unheeded
 
 DATASETS = ("deepfashion", "market1501", "wpose", "ccp", "folder", "synthetic")
 SYNTHETIC_PAIRS, SYNTHETIC_SIZE = 10_000, (256, 176)
@@ -70,10 +70,7 @@ def add_build(commands) -> None:
 
 def build(flags: argparse.Namespace, share: Share) -> None:
     """Reads the lists, says what is missing, builds, and prints what came of it. Raises InputError."""
-    for flag, datasets in FLAGS_OF.items():
-        if getattr(flags, flag) is not None and flags.dataset not in datasets:
-            name = flag.replace("_", "-")
-            raise InputError(f"--{name} means nothing to --dataset={flags.dataset}; it is for {', '.join(datasets)}")
+    refuse_unheeded(flags, FLAGS_OF, flags.dataset, title=f"--dataset={flags.dataset}")
     if flags.limit is not None and flags.limit < 1:
         raise InputError(f"--limit={flags.limit} leaves nothing to build")
     if flags.workers is not None and flags.workers < 1:

@@ -17,11 +17,15 @@ from input_pipeline.records import RecordImages
 from input_pipeline.regions import region_boxes
 from input_pipeline.schema import MAX_CLASSES, ImageRecord, ImageSet, InputError
 from input_pipeline.synthetic import SyntheticPeople
+from truepose_jax import files
 from truepose_jax.prepare.sheet import contact_sheet
-from truepose_jax.programs import parse_size
+from truepose_jax.programs import parse_size, refuse_unheeded
 
 MAX_COUNTED = 1000
 """Of larger sets this many photos, evenly spread, are counted and drawn."""
+SETS = ("root", "records", "synthetic")
+HEEDED_BY = {"labels": ("--root",), "keypoints": ("--root",), "pose-frame": ("--root",), "split": ("--records",)}
+SPLIT = "train"
 
 
 def add_inspect(commands) -> None:
@@ -31,8 +35,8 @@ def add_inspect(commands) -> None:
     what.add_argument("--root", help="folder with image/, parsing/ and keypoints/ (see input_pipeline/folder.py)")
     what.add_argument("--records", metavar="DIR", help="a dataset that `build` wrote")
     what.add_argument("--synthetic", type=int, metavar="N", help="N synthetic people, two poses each, instead")
-    parser.add_argument("--split", default="train", help="of the records: train (default), test")
-    parser.add_argument("--labels", default="none", help=f"label set of the maps: {', '.join(LABEL_SETS)}, or none")
+    parser.add_argument("--split", help=f"of the records: {SPLIT} (default), test")
+    parser.add_argument("--labels", help=f"label set of the maps: {', '.join(LABEL_SETS)}, or none (default)")
     parser.add_argument("--keypoints", help="annotation CSV or folder of poses, in place of ROOT/keypoints")
     parser.add_argument("--pose-frame", type=parse_size, metavar="HxW", help="size of the frame the poses are in")
     parser.add_argument("--size", type=parse_size, default=(512, 352), metavar="HxW", help="size in training (512x352)")
@@ -43,15 +47,23 @@ def add_inspect(commands) -> None:
 
 
 def inspect(flags: argparse.Namespace) -> None:
-    """Draws the sheet and prints the counts."""
+    """Draws the sheet and prints the counts. Raises InputError."""
+    if flags.count < 1:
+        raise InputError(f"--count is {flags.count}; at least one photo must be on the sheet")
+    out = pathlib.Path(flags.out)
+    if Image.registered_extensions().get(out.suffix.lower()) not in Image.SAVE or out.is_dir():
+        raise InputError(f"--out={out} does not name a picture; end it in .png")
+    files.make_folder(out.parent)
+    (given,) = (name for name in SETS if getattr(flags, name) is not None)
+    refuse_unheeded(flags, HEEDED_BY, f"--{given}")
     if flags.synthetic is not None:
         images = synthetic_images(flags.synthetic, flags.size)
     elif flags.records is not None:
-        images = RecordImages(flags.records, flags.split, size=flags.size)
+        images = RecordImages(flags.records, flags.split or SPLIT, size=flags.size)
     else:
         images = FolderImages(
             flags.root,
-            labels=flags.labels,
+            labels=flags.labels or "none",
             size=flags.size,
             keypoints=flags.keypoints,
             pose_frame=flags.pose_frame,
@@ -62,7 +74,6 @@ def inspect(flags: argparse.Namespace) -> None:
     print_counts(records, labels)
     sheet = contact_sheet(records[: flags.count], labels, pose_from=flags.pose_from)
     try:
-        pathlib.Path(flags.out).parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(sheet).save(flags.out)
     except (OSError, ValueError) as error:
         raise InputError(f"{flags.out}: cannot write the sheet ({error})") from error

@@ -24,10 +24,13 @@ from input_pipeline.photo import read_photo
 from input_pipeline.raw_files import PARSING_FOLDERS, POSE_FOLDERS, files_by_key, first_folder
 from input_pipeline.schema import NUM_JOINTS, InputError
 from input_pipeline.shares import Share
-from truepose_jax import atomic
+from truepose_jax import atomic, files
+from truepose_jax.programs import refuse_unheeded
 
 PHOTO_FOLDERS = ("img_highres", "Img/img_highres", "image", "images", "img", "photos")
 READERS = 4
+HEEDED_BY = {"labels": ("--parsing",), "score": ("--pose",)}
+SCORE = 0.3
 
 Label = Callable[[Sequence[np.ndarray]], list[np.ndarray]]
 
@@ -46,7 +49,7 @@ def add_label(commands) -> None:
     parser.add_argument("--labels", help=f"label set of the maps: {sets} (default: the one that loses fewest classes)")
     parser.add_argument("--pose", metavar="MODEL", help="a VitPose of COCO's 17 joints; needs --detector")
     parser.add_argument("--detector", metavar="MODEL", help="an object detector with a class person, such as RT-DETR")
-    parser.add_argument("--score", type=float, default=0.3, help="joints below it are missing (0.3)")
+    parser.add_argument("--score", type=float, help=f"joints below it are missing ({SCORE:g})")
     parser.add_argument("--batch-size", type=int, default=8, help="photos in a model at once (8)")
     parser.add_argument("--device", default="cpu", help="PyTorch's name of it: cpu, cuda (cpu)")
     parser.set_defaults(run=label)
@@ -60,7 +63,9 @@ def label(flags: argparse.Namespace, share: Share) -> None:
         )
     if bool(flags.pose) != bool(flags.detector):
         raise InputError("--pose and --detector belong together: VitPose needs to know where the person is")
-    if flags.batch_size < 1 or not 0 <= flags.score <= 1:
+    refuse_unheeded(flags, HEEDED_BY, *(f"--{name}" for name in ("parsing", "pose") if getattr(flags, name)))
+    score = SCORE if flags.score is None else flags.score
+    if flags.batch_size < 1 or not 0 <= score <= 1:
         raise InputError("--batch-size must be 1 or more and --score from 0 to 1")
     root = pathlib.Path(flags.raw)
     device = own_device(flags.device, share)
@@ -75,6 +80,7 @@ def label(flags: argparse.Namespace, share: Share) -> None:
         todo = missing(photos, files_by_key(folder if folder.is_dir() else None, (".png",)))
         say_left(share, folder, len(every), len(todo), "a map")
         if todo:
+            check_writable(root, folder)
             from truepose_jax.prepare.parsing_model import ParsingModel
 
             model = ParsingModel(flags.parsing, flags.labels, device)
@@ -94,9 +100,10 @@ def label(flags: argparse.Namespace, share: Share) -> None:
         say_left(share, folder, len(every), len(todo), "a pose")
         none: list[str] = []
         if todo:
+            check_writable(root, folder)
             from truepose_jax.prepare.pose_model import PoseModel
 
-            model = PoseModel(flags.pose, flags.detector, device, joint_score=flags.score)
+            model = PoseModel(flags.pose, flags.detector, device, joint_score=score)
 
             def keep(name: str, photo: np.ndarray, joints: np.ndarray) -> None:
                 write_pose(folder, name, joints, photo.shape[:2])
@@ -107,6 +114,11 @@ def label(flags: argparse.Namespace, share: Share) -> None:
         none = [name for names in share.meet("poses", none) for name in names]
         if none and share.leads:
             print(f"{folder}: nobody was found in {len(none)} photos, such as {none[0]}; they are nobody's target")
+
+
+def check_writable(root: pathlib.Path, folder: pathlib.Path) -> None:
+    """Before the models are loaded. A folder that is not there yet is made with its first file. Raises InputError."""
+    files.make_folder(folder if folder.exists() else root)
 
 
 def own_device(device: str, share: Share) -> str:
@@ -186,17 +198,17 @@ def _batches(photos, batch_size: int, bar) -> Iterator[tuple[list[str], list[np.
 def write_map(folder: pathlib.Path, name: str, parsing: np.ndarray) -> None:
     """FOLDER/NAME.png."""
     path = folder / f"{name}.png"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with atomic.replacing(path) as partial:
-        partial.write_bytes(encode_grey_png(parsing))
+    with files.writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with atomic.replacing(path) as partial:
+            partial.write_bytes(encode_grey_png(parsing))
 
 
 def write_pose(folder: pathlib.Path, name: str, joints: np.ndarray, hw: tuple[int, int]) -> None:
     """FOLDER/NAME.json, OpenPose-18 with the photo's size; NAME.txt of -1 where nobody was found."""
     path = folder / name
-    path.parent.mkdir(parents=True, exist_ok=True)
     if not joints.any():
-        write_whole(path.with_name(f"{path.name}.txt"), "-1 -1\n" * NUM_JOINTS)
+        _write(path.with_name(f"{path.name}.txt"), "-1 -1\n" * NUM_JOINTS)
         return
     numbers = [round(float(x), 3) for x in joints.reshape(-1)]
     content = {
@@ -204,4 +216,10 @@ def write_pose(folder: pathlib.Path, name: str, joints: np.ndarray, hw: tuple[in
         "canvas_width": hw[1],
         "people": [{"pose_keypoints_2d": numbers}],
     }
-    write_whole(path.with_name(f"{path.name}.json"), json.dumps(content))
+    _write(path.with_name(f"{path.name}.json"), json.dumps(content))
+
+
+def _write(path: pathlib.Path, text: str) -> None:
+    with files.writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_whole(path, text)

@@ -6,6 +6,7 @@ from typing import Any
 
 from input_pipeline.photo import one_line
 from input_pipeline.schema import InputError
+from truepose_jax.programs import install
 
 
 def load_model(flag: str, name: str, automatic: str, device: str) -> tuple[Any, Any]:
@@ -18,9 +19,7 @@ def load_model(flag: str, name: str, automatic: str, device: str) -> tuple[Any, 
         import torch
         import transformers
     except ImportError as error:
-        raise InputError(
-            f"--{flag} needs PyTorch and transformers ({error}): pip install 'truepose-jax[torch]'"
-        ) from error
+        raise InputError(f"--{flag} needs PyTorch and transformers ({error}): {install('torch')}") from error
     try:
         place = torch.device(device)
         torch.zeros(1, device=place)

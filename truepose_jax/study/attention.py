@@ -24,17 +24,21 @@ from input_pipeline.parsing import LABEL_SETS, LabelSet, label_set
 from input_pipeline.schema import MAX_CLASSES, InputError
 from truepose_jax.models.masks import coverage_levels
 from truepose_jax.pipeline import WEIGHTS, Fitted, Run, fit_request
-from truepose_jax.programs import keep_programs, parse_size
+from truepose_jax.programs import keep_programs, parse_size, refuse_unheeded
 from truepose_jax.study import drawing, model, overlays, table
 from truepose_jax.study.baselines import NAMES, Baseline, load_baseline
 from truepose_jax.study.ours import Seen, Watcher, join
 from truepose_jax.study.regions import REGIONS, densities, grid_coverage, membership, region_classes
 from truepose_jax.study.report import report
-from truepose_jax.study.samples import SYNTHETIC, Sample, read_samples
+from truepose_jax.study.samples import SYNTHETIC, Sample, are_records, read_samples
 from truepose_jax.study.table import LAST, MAPS, MEAN, OURS, Row
 
 JSON_FILE = "attention.json"
 UNTRAINED = "UNTRAINED"
+OF_MODEL = {"size": ("--weights",), "kind": ("--workdir",), "step": ("--workdir",)}
+PHOTOS, RECORDS = "--data=PHOTOS", "--data=RECORDS"
+OF_DATA = {"labels": (PHOTOS,), "keypoints": (PHOTOS,), "pose-frame": (PHOTOS,), "split": (RECORDS,)}
+SPLIT = "test"
 
 
 def add_attention(commands) -> None:
@@ -54,7 +58,7 @@ def add_attention(commands) -> None:
         help="photos with maps and poses, or records; or synthetic (default)",
     )
     add("--labels", help=f"label set of a folder's maps: {', '.join(LABEL_SETS)}")
-    add("--split", default="test", help="of records (test)")
+    add("--split", help=f"of records ({SPLIT})")
     add("--keypoints", help="annotation CSV or folder of poses, in place of DIR/keypoints")
     add("--pose-frame", type=parse_size, metavar="HxW", help="size of the frame the poses are in")
     add("--count", type=int, default=50, help="photos (50, as many as the paper has)")
@@ -88,6 +92,9 @@ def study_attention(flags: argparse.Namespace) -> None:
     """Reads, measures, writes. Everything given is checked before the weights are read."""
     drawing.need_matplotlib()
     out = _folder(flags.out, flags.overwrite)
+    refuse_unheeded(flags, OF_MODEL, "--workdir" if flags.workdir else "--weights")
+    kind = SYNTHETIC if flags.data == SYNTHETIC else RECORDS if are_records(flags.data) else PHOTOS
+    refuse_unheeded(flags, OF_DATA, kind, title=f"--data={flags.data}")
     if flags.labels:
         membership(label_set(flags.labels))
     if flags.batch_size < 1:
@@ -101,7 +108,7 @@ def study_attention(flags: argparse.Namespace) -> None:
     steps, guidance = run.sampling(flags.steps, flags.guidance)
     samples, labels = read_samples(
         flags.data, config, flags.count,
-        labels=flags.labels, split=flags.split, keypoints=flags.keypoints, pose_frame=flags.pose_frame,
+        labels=flags.labels, split=flags.split or SPLIT, keypoints=flags.keypoints, pose_frame=flags.pose_frame,
     )  # fmt: skip
     membership(labels)
     fitted = [fit_request(sample.request(labels, flags.seed), config.model.size) for sample in samples]

@@ -17,7 +17,8 @@ from PIL import Image
 
 from input_pipeline.photo import one_line
 from input_pipeline.schema import InputError
-from truepose_jax.frozen import folder_fingerprint
+from truepose_jax.frozen import files_sha256
+from truepose_jax.programs import install
 
 NAMES = {"clip": "CLIP", "dino": "DINOv2"}
 CLASSES = {
@@ -70,9 +71,7 @@ def load_baseline(flag: str, folder: str) -> Baseline:
     try:
         import transformers
     except ImportError as error:
-        raise InputError(
-            f"--{flag} needs PyTorch and transformers ({error}): pip install 'truepose-jax[torch]'"
-        ) from error
+        raise InputError(f"--{flag} needs PyTorch and transformers ({error}): {install('torch')}") from error
     place = pathlib.Path(folder)
     config, processor = (_read(flag, place, name) for name in ("config.json", "preprocessor_config.json"))
     kind = str(config.get("model_type"))
@@ -105,7 +104,7 @@ def load_baseline(flag: str, folder: str) -> Baseline:
         1 + getattr(model.config, "num_register_tokens", 0),
         mean,
         std,
-        folder_fingerprint(folder, "clip"),
+        files_sha256(place),
         _untrained(model),
     )
 

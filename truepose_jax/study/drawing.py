@@ -9,6 +9,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from input_pipeline.schema import InputError
+from truepose_jax.programs import install
 from truepose_jax.study.regions import REGIONS
 from truepose_jax.study.table import AFTER, MAPS, MEAN, OVER_T, Row, select
 
@@ -33,7 +34,7 @@ STYLE = {
 def need_matplotlib() -> None:
     """Raises InputError where it is not installed."""
     if importlib.util.find_spec("matplotlib") is None:
-        raise InputError("the charts need matplotlib: pip install 'truepose-jax[scaling]'")
+        raise InputError("the charts need matplotlib: " + install("scaling"))
 
 
 @contextlib.contextmanager

@@ -36,6 +36,11 @@ class Sample:
         return Request(self.photo, self.joints, self.parsing, labels.name, self.frame_hw, self.name, seed)
 
 
+def are_records(data: str) -> bool:
+    """Whether the folder is one that `prepare build` wrote."""
+    return (pathlib.Path(data) / RECORDS_FILE).is_file()
+
+
 def read_samples(
     data: str,
     config: Config,
@@ -50,11 +55,10 @@ def read_samples(
     in the next one's pose) or of records (pairs of the split). Raises InputError."""
     if count < 1:
         raise InputError(f"--count is {count}; it must be 1 or more")
-    place = pathlib.Path(data)
     if data == SYNTHETIC:
         images = _people(config, count)
         pairs = np.array([(2 * i, 2 * i + 1) for i in range(count)])
-    elif (place / RECORDS_FILE).is_file():
+    elif are_records(data):
         images = RecordImages(data, split)
         pairs = spread(images.pairs, count)
     else:
