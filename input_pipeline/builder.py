@@ -13,6 +13,7 @@ their shares of the shards, and another number of processes can go on; tables, c
 from __future__ import annotations
 
 import collections
+import contextlib
 import csv
 import dataclasses
 import hashlib
@@ -20,12 +21,13 @@ import io
 import json
 import os
 import pathlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import tqdm
 
+from input_pipeline.photo import one_line
 from input_pipeline.raw import Dropped, Item, RawSet, RawSplit
 from input_pipeline.record_pictures import read_items
 from input_pipeline.record_schema import VERSION, RecordWriter, features
@@ -89,14 +91,16 @@ def build_records(
             records = [fields for fields in found if isinstance(fields, dict)]
             for annotate in annotators:
                 annotate(records)
-            shard.write(out, work, writer, records, [drop for drop in found if isinstance(drop, Dropped)])
+            with writing(out):
+                shard.write(out, work, writer, records, [drop for drop in found if isinstance(drop, Dropped)])
     share.meet("all shards")
 
     def finish() -> None:
         for shard in shards:
             for path in (out / shard.file, shard.note(work)):
                 share.see(path)
-        _finish(raw, out, work, plan, shards)
+        with writing(out):
+            _finish(raw, out, work, plan, shards)
 
     share.lead("tables and info", finish)
     share.see(out / "report.json")
@@ -127,10 +131,7 @@ class _Shard:
 
     def write(self, out, work, writer: RecordWriter, records: Sequence[dict], dropped: Sequence[Dropped]) -> None:
         """The shard under its own name only when it is whole, and its note after it."""
-        partial = work / f"{self.file}.partial"
-        writer.write_shard(partial, records)
-        checksum = file_checksum(partial)
-        os.replace(partial, out / self.file)
+        checksum = write_shard(out / self.file, work, writer, records)
         rows = [
             [r["name"], r["identity"], *(int(side) for side in r["size"]), int((r["joints"][:, 2] > 0).sum())]
             for r in records
@@ -297,6 +298,31 @@ def file_checksum(path: pathlib.Path) -> str:
     """SHA-256 of a file."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+@contextlib.contextmanager
+def writing(folder: pathlib.Path) -> Iterator[None]:
+    """Errors of the disk inside become InputError."""
+    try:
+        yield
+    except OSError as error:
+        raise InputError(
+            f"{folder}: cannot be written ({one_line(error)}); free space there or see its permissions, then run the same "
+            "command again"
+        ) from error
+
+
+def write_shard(path: pathlib.Path, work: pathlib.Path, writer: RecordWriter, records: Sequence[dict]) -> str:
+    """A shard under its own name only when it is whole; returns its checksum. work: folder for the unfinished file."""
+    partial = work / f"{path.name}.partial"
+    try:
+        writer.write_shard(partial, records)
+        checksum = file_checksum(partial)
+        os.replace(partial, path)
+    finally:
+        with contextlib.suppress(OSError):
+            partial.unlink(missing_ok=True)
+    return checksum
 
 
 def write_whole(path: pathlib.Path, text: str) -> None:

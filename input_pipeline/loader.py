@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import signal
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -16,6 +17,7 @@ import grain
 import numpy as np
 
 from input_pipeline.readers import Reader, RecordTokens, make_reader
+from input_pipeline.record_pictures import end_with_parent
 from input_pipeline.schema import ImageRecord, ImageSet, InputError
 from input_pipeline.transforms import TokenTable, empty_batch, write_source, write_target
 
@@ -183,8 +185,20 @@ def make_loader(
     batches = batches.map(lambda chosen: writer(chosen, targets_per_source=targets_per_source))
     filled = batches.to_iter_dataset(grain.ReadOptions(num_threads=threads, prefetch_buffer_size=2 * threads))
     if workers:
-        filled = filled.mp_prefetch(grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=2))
+        options = grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=2)
+        filled = filled.mp_prefetch(options, worker_init_fn=_leave_signals_to_the_parent)
     return iter(filled)
+
+
+def _leave_signals_to_the_parent(index: int, count: int) -> None:
+    """In a worker: Ctrl-C and a whole job step's SIGTERM reach it too, and the trainer needs batches until it has saved.
+
+    grain ends its workers by an event and then by SIGKILL; after a trainer that was killed outright they end themselves.
+    """
+    del index, count
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    end_with_parent()
 
 
 def eval_batches(

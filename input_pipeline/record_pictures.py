@@ -38,7 +38,7 @@ def read_items(items: Sequence[Item], labels: str, size, workers: int) -> Iterat
                 yield make_fields(item, labels, size)
         return
     # Spawned, not forked: the annotators' threads (JAX's, torch's) do not survive a fork.
-    pool = ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn"), initializer=_end_with_parent)
+    pool = ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn"), initializer=end_with_parent)
     waiting: collections.deque = collections.deque()
     try:
         for chunk in chunks:
@@ -56,8 +56,8 @@ def read_items(items: Sequence[Item], labels: str, size, workers: int) -> Iterat
         pool.shutdown(cancel_futures=True)
 
 
-def _end_with_parent() -> None:
-    """Ends this worker when the build is killed; a pool's workers would wait for work for ever."""
+def end_with_parent() -> None:
+    """Ends this worker process when its parent is killed; it would wait for work, or for a reader, for ever."""
     parent = multiprocessing.parent_process()
 
     def watch():

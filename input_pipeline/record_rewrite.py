@@ -13,14 +13,13 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import os
 import pathlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import tqdm
 
-from input_pipeline.builder import file_checksum, write_whole
+from input_pipeline.builder import write_shard, write_whole, writing
 from input_pipeline.record_schema import RecordWriter
 from input_pipeline.records import RecordImages, open_build, read_json
 from input_pipeline.schema import ImageRecord, InputError
@@ -58,7 +57,13 @@ def rewrite_records(
     stopped goes on where it was if it wanted the same. size: (h, w) that photos are fitted to. share: of this process,
     whose shards it fills. Raises InputError.
     """
-    root = pathlib.Path(root)
+    with writing(pathlib.Path(root)):
+        return _rewrite(pathlib.Path(root), wanted, fill, size, share)
+
+
+def _rewrite(
+    root: pathlib.Path, wanted: Mapping[str, Mapping[str, Any]], fill: Fill, size: tuple[int, int], share: Share
+) -> int:
     shards_of = open_build(root).info.splits
     splits = sorted(shards_of)
     work = root / "build"
@@ -147,10 +152,7 @@ def _replace(
     root: pathlib.Path, work: pathlib.Path, shard: str, records: Sequence[dict], broken: int, writer: RecordWriter
 ) -> None:
     """The shard under its own name only when it is whole, and its note after it."""
-    partial = work / f"{shard}.partial"
-    writer.write_shard(partial, records)
-    checksum = file_checksum(partial)
-    os.replace(partial, root / shard)
+    checksum = write_shard(root / shard, work, writer, records)
     write_whole(_note(work, shard), json.dumps({"shard": shard, "sha256": checksum, "broken": broken}))
 
 

@@ -167,15 +167,18 @@ class RecordWriter:
         return example.SerializeToString(deterministic=True)
 
     def write_shard(self, path: str | os.PathLike[str], records: Sequence[Mapping[str, Any]]) -> None:
-        """All records into one ArrayRecord file."""
+        """All records into one ArrayRecord file. Raises OSError where the disk does not take it."""
         from array_record.python.array_record_module import ArrayRecordWriter
 
-        writer = ArrayRecordWriter(os.fspath(path), SHARD_OPTIONS)
         try:
-            for fields in records:
-                writer.write(self.serialise(fields))
-        finally:
-            writer.close()
+            writer = ArrayRecordWriter(os.fspath(path), SHARD_OPTIONS)
+            try:
+                for fields in records:
+                    writer.write(self.serialise(fields))
+            finally:
+                writer.close()
+        except RuntimeError as error:  # ArrayRecord's own, for whatever the system said
+            raise OSError(str(error)) from error
 
 
 def parse_record(data: bytes) -> dict[str, Any]:

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import textwrap
 import time
+import types
 from pathlib import Path
 
 import jax
@@ -184,6 +185,19 @@ def test_parts_are_restored_alone(saved):
         reader.save(30, make_state(), extra={})
     reader.close()
     assert sorted(p.name for p in (saved / "checkpoints").iterdir() if p.name.isdigit()) == ["10", "20"]
+
+
+def test_a_reader_asks_no_other_process(saved, monkeypatch):
+    """In shared work one that has nothing to sample never reads, and would not answer."""
+    reader = Checkpoints(saved, keep=1, every=1, read_only=True)
+    several = types.ModuleType("jax")
+    several.__dict__.update(jax.__dict__, process_count=lambda: 2)
+    monkeypatch.setattr(store, "jax", several)
+    monkeypatch.setattr(
+        store.multihost_utils, "process_allgather", lambda x: pytest.fail("it waits for another process")
+    )
+    assert_same(without_empty(make_state(10)["ema"]), reader.restore_part("ema", step=10))
+    reader.close()
 
 
 def test_what_does_not_fit_is_named_by_path(saved):

@@ -1,12 +1,19 @@
-"""From a configuration to image sets with region tokens: a folder of photos, and its cache."""
+"""From a configuration to image sets with region tokens: a folder of photos, its cache, and one file for several processes."""
+
+import types
 
 import numpy as np
+import pytest
 from PIL import Image
 
 from configs.demo import get_config
+from input_pipeline.schema import InputError
 from input_pipeline.synthetic import render
+from tests.shared_data import NoiseImages
+from tests.shares import share_work
+from truepose_jax import atomic, distributed, files
 from truepose_jax.datasets import evaluation_set, training_set
-from truepose_jax.region_tokens import make_encoder
+from truepose_jax.region_tokens import make_encoder, token_table
 from truepose_jax.schema import Config, from_config_dict
 
 
@@ -41,3 +48,64 @@ def test_folder_gets_tokens_of_both_sides_and_keeps_them(tmp_path):
     Image.fromarray(np.zeros((64, 48, 3), np.uint8)).save(tmp_path / "photos" / "image" / "p0.png")
     changed = training_set(config, encoder, str(cache))
     assert np.abs(changed.tokens.tokens[0] - first.tokens.tokens[0]).max() > 0
+
+
+class Encoder:
+    """Tokens are functions of the photo; counts the images that it was given."""
+
+    fingerprint = "e"
+
+    def __init__(self, error=None):
+        self.seen, self.error = 0, error
+
+    def tokens(self, records, labels):
+        if self.error:
+            raise self.error
+        self.seen += len(records)
+        found = np.stack([np.resize(r.image.reshape(-1)[:500].astype(np.float32), (21, 4)) for r in records])
+        return found, np.ones(found.shape[:2], bool)
+
+
+@pytest.mark.parametrize("count", [1, 3])
+def test_one_of_several_processes_makes_the_tokens(tmp_path, count, monkeypatch):
+    """The others read its file; all have the same table, and so has a second start."""
+    monkeypatch.setattr(distributed, "LOOK_AGAIN", (0.001, 0.01))
+    images, settings = NoiseImages(), {"flip": True, "fingerprint": "f"}
+    alone = token_table(images, Encoder(), cache=None, **settings)
+    for made in (2 * len(images), 0):
+        encoders = [Encoder() for _ in range(count)]
+
+        def work(share, encoders=encoders):
+            return token_table(images, encoders[share.index], cache=str(tmp_path / "c"), share=share, **settings)
+
+        for table in share_work(count, work):
+            for ours, theirs in zip(vars(table).values(), vars(alone).values(), strict=True):
+                np.testing.assert_array_equal(ours, theirs)
+        assert [e.seen for e in encoders] == [made] + [0] * (count - 1)
+
+
+def test_those_who_wait_for_tokens_end_where_the_first_fails(tmp_path, monkeypatch):
+    monkeypatch.setattr(distributed, "LOOK_AGAIN", (0.001, 0.01))
+    monkeypatch.setattr(distributed, "CHECK_EVERY", 0.0)
+
+    def work(share):
+        encoder = Encoder(InputError("no CLIP here"))
+        return token_table(NoiseImages(), encoder, flip=False, cache=str(tmp_path), fingerprint="f", share=share)
+
+    first, second = share_work(2, work)
+    assert str(first) == "no CLIP here" and "process 0 has failed (no CLIP here)" in str(second)
+    (tmp_path / "file").write_text("")
+    with pytest.raises(InputError, match="cannot be written"):
+        token_table(NoiseImages(), Encoder(), flip=False, cache=str(tmp_path / "file"), fingerprint="f")
+
+
+def test_unfinished_files_of_process_1_on_two_hosts_are_two(tmp_path, monkeypatch):
+    """In containers every Python is process 1; the folder is one."""
+    monkeypatch.setattr(atomic, "os", types.SimpleNamespace(getpid=lambda: 1, fsync=lambda file: None))
+    with atomic.replacing(tmp_path / "x") as ours, atomic.replacing(tmp_path / "x") as theirs:
+        ours.write_text("a")
+        theirs.write_text("b")
+        assert ours != theirs and all(p.name.startswith(".x.1-") and p.suffix == ".partial" for p in (ours, theirs))
+    assert (tmp_path / "x").read_text() == "a"
+    files.make_folder(tmp_path)
+    assert [p.name for p in tmp_path.iterdir()] == ["x"]

@@ -1,12 +1,22 @@
 """The memory estimate: by hand on small functions, against XLA's account of a compiled gradient, and as people read it."""
 
+import os
+import pathlib
+import re
+import subprocess
+import sys
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from tests import tiny
-from truepose_jax.estimate import GIB, Estimate, Step, estimate, peak_bytes, report
+from truepose_jax import estimate as estimates
+from truepose_jax.estimate import GIB, Estimate, Step, estimate, memory_report, peak_bytes, report
+from truepose_jax.schema import ConfigError
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
 
 KIB = 1024
 X = jax.ShapeDtypeStruct((256,), np.float32)
@@ -127,6 +137,75 @@ def test_largest_batch():
     for memory in (21, 30, 64):
         most = found.largest_batch(memory * GIB, "gpu")
         assert found.bytes(most, "gpu") <= memory * GIB < found.bytes(most + 1, "gpu")
+
+
+def test_the_report_leaves_room(monkeypatch):
+    """Of 80 GiB a GPU's program has 60, and the estimate may be 8 % low."""
+    step = Step(least=0, fixed=0, per_image=GIB)
+    found = Estimate({"net": 1}, 0, 0, 0, 0, 0, {"gpu": step, "tpu": step})
+    config = tiny.config(tiny.MIDDLE_ONLY)
+    for name in estimates.SHARE_VARIABLES:
+        monkeypatch.delenv(name, raising=False)
+    batches = largest(report(config, found))
+    assert batches["H200 (gpu)"] == int(140.4 * 0.75 * 0.92) and batches["v5p (tpu)"] == int(95.74 * 0.92)
+    monkeypatch.setenv("XLA_PYTHON_CLIENT_MEM_FRACTION", ".95")
+    text = report(config, found)
+    assert (
+        largest(text)["H200 (gpu)"] == int(140.4 * 0.95 * 0.92)
+        and "takes 0.95 (XLA_PYTHON_CLIENT_MEM_FRACTION=.95)" in text
+    )
+    assert "up to 8% more" in text
+    assert largest(report(config, found, memory=100)) == {"given (gpu)": 92, "given (tpu)": 92}
+    monkeypatch.setenv("XLA_CLIENT_MEM_FRACTION", "most")
+    with pytest.raises(ConfigError, match="XLA_CLIENT_MEM_FRACTION is 'most'"):
+        report(config, found)
+
+
+def largest(text: str) -> dict[str, int]:
+    """The printed table: the batch without FSDP, by device."""
+    found = re.findall(r"^  (\S.*?\)) +[\d.]+ GiB +(\d+) ", text, re.M)
+    return {name: int(batch) for name, batch in found}
+
+
+CONFIG = """
+from tests import tiny
+
+def get_config():
+    return tiny.settings(tiny.MIDDLE_ONLY)
+"""
+RUN = """
+import sys
+from truepose_jax import train
+from truepose_jax.programs import run_with_config
+from jax._src import xla_bridge
+
+def main(argv):
+    assert not xla_bridge.backends_are_initialized()
+    code = train.main(argv)
+    print("backends", *xla_bridge.backends())
+    return code
+
+run_with_config(main)
+"""
+
+
+def estimated(*words):
+    """`train` with these flags, where JAX would start on a GPU that is not there."""
+    env = os.environ | {"JAX_PLATFORMS": "cuda", "PYTHONPATH": str(ROOT)}
+    return subprocess.run([sys.executable, "-c", RUN, *words], capture_output=True, text=True, env=env, cwd=ROOT)
+
+
+def test_no_accelerator_is_started(tmp_path):
+    (tmp_path / "config.py").write_text(CONFIG)
+    done = estimated(f"--config={tmp_path / 'config.py'}", "--estimate", "--memory=4")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-1] == "backends cpu" and "given (gpu)" in done.stdout
+
+
+def test_wrong_flags_are_one_line(monkeypatch):
+    for settings, memory, text in ((None, None, "--config is missing"), (tiny.settings(), -1.0, "--memory is -1")):
+        with pytest.raises(ConfigError, match=text):
+            memory_report(settings, memory)
 
 
 def test_an_ablation_that_looks_through_clip():

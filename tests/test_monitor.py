@@ -1,5 +1,6 @@
 """What a run writes while it runs: one object a step, whatever happened before, and valid JSON whatever the loss."""
 
+import contextlib
 import json
 import resource
 import subprocess
@@ -7,12 +8,14 @@ import sys
 import time
 from pathlib import Path
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from PIL import Image
 
-from truepose_jax.monitor import CannotWrite, Monitor, NonFinite
+from truepose_jax.monitor import CannotWrite, Monitor, NonFinite, Trace
+from truepose_jax.schema import ConfigError
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -95,6 +98,62 @@ def test_resume_leaves_every_step_once(tmp_path):
     assert [line.get("run") for line in read(tmp_path / "metrics.jsonl")] == [1] * 4 + [None] * 3
     assert [line["step"] for line in read(tmp_path / "eval.jsonl")] == [3]
     assert not list(tmp_path.glob(".*.partial"))
+
+
+def test_evaluated_reads_past_what_is_no_line_of_ours(tmp_path):
+    with make(tmp_path, start_step=6) as monitor:
+        assert not monitor.evaluated(3)
+        (tmp_path / "eval.jsonl").write_bytes(b'not json\n[]\n{}\n\xff\n{"step": 3, "eval": {}}\n{"step": 6, "ev')
+        assert monitor.evaluated(3) and not monitor.evaluated(6)
+
+
+@pytest.fixture
+def profiler(monkeypatch):
+    """What is traced, by step number: 'on' and 'off' between them."""
+    said = []
+    monkeypatch.setattr(jax.profiler, "start_trace", lambda folder: said.append("on"))
+    monkeypatch.setattr(jax.profiler, "stop_trace", lambda: said.append("off"))
+    return said
+
+
+def traced(said, start, total, until=None):
+    """The steps between on and off of a run from `start` that ends at `until`; what was said."""
+    lines = []
+    with contextlib.suppress(KeyboardInterrupt), Trace("profile", start, total, say=lines.append) as trace:
+        for step in range(start + 1, total + 1):
+            trace.before(step)
+            said.append(step)
+            trace.after(step, jnp.zeros(()))
+            if step == until:
+                raise KeyboardInterrupt
+    assert said.count("on") == said.count("off") <= 1
+    return (said[said.index("on") + 1 : said.index("off")] if "on" in said else []), lines
+
+
+def test_a_trace_is_of_five_steps(profiler, caplog):
+    assert traced(profiler, 20, 60) == ([30, 31, 32, 33, 34], ["wrote a trace of 5 steps to profile"])
+    assert not caplog.text
+
+
+@pytest.mark.parametrize(
+    ("total", "until", "steps", "words"),
+    [
+        (34, None, [30, 31, 32, 33, 34], ""),
+        (33, None, [29, 30, 31, 32, 33], "13 steps are left, too few to let 9 go by; the trace is of steps 29 to 33"),
+        (22, None, [21, 22], "2 steps are left, too few to let 9 go by; the trace is of steps 21 to 22, compilation"),
+        (60, 31, [30, 31], ""),
+        (60, 29, [], "ended before step 30, so nothing is traced"),
+    ],
+)
+def test_a_trace_where_steps_are_few_or_the_run_ends(profiler, caplog, total, until, steps, words):
+    found, lines = traced(profiler, 20, total, until)
+    assert found == steps and lines == ([f"wrote a trace of {len(steps)} steps to profile"] if steps else [])
+    assert words in caplog.text and bool(caplog.text) == bool(words)
+
+
+def test_no_step_left_to_trace_is_an_error(profiler):
+    with pytest.raises(ConfigError, match=r"--profile: step 60 of config\.total_steps 60 is done"):
+        traced(profiler, 60, 60)
 
 
 def test_a_last_line_without_its_newline_is_torn(tmp_path):

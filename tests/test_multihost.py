@@ -17,6 +17,7 @@ from input_pipeline.record_check import check_records
 from input_pipeline.schema import InputError
 from tests.metrics.torch_networks import save_weights
 from tests.resume.test_killed import TINY, steps_of, wait_for_step
+from tests.shares import share_work
 from tests.test_evaluate import folder
 from truepose_jax import distributed, prepare
 from truepose_jax.evaluate.__main__ import main as evaluate
@@ -106,6 +107,12 @@ def test_two_processes_with_the_parameters_cut_over_both(tmp_path, alone):
 
 
 @pytest.mark.slow
+def test_two_processes_of_one_tensor_group_hold_the_same_rows(tmp_path, alone):
+    finish(by_flags(tmp_path, 2, "--config.mesh.data=1", "--config.mesh.tensor=2", "--config.optim.layout=tree"))
+    same_run(tmp_path, alone)
+
+
+@pytest.mark.slow
 def test_four_processes(tmp_path, alone):
     finish(by_flags(tmp_path, 4))
     same_run(tmp_path, alone)
@@ -121,6 +128,45 @@ def test_sigterm_to_one_stops_both_at_the_same_step(tmp_path):
     assert stopped[0] == stopped[1]
     (saved,) = (int(p.name) for p in (tmp_path / "checkpoints").iterdir() if p.name.isdigit())
     assert f"saved step {saved};" in stopped[0]
+
+
+def test_all_must_see_the_workdir_of_process_0(tmp_path, monkeypatch):
+    monkeypatch.setattr(distributed, "SEEN_WITHIN", 0.2)
+    monkeypatch.setattr(distributed, "CHECK_EVERY", 0.05)
+    places = [tmp_path / "one", tmp_path / "other"]
+    for place in places:
+        place.mkdir()
+    assert share_work(2, lambda share: distributed.same_folder(share, places[0])) == [None, None]
+    ends = share_work(2, lambda share: distributed.same_folder(share, places[share.index]))
+    assert all(isinstance(end, InputError) and "\n" not in str(end) for end in ends)
+    assert f"{places[1]}/" in str(ends[1]) and "process 1 does not see it" in str(ends[1])
+    assert "process 1 has failed" in str(ends[0])
+    assert not list(places[0].iterdir()) and not list(places[1].iterdir())
+
+
+class Steps:
+    """The steps of a workdir as a process sees them, before and after it looks again."""
+
+    def __init__(self, folder, before, after):
+        self.folder, self._seen, self._after = folder, before, after
+
+    def steps(self):
+        return self._seen
+
+    def look_again(self):
+        self._seen = self._after
+
+
+def test_all_begin_with_the_steps_of_process_0(tmp_path, monkeypatch):
+    monkeypatch.setattr(distributed, "CHECK_EVERY", 0.05)
+    for step in ("4", "8"):
+        (tmp_path / step).mkdir()
+    late = [Steps(tmp_path, [4, 8], [4, 8]), Steps(tmp_path, [4], [4, 8])]
+    assert share_work(2, lambda share: distributed.same_steps(share, late[share.index])) == [None, None]
+    assert late[1].steps() == [4, 8]
+    never = [Steps(tmp_path, [4, 8], [4, 8]), Steps(tmp_path, [4], [4])]
+    ends = share_work(2, lambda share: distributed.same_steps(share, never[share.index]))
+    assert all("saved steps: those of process" in str(end) for end in ends)
 
 
 # ------------------------------------------------------------------------------------------------- shared work

@@ -284,6 +284,23 @@ def test_bad_input_is_one_line_and_exit_code_2(tmp_path, capsys, flags, words):
     assert error.count("\n") == 1 and error.startswith("error: ") and words in error
 
 
+@pytest.mark.parametrize("where", ["shard", "note", "table"])
+def test_a_disk_that_fills_up_is_one_line_and_the_build_goes_on_later(tmp_path, where):
+    """A folder in a file's place refuses it as a full disk does, ArrayRecord's own errors too."""
+    raw, out = noise_set(), tmp_path / "r"
+    names = {"shard": "build/noise-test.array_record-00000-of-00001.partial", "note": "build/test-00000.json.partial"}
+    blocked = out / names.get(where, "images-train.csv.partial")
+
+    def block(records):
+        blocked.mkdir(exist_ok=True)
+
+    with pytest.raises(InputError, match=r"r: cannot be written .* run the same command again"):
+        build_records(raw, out, annotators=[block])
+    blocked.rmdir()
+    build_records(raw, out)
+    assert check_records(out)[0] == []
+
+
 def test_check_of_what_is_not_a_build(tmp_path, capsys):
     assert prepare.main(["check", str(tmp_path)]) == 2
     assert "not a build" in capsys.readouterr().err

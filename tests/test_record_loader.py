@@ -114,7 +114,7 @@ def test_hosts_share_one_global_batch(images, hosts):
 
 
 PROGRAM = """
-import itertools, sys, zlib
+import itertools, multiprocessing, os, signal, sys, zlib
 import absl.flags
 from input_pipeline.loader import make_loader
 from input_pipeline.readers import RecordTokens
@@ -126,12 +126,20 @@ if __name__ == "__main__":
         loader = make_loader(
             images, RecordTokens(images, 8, True), seed=1, batch_size=8, flip=True, form="bytes", workers=workers
         )
-        found = list(itertools.islice(loader, 5))
+        found = [next(loader)]
+        children = multiprocessing.active_children()
+        for child in children:  # as Ctrl-C and the end of a whole job step do
+            os.kill(child.pid, signal.SIGINT)
+            os.kill(child.pid, signal.SIGTERM)
+        found += itertools.islice(loader, 14)
+        assert len(children) == workers and all(child.is_alive() for child in children)
         print(*(zlib.crc32(b"".join(batch[name].tobytes() for name in sorted(batch))) for batch in found))
+    print(*(child.pid for child in children))
 """
 
 
 def test_worker_processes_change_nothing(root, tmp_path):
+    """And go on when they are asked to end together with the trainer, until the trainer does."""
     program = tmp_path / "program.py"
     program.write_text(PROGRAM)
     here = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
@@ -140,7 +148,8 @@ def test_worker_processes_change_nothing(root, tmp_path):
     )
     assert made.returncode == 0, made.stderr
     lines = made.stdout.strip().splitlines()
-    assert len(lines) == 2 and lines[0] == lines[1] and len(set(lines[0].split())) == 5
+    assert len(lines) == 3 and lines[0] == lines[1] and len(set(lines[0].split())) == 15
+    assert not any(os.path.exists(f"/proc/{pid}") for pid in lines[2].split())
 
 
 def test_a_broken_record_keeps_its_slot_and_is_named(root, tmp_path, caplog):

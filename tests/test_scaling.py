@@ -14,6 +14,7 @@ import jax
 import numpy as np
 import pytest
 
+from input_pipeline.schema import InputError
 from tests import tiny
 from tests.test_train_step import FROZEN, Toy, toy_batch
 from tests.tiny_run import quick_starts, tiny_config
@@ -249,6 +250,40 @@ def test_a_run_ends_at_the_target(tmp_path):
     assert row["examples_to_target"] == 48 * row["steps_to_target"]
 
 
+def test_a_run_that_diverges_gets_its_row(tmp_path):
+    """And its line in the report, so that the study goes on."""
+    found = Table(tmp_path, {})
+    study = toy_study(tmp_path)
+    study.settings = dataclasses.replace(TOY_SETTINGS, target=0.01, examples=24 * 40)
+    study.config = tiny.config({"optim": {"learning_rate": 0.05, "max_skips": 3}})
+    good = study.loader
+
+    def loader(config, start):
+        for step, each in enumerate(good(config, start), start):
+            yield each if step < 3 else each | {"target": np.full_like(each["target"], np.nan)}
+
+    study.loader = loader
+    run = batch.Run("adamw", "any", 24, 0)
+    row = study.row(run, StopAt(math.inf))
+    assert row["diverged"] and row["steps_to_target"] is row["examples_to_target"] is None
+    assert row["steps"] == 6 and row["best_loss"] > 0 and not (tmp_path / "runs" / run.name / "checkpoints").exists()
+    found.add(row)
+    at_once = batch.Run("adamw", "none", 48, 0)  # before it was evaluated
+    folder = tmp_path / "runs" / at_once.name
+    folder.mkdir(parents=True)
+    (folder / "metrics.jsonl").write_text('{"step": 1, "loss": null, "skipped_now": 1, "steps_per_second": null}\n')
+    found.add(batch.judged(at_once, study.config, study.settings, folder, diverged=True))
+    assert found.rows[1]["best_loss"] is None and found.rows[1]["steps"] == 1
+    text = write_report(found, study.config, study.settings, "command").read_text()
+    assert "diverged at 6" in text and f"{run.name} (step 6), {at_once.name} (step 1)" in text
+
+
+def test_a_diverged_run_is_not_tried_again():
+    run, row = batch.Run("adamw", "none", 12, 0), {"steps_to_target": None, "steps": 3}
+    assert batch.again(run, row, tiny.config(), SETTINGS)
+    assert not batch.again(run, row | {"diverged": True}, tiny.config(), SETTINGS)
+
+
 @pytest.mark.slow
 def test_a_batch_study_of_truepose(tmp_path):
     """The same with the real network and data: resumed equals left alone."""
@@ -374,6 +409,17 @@ def test_dry_run(tmp_path):
     assert done.returncode == 0, done.stderr
     assert len(done.stdout.splitlines()) == 9 and "8 runs, 8 to do: about" in done.stdout
     assert not out.exists()
+
+
+def test_a_folder_that_cannot_be_written_is_one_line(tmp_path):
+    (tmp_path / "file").write_text("")
+    for out in (tmp_path / "file", tmp_path / "file" / "out"):
+        with pytest.raises(InputError, match="cannot be written"):
+            Table(out, {})
+    found = Table(tmp_path / "out", {})
+    (found.folder / "rows.json").mkdir()
+    with pytest.raises(InputError, match="cannot be written"):
+        found.add({"name": "a"})
 
 
 def test_bad_input_is_one_line(tmp_path):

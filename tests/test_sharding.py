@@ -14,7 +14,16 @@ from jax.sharding import AbstractMesh, PartitionSpec
 
 from tests import tiny
 from tests.sharded import MESHES
-from truepose_jax.sharding import AXES, compiler_options, constrain, make_mesh, param_specs, path_of
+from truepose_jax.sharding import (
+    AXES,
+    _share_of,
+    batch_share,
+    compiler_options,
+    constrain,
+    make_mesh,
+    param_specs,
+    path_of,
+)
 
 
 @pytest.fixture(scope="module")
@@ -55,6 +64,34 @@ def test_batches_are_cut_over_data_and_fsdp(sharded):
     assert found["constrained"] == [2, 3, 2]
     for put in ("global", "whole"):
         assert found[put] == {"equal": True, "rows": [[0, 1], [2, 3], [4, 5], [6, 7]], "shape": [2, 4, 3]}
+
+
+def shares(*holders):
+    """The share of every process; holders: for each part of the batch, whose devices hold it."""
+    devices = [(SimpleNamespace(process_index=p), (slice(i, i + 1),)) for i, row in enumerate(holders) for p in row]
+    held = {id(device): (device, part) for device, part in devices}
+
+    class Held(dict):
+        def items(self):
+            return held.values()
+
+    return [_share_of(Held(), process) for process in range(1 + max(p for row in holders for p in row))]
+
+
+def test_who_loads_which_rows():
+    """Processes of one tensor group load the same rows; each row of the batch is somebody's."""
+    assert shares([0], [0], [1], [1]) == [(0, 2), (1, 2)]
+    assert shares([0, 0], [1, 1]) == [(0, 2), (1, 2)]
+    assert shares([0, 1]) == [(0, 1), (0, 1)]  # data 1, tensor 2 over two processes: both hold all rows
+    assert shares([0, 1], [2, 3]) == [(0, 2), (0, 2), (1, 2), (1, 2)]
+    # data 16 over a v5e:4x4, whose ring goes in and out of hosts of 2x2 (jax.experimental.mesh_utils)
+    ring = [0, 0, 1, 1, 1, 1, 0, 2, 3, 3, 3, 3, 2, 2, 2, 0]
+    assert shares(*([p] for p in ring)) == [(0, 4), (1, 4), (2, 4), (3, 4)]
+    assert batch_share(make_mesh(data=1, fsdp=1, tensor=1, devices=jax.devices()[:1])) == (0, 1)
+    for uneven in (([0, 0], [0, 1], [1, 1]), ([0], [0], [1])):
+        with pytest.raises(ValueError, match=r"process 0 holds its parts \[0, 1\] and process 1 \[") as caught:
+            shares(*uneven)
+        assert "\n" not in str(caught.value)
 
 
 def test_make_mesh():

@@ -203,7 +203,7 @@ def test_labels_by_several(tmp_path, monkeypatch, capsys):
         pose=None,
         detector=None,
         batch_size=2,
-        score=0.3,
+        score=None,
         labels=None,
         device="cpu",
     )

@@ -10,17 +10,23 @@ import sys
 import textwrap
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
 from configs import base
-from truepose_jax import schema, sharding
+from truepose_jax import schema, sharding, train
 from truepose_jax.checkpoint import (
     CheckpointError,
     Preemption,
+    as_metadata,
+    check_place,
     check_same_config,
+    check_same_contents,
+    data_digest,
     lock_workdir,
     parameter_table,
     read_config,
@@ -90,9 +96,18 @@ def test_unreadable_metadata_is_one_line(tmp_path):
 def test_workdir_of_another_configuration(tmp_path):
     check_same_config(tmp_path, make_config())
     write_metadata(tmp_path, config=make_config(), parameter_table=[], mesh=None)
+    (tmp_path / "checkpoints" / "5").mkdir(parents=True)
     check_same_config(tmp_path, make_config())
-    allowed = {"total_steps": 7, "log_every": 5, "eval.every": 3, "checkpoint.keep": 9, "data.threads": 1}
-    check_same_config(tmp_path, make_config(**allowed, **{"mesh.fsdp": 2}))
+    allowed = {"total_steps": 7, "log_every": 5, "eval.every": 3, "checkpoint.keep": 9, "mesh.fsdp": 2}
+    allowed |= {
+        "data.threads": 1,
+        "data.workers": 2,
+        "data.max_invalid": 0.5,
+        "model.remat": not make_config().model.remat,
+    }
+    allowed |= {"optim.accumulation": 2, "optim.max_skips": 3, "optim.noise_scale": "on"}
+    moved = {name: "/moved" for name in ("data.root", "model.vae", "model.clip.path", "init_from")}
+    check_same_config(tmp_path, make_config(**allowed, **moved))
     changes = {"batch_size": 24, "optim.learning_rate": 1e-4, "seed": 1, "data.flip": True, "total_steps": 1}
     with pytest.raises(CheckpointError) as caught:
         check_same_config(tmp_path, make_config(**changes))
@@ -104,9 +119,79 @@ def test_workdir_of_another_configuration(tmp_path):
     with pytest.raises(CheckpointError, match=r"config\.data\.flip was absent and is false"):
         check_same_config(tmp_path, make_config())
     (tmp_path / "metadata.json").unlink()
-    (tmp_path / "checkpoints" / "5").mkdir(parents=True)
     with pytest.raises(CheckpointError, match=r"no metadata\.json"):
         check_same_config(tmp_path, make_config())
+
+
+def test_without_a_saved_step_any_configuration_is_fine(tmp_path):
+    """metadata.json is written before the first step: one that found no memory must not hold the next try to its batch."""
+    write_metadata(tmp_path, config=make_config(), parameter_table=[], mesh=None)
+    (tmp_path / "checkpoints" / "5.orbax-checkpoint-tmp").mkdir(parents=True)
+    check_same_config(tmp_path, make_config(batch_size=6))
+
+
+CONTENTS = {
+    "autoencoder": "a" * 64,
+    "clip": "c" * 64,
+    "data": "d" * 64,
+    "origin": {"name": "sd15", "files": {"f": "1"}},
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "setting"),
+    [
+        ("autoencoder", "b" * 64, "config.model.vae"),
+        ("clip", "b" * 64, "config.model.clip.path"),
+        ("data", "b" * 64, "config.data.root"),
+        ("origin", None, "config.init_from"),
+    ],
+)
+def test_a_run_goes_on_with_what_it_has_trained_with(tmp_path, name, value, setting):
+    changed = CONTENTS | {name: value}
+    write_metadata(tmp_path, config=make_config(), parameter_table=[], mesh=None, extra=as_metadata(CONTENTS))
+    check_same_contents(tmp_path, changed)  # no step is saved yet
+    (tmp_path / "checkpoints" / "5").mkdir(parents=True)
+    check_same_contents(tmp_path, CONTENTS)
+    check_same_contents(tmp_path, CONTENTS | {"clip": ""})  # not known
+    with pytest.raises(CheckpointError, match=rf"not the one .*; give {setting} the same again") as caught:
+        check_same_contents(tmp_path, changed)
+    assert "\n" not in str(caught.value)
+    record = json.loads((tmp_path / "metadata.json").read_text())
+    for entries in (record, record["frozen"]):
+        entries.pop(name, None)
+    (tmp_path / "metadata.json").write_text(json.dumps(record))
+    check_same_contents(tmp_path, changed)  # an older run did not record it
+
+
+def test_digest_of_a_folder_of_photos(tmp_path):
+    def digest(pairs=((0, 1),), **more):
+        return data_digest(SimpleNamespace(pairs=np.array(pairs), **more), str(tmp_path), ("image", "parsing"))
+
+    (tmp_path / "image" / "a").mkdir(parents=True)
+    (tmp_path / "image" / "a" / "1.png").write_text("12345")
+    found = [digest()]
+    (tmp_path / "notes.txt").write_text("nothing that is trained on")
+    assert digest() == found[0]
+    (tmp_path / "image" / "a" / "1.png").write_text("1234")
+    found.append(digest())
+    (tmp_path / "image" / "a" / "1.png").rename(tmp_path / "image" / "a" / "2.png")
+    found += [digest(), digest(((1, 0),)), digest(digest="of records")]
+    assert len(set(found)) == 5
+
+
+def test_a_workdir_that_is_no_folder_is_one_line(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for place in ("gs://bucket/run", "s3://bucket/run"):
+        with pytest.raises(CheckpointError, match=rf"--workdir={place} is an address.* mount the bucket"):
+            train.main_of(make_config(), place)
+    check_place(tmp_path)
+    assert not list(tmp_path.iterdir())
+    (tmp_path / "file").write_text("")
+    for place in ("file", "file/run"):
+        with pytest.raises(CheckpointError, match=f"cannot write in the workdir {place} ") as caught:
+            train.main_of(make_config(), place)
+        assert "\n" not in str(caught.value)
 
 
 def test_a_workdir_is_for_one_run_at_a_time(tmp_path):

@@ -1,4 +1,4 @@
-"""Files that appear when they are whole: written beside their place under this process's own name, then renamed.
+"""Files that appear when they are whole: written beside their place under a name of their own, then renamed.
 
 Errors of the disk are OSErrors here; truepose_jax.files gives them a program's words.
 """
@@ -8,7 +8,13 @@ from __future__ import annotations
 import contextlib
 import os
 import pathlib
+import uuid
 from collections.abc import Iterator
+
+
+def partial_of(path: pathlib.Path) -> pathlib.Path:
+    """A hidden name beside `path` that no one else has: in containers every Python is process 1, so its number is not enough."""
+    return path.with_name(f".{path.name}.{os.getpid()}-{uuid.uuid4().hex[:8]}.partial")
 
 
 @contextlib.contextmanager
@@ -17,7 +23,7 @@ def replacing(path: pathlib.Path) -> Iterator[pathlib.Path]:
 
     After an error inside, the older one stands and `partial` is gone.
     """
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    partial = partial_of(path)
     try:
         yield partial
         partial.replace(path)

@@ -16,6 +16,7 @@ from input_pipeline.poses import load_real_poses
 from input_pipeline.readers import RecordTokens
 from input_pipeline.records import RecordImages, split_names
 from input_pipeline.schema import ImageSet, InputError
+from input_pipeline.shares import ALONE, Share
 from input_pipeline.synthetic import SyntheticPeople
 from input_pipeline.transforms import TokenTable
 from truepose_jax.region_tokens import LazyEncoder, RegionEncoder, token_table
@@ -46,10 +47,11 @@ class Dataset:
     clip: str = ""
 
 
-def training_set(config: Config, encoder: Encoder, cache: str | None) -> Dataset:
-    """Raises InputError and ConfigError where the data are not what the config says."""
+def training_set(config: Config, encoder: Encoder, cache: str | None, share: Share = ALONE) -> Dataset:
+    """share: of several processes that read it all one makes the tokens (region_tokens.token_table). Raises InputError and
+    ConfigError where the data are not what the config says."""
     images, name = _OPEN[config.data.dataset](config, "train")
-    tokens, clip = _tokens(config, images, encoder, config.data.flip, cache, name)
+    tokens, clip = _tokens(config, images, encoder, config.data.flip, cache, name, share)
     return Dataset(images, tokens, images.pairs, heldout=False, clip=clip)
 
 
@@ -81,21 +83,22 @@ def training_batches(
 
 
 def _tokens(
-    config: Config, images: ImageSet, encoder: Encoder, flip: bool, cache: str | None, name: str
+    config: Config, images: ImageSet, encoder: Encoder, flip: bool, cache: str | None, name: str, share: Share
 ) -> tuple[TokenTable | RecordTokens, str]:
     """(tokens, fingerprint of their CLIP): those of the records where they serve, else from the cache or CLIP."""
     stored = stored_tokens(config, images, encoder) if isinstance(images, RecordImages) else None
     if stored is not None:
         return stored
-    return token_table(images, encoder, flip=flip, cache=cache, fingerprint=name), encoder.fingerprint
+    table = token_table(images, encoder, flip=flip, cache=cache, fingerprint=name, share=share)
+    return table, encoder.fingerprint
 
 
-def evaluation_set(config: Config, encoder: Encoder, cache: str | None) -> Dataset:
+def evaluation_set(config: Config, encoder: Encoder, cache: str | None, share: Share = ALONE) -> Dataset:
     """Held-out people, the folder's `eval_pairs`, or the records' test split. Pairs are spread
     evenly over the list: over its identities where these stand together, some more than once where there are fewer."""
     heldout = config.data.dataset == "synthetic" or bool(_evaluation_split(config))
     images, name = _OPEN[config.data.dataset](config, "heldout" if heldout else "train")
-    tokens, clip = _tokens(config, images, encoder, False, cache, name)
+    tokens, clip = _tokens(config, images, encoder, False, cache, name, share)
     return Dataset(images, tokens, spread(images.pairs, config.eval.pairs), heldout, clip)
 
 

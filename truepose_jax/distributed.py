@@ -17,6 +17,7 @@ import signal
 import sys
 import threading
 import time
+import uuid
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NoReturn
 
@@ -202,6 +203,56 @@ def joined(flags: argparse.Namespace) -> Iterator[Share]:
     finally:  # Without those handlers: a second signal ends at once. It waits until the others have heard.
         with contextlib.suppress(jax.errors.JaxRuntimeError):  # of others that are gone without a word
             state.shutdown()
+
+
+@contextlib.contextmanager
+def together() -> Iterator[Share]:
+    """`with together() as share:` the processes that `start` joined, for training: ALONE where this is the only one.
+
+    Where one fails the others hear of it at the next meeting, the one that waits for all at the end among them.
+    """
+    import jax
+
+    if jax.process_count() == 1:
+        yield ALONE
+        return
+    from jax._src.distributed import global_state
+
+    if global_state.client is None:
+        raise InputError(f"{jax.process_count()} processes have not joined one another; add --distributed=always")
+    share = Several(global_state)
+    with share.told():
+        yield share
+
+
+def same_folder(share: Share, folder: pathlib.Path) -> None:
+    """Raises InputError where a process does not see what process 0 writes in the folder."""
+    if share.count == 1:
+        return
+
+    def write() -> str:
+        name = f".seen-{uuid.uuid4().hex}"  # a name that no earlier run has left in another folder
+        (folder / name).touch()
+        return name
+
+    token = folder / share.lead("a file in the workdir", write)
+    try:
+        share.see(token)
+        share.meet("the workdir is seen")
+    finally:
+        if share.leads:
+            token.unlink(missing_ok=True)
+
+
+def same_steps(share: Share, checkpoints: Any) -> None:
+    """Every process is to begin with the steps that process 0 finds: a file system may show a folder late. checkpoints: the
+    workdir's, checkpoint.Checkpoints. Raises InputError."""
+    if share.count == 1:
+        return
+    for step in share.lead("saved steps", checkpoints.steps):
+        share.see(checkpoints.folder / str(step))
+    checkpoints.look_again()
+    share.agree("saved steps", checkpoints.steps())
 
 
 @contextlib.contextmanager

@@ -1,4 +1,4 @@
-"""How much memory a training step takes, from shapes alone: no device is touched and nothing is compiled.
+"""How much memory a training step takes, from shapes alone: no accelerator is touched and no step is compiled.
 
 The step is traced as the platform it is planned for would run it (its attention above all), and its operations are walked in
 order with what is alive at each: an array lives from the operation that makes it to the last that reads it. What a compiler
@@ -12,6 +12,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
+import os
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -19,22 +20,30 @@ import jax
 import jax.numpy as jnp
 from jax.extend import core
 from jax.sharding import AbstractDevice, AbstractMesh, AxisType
+from ml_collections import ConfigDict
 
 from truepose_jax.assembly import planned
 from truepose_jax.initial import batch_spec, training_form
-from truepose_jax.schema import Config
+from truepose_jax.schema import Config, ConfigError, from_config_dict
 from truepose_jax.sharding import AXES
 from truepose_jax.train_step import Trainer, as_floats
 
 GIB = 1 << 30
 DEVICES = (
-    ("v5e", "tpu", 16),
-    ("v6e", "tpu", 32),
-    ("v5p", "tpu", 95),
-    ("A100, H100", "gpu", 80),
-    ("H200", "gpu", 141),
+    ("v5e", "tpu", 15.75),
+    ("v6e", "tpu", 31.25),
+    ("v5p", "tpu", 95.74),
+    ("A100, H100", "gpu", 79.6),
+    ("H200", "gpu", 140.4),
 )
-"""(name, platform, GiB)."""
+"""(name, platform, GiB). Of TPUs what the compiler leaves to a program, as its refusals say; of GPUs what the driver shows of
+which JAX takes a share."""
+MARGIN = 0.08
+"""What compilers were found to need beyond the estimate, at most, at the largest batches with rematerialisation
+(benchmarks/results/tpu_train_step.md). Without it they need far less: elementwise results are made anew where they are read."""
+GPU_SHARE = 0.75
+"""Of a GPU's memory that JAX takes where nothing else is said."""
+SHARE_VARIABLES = ("XLA_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_MEM_FRACTION")
 PLATFORMS = ("tpu", "gpu")
 
 FSDP = (1, 8)
@@ -120,8 +129,36 @@ def estimate(config: Config, *, platforms: Sequence[str] = PLATFORMS) -> Estimat
     )
 
 
-def report(config: Config, found: Estimate) -> str:
-    """The estimate for people."""
+def gpu_share() -> tuple[float, str]:
+    """The share of a GPU's memory that JAX will take, and what says so. Raises ConfigError where that is no share."""
+    for name in SHARE_VARIABLES:
+        if text := os.environ.get(name):
+            try:
+                share = float(text)
+            except ValueError:
+                share = math.nan
+            if not share > 0:
+                raise ConfigError(f"{name} is {text!r}; it must be a share of the GPU's memory, as in 0.9")
+            return share, f"{name}={text}"
+    return GPU_SHARE, f"JAX's own; {SHARE_VARIABLES[0]} sets another"
+
+
+def memory_report(settings: ConfigDict | None, memory: float | None) -> str:
+    """What `train --estimate` prints. memory: GiB that a program may have, in the place of DEVICES. Raises ConfigError.
+
+    JAX starts on the CPU alone: the accelerators of this machine may be in use, and need not be there.
+    """
+    if settings is None:
+        raise ConfigError("--config is missing: name an experiment, such as --config=configs/demo.py")
+    if memory is not None and not 0 < memory < math.inf:
+        raise ConfigError(f"--memory is {memory:g}; it must be GiB that a program may have, above 0")
+    jax.config.update("jax_platforms", "cpu")
+    config = from_config_dict(Config, settings)
+    return report(config, estimate(config), memory=memory)
+
+
+def report(config: Config, found: Estimate, *, memory: float | None = None) -> str:
+    """The estimate for people. memory: GiB that a program may have, in the place of DEVICES."""
     h, w = config.model.size
     counts = ", ".join(f"{name} {count:,}" for name, count in found.networks.items())
     rows = [
@@ -136,11 +173,26 @@ def report(config: Config, found: Estimate) -> str:
             f"step, any batch, {platform} {step.fixed / GIB:8.2f} GiB   gradients, cast weights; {step.least / GIB:.2f} at least",
             f"step, per image, {platform} {step.per_image / GIB:8.2f} GiB   activations",
         ]
-    rows += ["largest batch per device:", "  device      memory  " + "".join(f"{f'fsdp {n}':>8}" for n in FSDP)]
-    for name, platform, memory in DEVICES:
+    share, said_by = gpu_share()
+    room = [(name, platform, gib * (share if platform == "gpu" else 1)) for name, platform, gib in DEVICES]
+    if memory is not None:
+        room = [("given", platform, memory) for platform in found.steps]
+    elif "gpu" in found.steps:
+        rows.append(f"of a GPU's memory JAX takes {share:g} ({said_by})")
+    rows += [
+        f"Compilers were found to need up to {MARGIN:.0%} more than such an estimate: that much of the memory is left free here."
+        if config.model.remat
+        else "Without rematerialisation compilers for TPUs were found to need 0.58 to 0.70 of such an estimate: larger batches "
+        "may fit.",
+        "largest batch per device:",
+        "  device           a program's  " + "".join(f"{f'fsdp {n}':>8}" for n in FSDP),
+    ]
+    for name, platform, gib in room:
         if platform in found.steps:
-            batches = (found.largest_batch(memory * GIB, platform, fsdp=n) for n in FSDP)
-            rows.append(f"  {name:<10} {memory:>4} GiB  " + "".join(f"{batch or '-':>8}" for batch in batches))
+            batches = (found.largest_batch(int(gib * GIB * (1 - MARGIN)), platform, fsdp=n) for n in FSDP)
+            rows.append(
+                f"  {f'{name} ({platform})':<16} {gib:>7.2f} GiB  " + "".join(f"{batch or '-':>8}" for batch in batches)
+            )
     return "\n".join(rows)
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import pathlib
 from collections.abc import Iterator
 
@@ -34,7 +33,7 @@ def whole(path: pathlib.Path) -> Iterator[pathlib.Path]:
 
 def make_folder(folder: pathlib.Path) -> None:
     """Before the work rather than after it. Raises InputError where nothing can be written there."""
-    probe = folder / f".{os.getpid()}.partial"
+    probe = atomic.partial_of(folder / "probe")
     with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
         probe.touch()

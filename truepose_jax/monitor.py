@@ -12,11 +12,12 @@ from __future__ import annotations
 import collections
 import contextlib
 import json
+import logging
 import math
 import os
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,9 @@ RATE_WINDOW = 50
 
 INVALID_WINDOW = 200
 """Steps that unreadable examples are counted over."""
+
+TRACED, FIRST_TRACED = 5, 10
+"""Steps that Trace traces, and the first of them, counted from the start: past compilation and the first reads."""
 
 BINS = ("bin_sums", "bin_counts")
 """Metrics that are summed over the log window: loss and weight per timestep bin."""
@@ -68,6 +72,15 @@ def _is_finite(value: Any) -> bool:
     return bool(np.all(np.isfinite(np.asarray(value, np.float64))))
 
 
+def _step_of(line: str) -> int | None:
+    """The step that a line tells of; None where it is torn or of something else."""
+    try:
+        found = json.loads(line)["step"]
+    except (ValueError, KeyError, TypeError):
+        return None
+    return found if isinstance(found, int) else None
+
+
 def _cut_after(path: Path, step: int) -> None:
     """Drops lines after `step`, torn lines, repeated steps: what a killed run wrote past its checkpoint."""
     if not path.exists():
@@ -75,11 +88,8 @@ def _cut_after(path: Path, step: int) -> None:
     last = -1
     with atomic.replacing(path) as partial, path.open(errors="replace") as old, partial.open("w") as new:
         for line in old:
-            try:
-                found = json.loads(line)["step"]
-            except (ValueError, KeyError, TypeError):
-                continue
-            if isinstance(found, int) and last < found <= step and line.endswith("\n"):
+            found = _step_of(line)
+            if found is not None and last < found <= step and line.endswith("\n"):
                 new.write(line)
                 last = found
         new.flush()
@@ -130,6 +140,58 @@ def peak_device_bytes() -> int | None:
     """Most bytes that were in use on any local device; None where the backend does not count (CPU)."""
     stats = [device.memory_stats() or {} for device in jax.local_devices()]
     return max((s["peak_bytes_in_use"] for s in stats if "peak_bytes_in_use" in s), default=None)
+
+
+class Trace:
+    """A profiler trace of TRACED steps in `folder`; of the last ones where fewer than that are left after FIRST_TRACED.
+
+    `with Trace(...) as trace: for step ...: trace.before(step); ...; trace.after(step, state)`. What is traced when the run
+    ends earlier is written too, and said.
+    """
+
+    def __init__(self, folder: str, start_step: int, total_steps: int, *, say: Callable[[str], None]):
+        """say: takes the line that tells what was written. Raises ConfigError where no step is left."""
+        left = total_steps - start_step
+        if left < 1:
+            raise ConfigError(
+                f"--profile: step {start_step} of config.total_steps {total_steps} is done, and no step is left to trace; "
+                "raise config.total_steps"
+            )
+        first = start_step + max(min(FIRST_TRACED, left - TRACED + 1), 1)
+        self.steps = range(first, min(first + TRACED, total_steps + 1))
+        self._folder, self._say, self._begun, self._traced = folder, say, False, 0
+        if left < FIRST_TRACED + TRACED - 1:
+            logging.warning(
+                "--profile: %d steps are left, too few to let %d go by; the trace is of steps %d to %d%s",
+                left, FIRST_TRACED - 1, first, self.steps[-1], ", compilation among them" if first == start_step + 1 else "",
+            )  # fmt: skip
+
+    def before(self, step: int) -> None:
+        if step == self.steps[0]:
+            jax.profiler.start_trace(self._folder)
+            self._begun = True
+
+    def after(self, step: int, state: Any) -> None:
+        if step in self.steps:
+            self._traced += 1
+        if step == self.steps[-1]:
+            jax.block_until_ready(state)
+            self._stop()
+
+    def __enter__(self) -> Trace:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if self._begun:
+            with contextlib.suppress(Exception) if kind else contextlib.nullcontext():  # the first cause counts
+                self._stop()
+        elif not self._traced:
+            logging.warning("--profile: the run ended before step %d, so nothing is traced", self.steps[0])
+
+    def _stop(self) -> None:
+        self._begun = False
+        jax.profiler.stop_trace()
+        self._say(f"wrote a trace of {self._traced} steps to {self._folder}")
 
 
 class Monitor:
@@ -258,7 +320,7 @@ class Monitor:
     def evaluated(self, step: int) -> bool:
         """Is there an evaluation of `step` in eval.jsonl?"""
         path = self._folder / "eval.jsonl"
-        return path.exists() and any(json.loads(line)["step"] == step for line in path.read_text().splitlines())
+        return path.exists() and step in (_step_of(line) for line in path.read_text(errors="replace").splitlines())
 
     def image(self, step: int, name: str, picture: np.ndarray) -> Path | None:
         """workdir/samples/NAME_STEP.png of a uint8 [h w 3] picture, and TensorBoard. Returns the path."""

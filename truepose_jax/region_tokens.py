@@ -23,8 +23,9 @@ from safetensors.numpy import load_file, save_file
 from input_pipeline.parsing import label_set
 from input_pipeline.regions import clip_normalise, region_crops
 from input_pipeline.schema import MAX_CLASSES, ImageRecord, ImageSet, InputError
+from input_pipeline.shares import ALONE, Share
 from input_pipeline.transforms import TokenTable, flip_record
-from truepose_jax import atomic
+from truepose_jax import files
 from truepose_jax.frozen import folder_fingerprint, load_torch_folder, read_torch_config
 from truepose_jax.models.clip import CLIPVisionConfig, CLIPVisionModelWithProjection
 from truepose_jax.schema import ClipConfig, ConfigError
@@ -179,17 +180,47 @@ def _untrained(clip: ClipConfig, token_width: int) -> RegionEncoder:
 
 
 def token_table(
-    images: ImageSet, encoder: RegionEncoder | LazyEncoder, *, flip: bool, cache: str | None, fingerprint: str
+    images: ImageSet,
+    encoder: RegionEncoder | LazyEncoder,
+    *,
+    flip: bool,
+    cache: str | None,
+    fingerprint: str,
+    share: Share = ALONE,
 ) -> TokenTable:
     """Tokens of every image of the set (and of its mirror image where `flip`), from `cache` where they lie there.
 
     cache: a folder, or None. fingerprint: names the images; with the encoder's it names the cache file, so that a
     file is never taken for another's. Images that cannot be read get no tokens (their batch rows are invalid).
+
+    share: of several processes the first makes the file and the others wait for it, in a `cache` that all of them see;
+    they meet through JAX's coordination service and not on the devices, where a collective that waits for an hour of CLIP
+    runs into its time limit. Raises InputError, on all of them where the first one fails.
     """
     key = hashlib.sha256(f"{fingerprint}|{encoder.fingerprint}|{flip}".encode()).hexdigest()[:20]
     path = pathlib.Path(cache) / f"region_tokens_{key}.safetensors" if cache else None
-    if path is not None and path.exists():
+    if path is None:
+        return _made(images, encoder, flip)
+    table = _kept(path, images, encoder, flip) if share.leads else None
+    share.meet(f"region tokens {path.name}")
+    if table is None:
+        share.see(path)
+        table = _unpack(load_file(path), len(images))
+    return table
+
+
+def _kept(path: pathlib.Path, images: ImageSet, encoder: RegionEncoder | LazyEncoder, flip: bool) -> TokenTable:
+    """The table in the file `path`; made and kept there where there is none."""
+    if path.exists():
         return _unpack(load_file(path), len(images))
+    files.make_folder(path.parent)
+    table = _made(images, encoder, flip)
+    with files.whole(path) as partial:
+        save_file(_pack(table), partial)
+    return table
+
+
+def _made(images: ImageSet, encoder: RegionEncoder | LazyEncoder, flip: bool) -> TokenTable:
     names = label_set(images.labels)
     parts: list[tuple] = []
     bar = tqdm.tqdm(total=len(images), desc="region tokens", unit="image", disable=len(images) < 1000, delay=1)
@@ -202,12 +233,7 @@ def token_table(
         parts.append(part)
         bar.update(len(records))
     bar.close()
-    table = TokenTable(*(np.concatenate(columns) for columns in zip(*parts, strict=True)))
-    if path is not None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with atomic.replacing(path) as partial:
-            save_file(_pack(table), partial)
-    return table
+    return TokenTable(*(np.concatenate(columns) for columns in zip(*parts, strict=True)))
 
 
 def _record(images: ImageSet, index: int) -> ImageRecord | None:

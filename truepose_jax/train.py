@@ -5,6 +5,7 @@ Run the same command again to go on where it stopped. Read from top to bottom: s
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import pathlib
@@ -16,6 +17,8 @@ from absl import flags
 from jax.sharding import Mesh
 from ml_collections import config_flags
 
+from input_pipeline.folder import PARSING_FOLDER, PHOTO_FOLDERS, POSE_FOLDERS
+from input_pipeline.shares import Share
 from truepose_jax import distributed
 from truepose_jax.assembly import assemble
 from truepose_jax.checkpoint import (
@@ -23,22 +26,27 @@ from truepose_jax.checkpoint import (
     CheckpointError,
     Checkpoints,
     Preemption,
+    as_metadata,
+    check_place,
     check_same_config,
+    check_same_contents,
+    data_digest,
     lock_workdir,
     parameter_table,
     write_metadata,
 )
 from truepose_jax.datasets import Dataset, evaluation_set, training_batches, training_set
-from truepose_jax.estimate import estimate, report
+from truepose_jax.estimate import memory_report
 from truepose_jax.evaluation import Evaluator
 from truepose_jax.flops import mfu_per_image_rate
 from truepose_jax.initial import abstract_state, first_state, origin, resolve_init_from, training_form
-from truepose_jax.monitor import CannotWrite, Monitor, NonFinite
+from truepose_jax.monitor import CannotWrite, Monitor, NonFinite, Trace
 from truepose_jax.programs import keep_programs, run_with_config
 from truepose_jax.region_tokens import LazyEncoder
 from truepose_jax.schema import Config, ConfigError, from_config_dict
 from truepose_jax.sharding import (
     batch_parts,
+    batch_share,
     make_mesh,
     path_of,
     put_global_batch,
@@ -46,9 +54,6 @@ from truepose_jax.sharding import (
 )
 from truepose_jax.stored import training_method
 from truepose_jax.train_step import Trainer, TrainState
-
-PROFILED_STEPS = range(10, 15)
-"""Steps after the start that --profile traces: past compilation and the first reads."""
 
 DIVERGED = 1
 """Exit code of a run that met config.optim.max_skips non-finite steps in a row: starting it again does not help."""
@@ -60,11 +65,15 @@ class Stopped(Exception):
 
 def main_of(config: Config, workdir: str, *, profile: bool = False) -> int:
     """Trains until config.total_steps; returns the exit code (0, STOPPED or DIVERGED)."""
-    config = resolve_init_from(config)
-    with Preemption(may_leave=lambda: True) as preemption, _locked(workdir):
-        check_same_config(workdir, config)
+    check_place(workdir)
+    stoppable = Preemption(may_leave=lambda: True)
+    with distributed.together() as share, stoppable as preemption, lock_workdir(workdir):
+        distributed.same_folder(share, pathlib.Path(workdir))
+        config = resolve_init_from(config)
+        share.lead("configuration", lambda: check_same_config(workdir, config))
         try:
             mesh = make_mesh(data=config.mesh.data, fsdp=config.mesh.fsdp, tensor=config.mesh.tensor)
+            batch_share(mesh)
         except ValueError as error:
             raise ConfigError(f"config.mesh: {error}") from error
         _announce(config, mesh)
@@ -73,10 +82,14 @@ def main_of(config: Config, workdir: str, *, profile: bool = False) -> int:
         encoder = LazyEncoder(config.model.clip, config.token_width)
         method, frozen, autoencoder, autoencoder_hash = assemble(config, encoder)
         cache = os.path.join(workdir, "cache")
-        train_set = training_set(config, encoder, cache)
-        eval_set = evaluation_set(config, encoder, cache)
+        train_set = training_set(config, encoder, cache, share)
+        eval_set = evaluation_set(config, encoder, cache, share)
         if not eval_set.heldout:
             logging.warning("config.data.eval_pairs is empty: evaluation runs on the training pairs")
+        data = data_digest(train_set.images, config.data.root, (*PHOTO_FOLDERS, PARSING_FOLDER, *POSE_FOLDERS))
+        contents = {"autoencoder": autoencoder_hash, "clip": train_set.clip, "data": data, "origin": origin(config)}
+        share.agree("frozen networks and data", contents)
+        share.lead("contents", lambda: check_same_contents(workdir, contents))
         frozen = replicate(mesh, frozen)
 
         with jax.set_mesh(mesh):
@@ -87,18 +100,16 @@ def main_of(config: Config, workdir: str, *, profile: bool = False) -> int:
                 config=config,
                 parameter_table=parameter_table(abstract.params),
                 mesh=mesh,
-                extra={
-                    "frozen": {"autoencoder": autoencoder_hash, "clip": train_set.clip},
-                    "origin": origin(config),
-                },
+                extra=as_metadata(contents),
             )
             _print_counts(config, trainer, abstract.params)
             every, keep, forever = config.checkpoint.every, config.checkpoint.keep, config.checkpoint.keep_every
             checkpoints = Checkpoints(workdir, keep=keep, every=every, keep_every=forever)
+            distributed.same_steps(share, checkpoints)
             state = first_state(config, trainer, checkpoints, abstract)
             try:
                 _loop(
-                    config, workdir, mesh, trainer, state, frozen, train_set,
+                    config, workdir, mesh, share, trainer, state, frozen, train_set,
                     Evaluator(config, method, eval_set, mesh), checkpoints, metadata, preemption, profile,
                 )  # fmt: skip
             except Stopped as stopped:
@@ -120,6 +131,7 @@ def _loop(
     config: Config,
     workdir: str,
     mesh: Mesh,
+    share: Share,
     trainer: Trainer,
     state: TrainState,
     frozen: Any,
@@ -134,12 +146,13 @@ def _loop(
     start = reached = int(state.step)
     # Until the first step is through its compilation there is nothing to save; afterwards while the last step is saved.
     preemption.may_leave = lambda: reached == start or checkpoints.is_committed(reached)
+    host_index, host_count = batch_share(mesh)
     loader = training_batches(
         config,
         data,
         start_step=start,
-        host_index=jax.process_index(),
-        host_count=jax.process_count(),
+        host_index=host_index,
+        host_count=host_count,
         form=training_form(config),
     )
     train_step = trainer.jitted(state)
@@ -162,19 +175,22 @@ def _loop(
             save(int(state.step))
             raise Stopped(int(state.step))
 
-    with Monitor(
-        workdir,
-        total_steps=config.total_steps,
-        start_step=start,
-        log_every=config.log_every,
-        is_writer=jax.process_index() == 0,
-        max_skips=config.optim.max_skips,
-        max_invalid=config.data.max_invalid,
-        parameter_paths=[
-            path_of(path) for path, _ in jax.tree_util.tree_leaves_with_path(trainer.trained(state.params))
-        ],
-        mfu_per_image_rate=mfu_per_image_rate(config, jax.devices()[0].device_kind, jax.device_count()),
-    ) as monitor:
+    with (
+        Monitor(
+            workdir,
+            total_steps=config.total_steps,
+            start_step=start,
+            log_every=config.log_every,
+            is_writer=jax.process_index() == 0,
+            max_skips=config.optim.max_skips,
+            max_invalid=config.data.max_invalid,
+            parameter_paths=[
+                path_of(path) for path, _ in jax.tree_util.tree_leaves_with_path(trainer.trained(state.params))
+            ],
+            mfu_per_image_rate=mfu_per_image_rate(config, jax.devices()[0].device_kind, jax.device_count()),
+        ) as monitor,
+        contextlib.ExitStack() as stack,
+    ):
 
         def evaluate(step: int) -> None:
             with monitor.paused():
@@ -185,20 +201,23 @@ def _loop(
         def evaluation_due(step: int) -> bool:
             return step == config.total_steps or (step > 0 and step % config.eval.every == 0)
 
-        if evaluation_due(start) and not monitor.evaluated(start):
-            evaluate(start)  # the run before was stopped or killed between saving this step and evaluating it
+        trace = Trace(f"{workdir}/profile", start, config.total_steps, say=monitor.say) if profile else None
+        stack.enter_context(trace or contextlib.nullcontext())
+        # The run before may have been stopped or killed between saving this step and evaluating it. All evaluate or none,
+        # so one looks into the file.
+        if evaluation_due(start) and not share.lead("evaluation", lambda: monitor.evaluated(start)):
+            evaluate(start)
         for step in range(start + 1, config.total_steps + 1):
-            if profile and step - start == PROFILED_STEPS.start:
-                jax.profiler.start_trace(os.path.join(workdir, "profile"))
+            if trace:
+                trace.before(step)
             batch = put_global_batch(mesh, next(loader))
+            assert len(batch["target"]) == config.batch_size, "the processes' rows are not the batch"
             state, metrics = train_step(state, frozen, batch)
             reached = step
             checkpoints.check()
             monitor.step(step, metrics, config.batch_size)
-            if profile and step - start == PROFILED_STEPS.stop:
-                jax.block_until_ready(state)
-                jax.profiler.stop_trace()
-                monitor.say(f"wrote a trace of {len(PROFILED_STEPS)} steps to {workdir}/profile")
+            if trace:
+                trace.after(step, state)
 
             stop = preemption.stop(step)
             if stop or step == config.total_steps or checkpoints.due(step):
@@ -236,11 +255,6 @@ def _print_counts(config: Config, trainer: Trainer, params: Any) -> None:
     print("parameters: " + ", ".join(f"{n} {c:,}" for n, c in counts.items()) + f"; all {every:,}{rest}", flush=True)
 
 
-def _locked(workdir: str):
-    pathlib.Path(workdir).mkdir(parents=True, exist_ok=True)
-    return lock_workdir(workdir)
-
-
 CONFIG = config_flags.DEFINE_config_file("config", None, "The experiment: a file under configs/.", lock_config=True)
 WORKDIR = flags.DEFINE_string("workdir", None, "Where checkpoints, metrics and samples go.")
 DISTRIBUTED = flags.DEFINE_enum("distributed", "auto", distributed.MODES, "Whether to join other processes.")
@@ -248,18 +262,23 @@ COORDINATOR = flags.DEFINE_string("coordinator", None, "HOST:PORT of process 0, 
 PROCESS = flags.DEFINE_integer("process", None, "This process: 0, 1, ...")
 PROCESSES = flags.DEFINE_integer("processes", None, "How many processes there are.")
 ESTIMATE = flags.DEFINE_bool("estimate", False, "Print how much memory the run will take, and end.")
-PROFILE = flags.DEFINE_bool("profile", False, "Write a profiler trace of a few steps to WORKDIR/profile.")
+MEMORY = flags.DEFINE_float(
+    "memory", None, "With --estimate: GiB that a program may have, for the largest batch in them."
+)
+PROFILE = flags.DEFINE_bool("profile", False, "Write a profiler trace of five steps to WORKDIR/profile.")
 
 
 def main(argv: list[str]) -> int:
     if len(argv) > 1:
         raise ConfigError(f"unknown argument {argv[1]!r}; settings are --config.key=value")
-    if ESTIMATE.value and CONFIG.value is not None:
-        config = from_config_dict(Config, CONFIG.value)
-        print(report(config, estimate(config)))
+    if ESTIMATE.value:
+        print(memory_report(CONFIG.value, MEMORY.value))
         return 0
+    if MEMORY.value is not None:
+        raise ConfigError("--memory is for --estimate: add it, or leave --memory out")
     if not WORKDIR.value:
         raise ConfigError("--workdir is missing: name the folder for checkpoints, metrics and samples")
+    check_place(WORKDIR.value)
     if CONFIG.value is None:
         raise ConfigError("--config is missing: name an experiment, such as --config=configs/demo.py")
     config = from_config_dict(Config, CONFIG.value)

@@ -9,10 +9,12 @@ What goes wrong in here is a CheckpointError, one line for people, and fatal: a 
 scratch because its checkpoint could not be read.
 """
 
+from truepose_jax.checkpoint.contents import as_metadata, check_same_contents, data_digest
 from truepose_jax.checkpoint.errors import CheckpointError, DamagedStep
 from truepose_jax.checkpoint.preemption import STOPPED, Preemption
 from truepose_jax.checkpoint.store import Checkpoints
 from truepose_jax.checkpoint.workdir import (
+    check_place,
     check_same_config,
     lock_workdir,
     parameter_table,
@@ -27,7 +29,11 @@ __all__ = [
     "Checkpoints",
     "DamagedStep",
     "Preemption",
+    "as_metadata",
+    "check_place",
     "check_same_config",
+    "check_same_contents",
+    "data_digest",
     "lock_workdir",
     "parameter_table",
     "read_config",

@@ -174,9 +174,17 @@ class Checkpoints:
         """The last step (one that is still being saved too), or None."""
         return self._manager.latest_step()
 
+    def steps(self) -> list[int]:
+        """The steps that are there, in order."""
+        return sorted(self._manager.all_steps())
+
+    def look_again(self) -> None:
+        """Reads the folder anew, for what another process has seen in it."""
+        self._manager.reload()
+
     def said(self) -> str:
         """The steps that are there, in words."""
-        return ", ".join(map(str, sorted(self._manager.all_steps()))) or "none"
+        return ", ".join(map(str, self.steps())) or "none"
 
     def is_committed(self, step: int) -> bool:
         """Is `step` whole on the disk? (Its folder is renamed to the step's number last of all.)"""
@@ -264,12 +272,12 @@ class Checkpoints:
 
     def restore_part(self, name: str, step: int | None = None, *, place: Sharding | None = None) -> Any:
         """One part ("params" or "ema") alone: nested dicts of arrays on `place` (None: the first local
-        device).
+        device). A store opened for reading asks no other process: one that has no work of its own would never answer.
 
         Shapes come from the checkpoint itself; neither model nor optimizer is needed. Raises CheckpointError.
         """
-        step = self._known(step)
-        saved = self._record(step)["leaves"]
+        step, alone = self._known(step), self._read_only
+        saved = self._record(step, alone=alone)["leaves"]
         if name not in saved:
             why = "; that run kept no EMA (config.optim.ema_decay 0): use the raw weights"
             why = why if name == "ema" else ""
@@ -279,7 +287,7 @@ class Checkpoints:
             path: jax.ShapeDtypeStruct(leaf["shape"], leaf["dtype"], sharding=place)
             for path, leaf in saved[name].items()
         }
-        return _nested(self._read(step, {name: wanted}, saved)[name])
+        return _nested(self._read(step, {name: wanted}, saved, alone=alone)[name])
 
     def restore_like(self, name: str, abstract: Any, step: int | None = None) -> tuple[Any, int]:
         """(one part, step) in the structure and shardings of `abstract`: another run's weights. Raises CheckpointError."""
@@ -308,8 +316,8 @@ class Checkpoints:
     def _saving(self, what: str) -> contextlib.AbstractContextManager[None]:
         return _explained(what, "free space there, or see its permissions")
 
-    def _sound(self, step: int, read: Callable[[], Read]) -> Read:
-        """What `read` returns. What goes wrong in it, on any process, is a DamagedStep on all of them."""
+    def _sound(self, step: int, read: Callable[[], Read], *, alone: bool) -> Read:
+        """What `read` returns. What goes wrong in it, on any process, is a DamagedStep on all of them; alone: here."""
         found, why = None, ""
         try:
             found = read()
@@ -317,7 +325,7 @@ class Checkpoints:
             why = first_line(error)
             _ignore_abandoned_reads()
         failed = [bool(why)]
-        if jax.process_count() > 1:
+        if jax.process_count() > 1 and not alone:
             failed = multihost_utils.process_allgather(np.array(bool(why))).tolist()
         if any(failed):
             why = why or f"process {failed.index(True)} cannot read its part"
@@ -340,7 +348,7 @@ class Checkpoints:
             raise CheckpointError(f"{self.folder} holds no step {step}; it has {self.said()}")
         return steps[-1] if step is None else step
 
-    def _record(self, step: int) -> dict[str, Any]:
+    def _record(self, step: int, *, alone: bool = False) -> dict[str, Any]:
         """{"extra", "leaves": {part: {path: {"dtype", "shape", "bit_sum"}}}} of `step`."""
 
         def read() -> dict[str, Any]:
@@ -351,7 +359,7 @@ class Checkpoints:
                 raise ValueError("its JSON is not what was saved: damaged on disk")
             return record
 
-        return self._sound(step, read)
+        return self._sound(step, read, alone=alone)
 
     def _check_fits(self, step: int, wanted: Mapping[str, Any], saved: Mapping[str, Any]) -> None:
         """orbax casts another dtype without a word and names no path for another shape, so compare before."""
@@ -368,7 +376,7 @@ class Checkpoints:
             raise CheckpointError(f"step {step} in {self.folder} does not fit: {differences[0]}{more}")
 
     def _read(
-        self, step: int, wanted: Mapping[str, dict[str, Any]], saved: Mapping[str, Any]
+        self, step: int, wanted: Mapping[str, dict[str, Any]], saved: Mapping[str, Any], *, alone: bool = False
     ) -> dict[str, dict[str, jax.Array]]:
         """Not by the manager, whose barriers would have the others wait for a process that found damage."""
         folder, handler = self.folder / str(step), ocp.StandardCheckpointHandler()
@@ -377,8 +385,12 @@ class Checkpoints:
             args = {name: ocp.args.StandardRestore(part) for name, part in wanted.items()}
             return {name: handler.restore(folder / name, args=args[name]) for name in wanted}
 
-        restored = self._sound(step, read)
-        return self._sound(step, lambda: {name: _settle(name, restored.pop(name), saved[name]) for name in wanted})
+        restored = self._sound(step, read, alone=alone)
+
+        def settle() -> dict[str, dict[str, jax.Array]]:
+            return {name: _settle(name, restored.pop(name), saved[name]) for name in wanted}
+
+        return self._sound(step, settle, alone=alone)
 
 
 def _settle(part: str, leaves: dict[str, jax.Array], saved: Mapping[str, Any]) -> dict[str, jax.Array]:

@@ -23,8 +23,14 @@ import truepose_jax
 from truepose_jax import atomic, schema, sharding
 from truepose_jax.checkpoint.errors import CheckpointError, first_line
 
-MAY_CHANGE = ("total_steps", "log_every", "eval", "checkpoint", "data.threads", "mesh")
-"""Settings that a resumed run may change. Everything else means another run."""
+MAY_CHANGE = (
+    "total_steps", "log_every", "eval", "checkpoint", "mesh", "data.threads", "data.workers", "data.max_invalid",
+    "optim.accumulation", "optim.max_skips", "optim.noise_scale", "model.remat",
+    "data.root", "model.vae", "model.clip.path", "init_from",
+)  # fmt: skip
+"""Settings that a resumed run may change: how its steps are computed, watched and kept, and where its files lie, whose
+contents check_same_contents compares. Everything else means another run. A noise scale measured with another accumulation
+means the same: every step tells the size of its parts, and the estimate is of one start."""
 
 LIBRARIES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
 
@@ -116,6 +122,20 @@ def _saved(workdir: str | os.PathLike[str]) -> dict[str, Any]:
     return schema.with_defaults(schema.Config, read_metadata(workdir)["config"])
 
 
+def check_place(workdir: str | os.PathLike[str]) -> None:
+    """Raises CheckpointError for an address: as a path it would be a new folder here, such as ./gs:/bucket/run."""
+    if "://" in os.fspath(workdir):
+        raise CheckpointError(
+            f"--workdir={workdir} is an address, and a workdir is a folder: mount the bucket (for instance with GCS FUSE) "
+            "and give the path where it is mounted"
+        )
+
+
+def has_steps(workdir: str | os.PathLike[str]) -> bool:
+    """Has a step been saved whole?"""
+    return any(path.name.isdigit() for path in Path(workdir).glob("checkpoints/*"))
+
+
 def _flat(tree: Any, prefix: str = "") -> dict[str, Any]:
     if not isinstance(tree, Mapping):
         return {prefix: tree}
@@ -124,12 +144,13 @@ def _flat(tree: Any, prefix: str = "") -> dict[str, Any]:
 
 
 def check_same_config(workdir: str | os.PathLike[str], config: schema.Config) -> None:
-    """Refuses to go on in a workdir of another configuration; a fresh one is fine. Raises CheckpointError."""
+    """Refuses to go on in a workdir of another configuration. One without a saved step is fine: after a first step that
+    found no memory the next try has a smaller batch. Raises CheckpointError."""
     folder = Path(workdir)
-    if not (folder / "metadata.json").exists():
-        if any(path.name.isdigit() for path in folder.glob("checkpoints/*")):
-            raise CheckpointError(f"{folder} holds checkpoints but no metadata.json; take another --workdir")
+    if not has_steps(folder):
         return
+    if not (folder / "metadata.json").exists():
+        raise CheckpointError(f"{folder} holds checkpoints but no metadata.json; take another --workdir")
     sides = {
         "was": _flat(_saved(workdir)),
         "is": _flat(json.loads(json.dumps(schema.to_dict(config)))),

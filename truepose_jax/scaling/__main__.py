@@ -31,7 +31,7 @@ import jax
 from absl import flags
 from ml_collections import config_flags
 
-from truepose_jax import atomic
+from truepose_jax import atomic, files
 from truepose_jax.checkpoint import Preemption, lock_workdir
 from truepose_jax.initial import resolve_init_from
 from truepose_jax.programs import keep_programs, parse_size, run_with_config
@@ -136,11 +136,6 @@ def _batch(config: Config, folder: pathlib.Path) -> Work:
 
         return write_report(found, config, settings, _commands(folder))
 
-    def again(run: batch.Run, row: Row) -> bool:
-        """It gave up, and may now take longer: it begins anew, for its checkpoint is gone."""
-        gave_up = settings.target is not None and row["steps_to_target"] is None
-        return gave_up and row["steps"] < batch.config_of(run, config, settings).total_steps
-
     shared = dataclasses.asdict(settings)
     if settings.target is not None:
         del shared["examples"]  # only where a run gives up: more may be allowed later
@@ -150,7 +145,7 @@ def _batch(config: Config, folder: pathlib.Path) -> Work:
         seconds=lambda run, done: times.batch(run, batch.config_of(run, config, settings), done),
         row=row,
         report=report,
-        again=again,
+        again=lambda run, row: batch.again(run, row, config, settings),
     )
 
 
@@ -244,7 +239,8 @@ def _commands(folder: pathlib.Path) -> str:
     known = path.read_text().splitlines() if path.exists() else []
     if _command() not in known:
         known.append(_command())
-        atomic.write_text(path, "\n".join(known) + "\n")
+        with files.writing(path):
+            atomic.write_text(path, "\n".join(known) + "\n")
     return "\n".join(known)
 
 
@@ -255,7 +251,7 @@ def main(argv: list[str]) -> int:
         if not value:
             raise ConfigError(f"--{flag} is missing; python -m truepose_jax.scaling --help tells what there is")
     if importlib.util.find_spec("matplotlib") is None:
-        raise ConfigError("matplotlib is not installed: pip install 'truepose-jax[scaling]'")
+        raise ConfigError("matplotlib is not installed: pip install -e '.[scaling]' in the project's folder")
     if jax.process_count() > 1:
         raise ConfigError("the studies run in one process")
     config = resolve_init_from(from_config_dict(Config, CONFIG.value))

@@ -29,14 +29,15 @@ from truepose_jax.assembly import assemble
 from truepose_jax.checkpoint import Checkpoints, Preemption, check_same_config, parameter_table, write_metadata
 from truepose_jax.datasets import Dataset, evaluation_set, training_batches, training_set
 from truepose_jax.evaluation import Pairs
-from truepose_jax.initial import abstract_state, first_state
-from truepose_jax.monitor import Monitor
-from truepose_jax.region_tokens import make_encoder
+from truepose_jax.initial import abstract_state, first_state, training_form
+from truepose_jax.monitor import CannotWrite, Monitor, NonFinite
+from truepose_jax.region_tokens import LazyEncoder
 from truepose_jax.scaling.compiled import mesh_of
 from truepose_jax.scaling.fits import noise_estimate, steps_to
 from truepose_jax.scaling.table import Row
 from truepose_jax.schema import Config, ConfigError
 from truepose_jax.sharding import batch_parts, put_global_batch, put_whole_batch, replicate
+from truepose_jax.stored import training_method
 from truepose_jax.train_step import Trainer, TrainState
 
 RULES: dict[str, Callable[[float], float]] = {
@@ -134,6 +135,12 @@ def config_of(run: Run, config: Config, settings: Settings) -> Config:
     )
 
 
+def again(run: Run, row: Row, config: Config, settings: Settings) -> bool:
+    """It gave up, and may now take longer: it begins anew, for its checkpoint is gone. One that diverged would again."""
+    gave_up = settings.target is not None and row["steps_to_target"] is None and not row.get("diverged")
+    return gave_up and row["steps"] < config_of(run, config, settings).total_steps
+
+
 def evaluated_steps(total: int) -> list[int]:
     """1, ... in the ratio EVALUATED_EVERY, to `total`."""
     found = {min(math.ceil(EVALUATED_EVERY**i), total) for i in range(math.ceil(math.log(total, EVALUATED_EVERY)) + 2)}
@@ -150,15 +157,16 @@ class Study:
             raise ConfigError(
                 f"--micro={settings.micro} cannot be cut over {batch_parts(self.mesh)} parts of the batch"
             )
-        encoder = make_encoder(config.model.clip, config.token_width)
-        self.method, frozen, _, _ = assemble(config, encoder)
+        encoder = LazyEncoder(config.model.clip, config.token_width)
+        method, frozen, autoencoder, fingerprint = assemble(config, encoder)
         self.data: Dataset = training_set(config, encoder, str(folder / "cache"))
+        self.method = training_method(config, method, self.data.images, autoencoder, fingerprint)
         self.pairs = Pairs.read(evaluation_set(config, encoder, str(folder / "cache")))
         self.frozen = replicate(self.mesh, frozen)
         parts = batch_parts(self.mesh)
         self.eval_batch = -(-min(config.eval.batch_size, len(self.pairs)) // parts) * parts
         self._loss = jax.jit(
-            lambda *arguments: self.method.loss(*arguments)[0], out_shardings=NamedSharding(self.mesh, PartitionSpec())
+            lambda *arguments: method.loss(*arguments)[0], out_shardings=NamedSharding(self.mesh, PartitionSpec())
         )
 
     @functools.cache  # noqa: B019  one study lives as long as the program
@@ -182,10 +190,11 @@ class Study:
         return total / max(weight, 1.0)
 
     def loader(self, config: Config, start: int) -> Any:
-        return training_batches(config, self.data, start_step=start)
+        return training_batches(config, self.data, start_step=start, form=training_form(config))
 
     def row(self, run: Run, preemption: Preemption) -> Row | None:
-        """Trains and judges; None: asked to stop, and saved. Goes on where the run's folder stands."""
+        """Trains and judges; None: asked to stop, and saved. Goes on where the run's folder stands. A run that diverges
+        gets its row too: nothing random is left in it, so that it would diverge again."""
         workdir = self.folder / "runs" / run.name
         config = config_of(run, self.config, self.settings)
         check_same_config(workdir, config)
@@ -200,12 +209,17 @@ class Study:
                 else:
                     state = trainer.state_of(jax.tree.map(jnp.copy, self.first_parameters(run.seed)))
                     state = jax.device_put(state, jax.tree.map(lambda x: x.sharding, abstract))
-                finished = self._train(run, config, trainer, state, checkpoints, workdir, preemption)
+                finished, diverged = self._train(run, config, trainer, state, checkpoints, workdir, preemption), False
+            except NonFinite as error:
+                print(f"{run.name} has diverged: {error}", flush=True)
+                finished, diverged = True, True
+            except CannotWrite as error:
+                raise ConfigError(str(error)) from error
             finally:
                 checkpoints.close()
         if not finished:
             return None
-        row = judged(run, config, self.settings, workdir)
+        row = judged(run, config, self.settings, workdir, diverged=diverged)
         shutil.rmtree(workdir / "checkpoints")  # the row and the logs stay
         return row
 
@@ -281,14 +295,16 @@ def step_moments(workdir: pathlib.Path) -> tuple[np.ndarray, np.ndarray, np.ndar
     return columns[0], *noise_scale.moments(*columns[1:])
 
 
-def judged(run: Run, config: Config, settings: Settings, workdir: pathlib.Path) -> Row:
-    """The row of a finished run, from its logs."""
-    steps, losses = zip(*evaluations(workdir), strict=True)
-    needed = None if settings.target is None else steps_to(settings.target, steps, losses)
+def judged(run: Run, config: Config, settings: Settings, workdir: pathlib.Path, *, diverged: bool = False) -> Row:
+    """The row of a finished run, from its logs. diverged: its steps end where too many in a row were not finite."""
+    lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    seen = evaluations(workdir)
+    steps, losses = [step for step, _ in seen], [loss for _, loss in seen] or [math.inf]
+    needed = None if settings.target is None or diverged else steps_to(settings.target, steps, losses)
     _, signal, noise = step_moments(workdir)
     late = slice(int(len(signal) * (1 - LATE)), None)
     noise_is = noise_estimate(signal[late], noise[late])
-    rates = [json.loads(line)["steps_per_second"] for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    rates = [line["steps_per_second"] for line in lines]
     return {
         "name": run.name,
         "optimizer": run.optimizer,
@@ -298,7 +314,8 @@ def judged(run: Run, config: Config, settings: Settings, workdir: pathlib.Path) 
         "learning_rate": config.optim.learning_rate,
         "warmup_steps": config.optim.warmup_steps,
         "accumulation": config.optim.accumulation,
-        "steps": steps[-1],
+        "diverged": diverged,
+        "steps": lines[-1]["step"] if diverged else steps[-1],
         "steps_to_target": needed,
         "examples_to_target": None if needed is None else needed * run.batch,
         "best_loss": finite(min(losses)),

@@ -58,7 +58,7 @@ def write_report(found: Table, config: Config, settings: Settings, command: str)
     _noise_figure(folder / "noise_scale.png", folder, series)
     lines += ["", "![held-out loss against examples](losses.png)", ""]
     lines += ["![gradient noise scale against examples](noise_scale.png)", "", *_noise_words(found.rows, fits, seeds)]
-    lines += ["", "## Runs", "", *_runs(found.rows)]
+    lines += ["", "## Runs", "", *_runs(found.rows), *_diverged_words(found.rows)]
     path = folder / "report.md"
     atomic.write_text(path, "\n".join(lines) + "\n")
     return path
@@ -142,7 +142,10 @@ def _runs(rows: Sequence[Row]) -> list[str]:
             "run": [r["name"] for r in shown],
             "batch": [r["batch"] for r in shown],
             "rate": [f"{r['learning_rate']:.3g}" for r in shown],
-            "steps to target": [r["steps_to_target"] or "not reached" for r in shown],
+            "steps to target": [
+                f"diverged at {r['steps']}" if r.get("diverged") else r["steps_to_target"] or "not reached"
+                for r in shown
+            ],
             "examples to target": [r["examples_to_target"] for r in shown],
             "best loss": [f"{r['best_loss']:.4f}" if r["best_loss"] else "-" for r in shown],
             "noise scale": [r["noise_scale"] for r in shown],
@@ -150,6 +153,13 @@ def _runs(rows: Sequence[Row]) -> list[str]:
             "s a step": [r["seconds_per_step"] for r in shown],
         }
     )
+
+
+def _diverged_words(rows: Sequence[Row]) -> list[str]:
+    names = [f"{r['name']} (step {r['steps']})" for r in rows if r.get("diverged")]
+    if not names:
+        return []
+    return ["", f"Diverged, and so without steps to the target: {', '.join(names)}. These count in no fit."]
 
 
 def _steps_figure(path: pathlib.Path, reached: Mapping[str, list[Row]], fits: Mapping[str, Hyperbola | None]) -> None:
@@ -179,6 +189,8 @@ def _loss_figure(
         for axis, (name, rows) in zip(axes if len(series) > 1 else [axes], series.items(), strict=True):
             for row in rows:
                 seen = evaluations(folder / "runs" / row["name"])
+                if not seen:  # it diverged before the first one
+                    continue
                 steps, losses = zip(*seen, strict=True)
                 label = f"batch {row['batch']}" if row["seed"] == 0 else None
                 axis.plot(np.multiply(steps, row["batch"]), losses, color=colours[row["batch"]], label=label)

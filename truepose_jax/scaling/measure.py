@@ -15,11 +15,12 @@ import numpy as np
 from truepose_jax.assembly import assemble
 from truepose_jax.datasets import training_batches, training_set
 from truepose_jax.initial import abstract_state, batch_spec, training_form
-from truepose_jax.region_tokens import make_encoder
+from truepose_jax.region_tokens import LazyEncoder
 from truepose_jax.scaling.collectives import KINDS, collective_bytes, wire_bytes
 from truepose_jax.scaling.compiled import mesh_of, total_bytes
 from truepose_jax.schema import Config
 from truepose_jax.sharding import put_global_batch, replicate
+from truepose_jax.stored import training_method
 from truepose_jax.train_step import Trainer
 
 WARM_UP = 2
@@ -33,9 +34,10 @@ def measure(config: Config, *, devices: int, steps: int, cache: str) -> dict[str
     """The row's numbers from the first `devices` devices: medians over `steps` steps each with a batch that lies on the
     devices and with the loader. cache: folder for region tokens."""
     mesh = mesh_of(config, jax.devices()[:devices])
-    encoder = make_encoder(config.model.clip, config.token_width)
-    method, frozen, _, _ = assemble(config, encoder)
+    encoder = LazyEncoder(config.model.clip, config.token_width)
+    method, frozen, autoencoder, fingerprint = assemble(config, encoder)
     data = training_set(config, encoder, cache)
+    method = training_method(config, method, data.images, autoencoder, fingerprint)
     frozen = replicate(mesh, frozen)
     with jax.set_mesh(mesh):
         trainer = Trainer(config, method)

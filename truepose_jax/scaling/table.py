@@ -9,19 +9,25 @@ import pathlib
 from collections.abc import Mapping
 from typing import Any
 
-from truepose_jax import atomic
+from truepose_jax import atomic, files
 from truepose_jax.schema import ConfigError
 
 Row = dict[str, Any]
 
 
 class Table:
-    """folder/study.json says what every row has in common; a folder of another study is refused (ConfigError)."""
+    """folder/study.json says what every row has in common; a folder of another study is refused (ConfigError), and one that
+    cannot be written too (InputError)."""
 
     def __init__(self, folder: pathlib.Path, common: Mapping[str, Any]):
         """common: JSON-able; what a row's number depends on besides its own columns."""
         self.folder = folder
         self.rows: list[Row] = []
+        with files.writing(folder):
+            self._open(common)
+
+    def _open(self, common: Mapping[str, Any]) -> None:
+        folder = self.folder
         common = json.loads(json.dumps(common))
         about, rows = folder / "study.json", folder / "rows.json"
         if about.exists():
@@ -29,7 +35,7 @@ class Table:
         elif folder.exists() and any(folder.iterdir()):
             raise ConfigError(f"--out={folder} holds files, but no study.json of a study: name a folder of its own")
         else:
-            folder.mkdir(parents=True, exist_ok=True)
+            files.make_folder(folder)
             atomic.write_text(about, json.dumps(common, indent=1) + "\n")
         if rows.exists():
             self.rows = _read(rows)
@@ -49,6 +55,10 @@ class Table:
     def add(self, row: Row) -> None:
         """Takes a row (a "name" and plain values), in the place of one of its name, and writes both files."""
         self.rows = [*(r for r in self.rows if r["name"] != row["name"]), row]
+        with files.writing(self.folder):
+            self._write()
+
+    def _write(self) -> None:
         atomic.write_text(self.folder / "rows.json", json.dumps(self.rows, indent=1, allow_nan=False) + "\n")
         text = io.StringIO()
         columns = list(dict.fromkeys(key for each in self.rows for key in each))
