@@ -154,7 +154,9 @@ def test_the_report_leaves_room(monkeypatch):
         largest(text)["H200 (gpu)"] == int(140.4 * 0.95 * 0.92)
         and "takes 0.95 (XLA_PYTHON_CLIENT_MEM_FRACTION=.95)" in text
     )
-    assert "up to 8% more" in text
+    assert "0.58 to 0.70 of such an estimate" in text
+    remat = tiny.config(tiny.MIDDLE_ONLY, {"model": {"remat": True}})
+    assert "up to 8% more" in report(remat, found)
     assert largest(report(config, found, memory=100)) == {"given (gpu)": 92, "given (tpu)": 92}
     monkeypatch.setenv("XLA_CLIENT_MEM_FRACTION", "most")
     with pytest.raises(ConfigError, match="XLA_CLIENT_MEM_FRACTION is 'most'"):
