@@ -154,7 +154,7 @@ def test_the_report_leaves_room(monkeypatch):
         largest(text)["H200 (gpu)"] == int(140.4 * 0.95 * 0.92)
         and "takes 0.95 (XLA_PYTHON_CLIENT_MEM_FRACTION=.95)" in text
     )
-    assert "0.58 to 0.70 of such an estimate" in text
+    assert "0.47 to 0.70 of such an estimate" in text
     remat = tiny.config(tiny.MIDDLE_ONLY, {"model": {"remat": True}})
     assert "up to 8% more" in report(remat, found)
     assert largest(report(config, found, memory=100)) == {"given (gpu)": 92, "given (tpu)": 92}

@@ -182,7 +182,7 @@ def report(config: Config, found: Estimate, *, memory: float | None = None) -> s
     rows += [
         f"Compilers were found to need up to {MARGIN:.0%} more than such an estimate: that much of the memory is left free here."
         if config.model.remat
-        else "Without rematerialisation compilers for TPUs were found to need 0.58 to 0.70 of such an estimate: larger batches "
+        else "Without rematerialisation compilers for TPUs were found to need 0.47 to 0.70 of such an estimate: larger batches "
         "may fit.",
         "largest batch per device:",
         "  device           a program's  " + "".join(f"{f'fsdp {n}':>8}" for n in FSDP),
