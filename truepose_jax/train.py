@@ -201,8 +201,9 @@ def _loop(
         def evaluation_due(step: int) -> bool:
             return step == config.total_steps or (step > 0 and step % config.eval.every == 0)
 
-        trace = Trace(f"{workdir}/profile", start, config.total_steps, say=monitor.say) if profile else None
-        stack.enter_context(trace or contextlib.nullcontext())
+        trace = None
+        if profile:
+            trace = stack.enter_context(Trace(f"{workdir}/profile", start, config.total_steps, say=monitor.say))
         # The run before may have been stopped or killed between saving this step and evaluating it. All evaluate or none,
         # so one looks into the file.
         if evaluation_due(start) and not share.lead("evaluation", lambda: monitor.evaluated(start)):

@@ -23,6 +23,7 @@ from PIL import Image
 from input_pipeline.folder import PARSING_FOLDER, PHOTO_FOLDERS, POSE_FOLDERS
 from input_pipeline.keypoints import name_key
 from input_pipeline.photo import EXIF_ORIENTATION, check_size, one_line
+from input_pipeline.raw_files import first_folder
 from input_pipeline.schema import InputError
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
@@ -140,11 +141,10 @@ class Pairing:
 
 def _inside(root: pathlib.Path, maps: bool) -> pathlib.Path:
     """Where the photos (or maps) of a folder of input_pipeline/folder.py lie; any other folder is its own place."""
-    photos = [root / name for name in PHOTO_FOLDERS if (root / name).is_dir()]
-    beside = [root / name for name in (PARSING_FOLDER, *POSE_FOLDERS) if (root / name).is_dir()]
-    if not photos or not beside:
+    photos = first_folder(root, PHOTO_FOLDERS)
+    if photos is None or first_folder(root, (PARSING_FOLDER, *POSE_FOLDERS)) is None:
         return root
-    return root / PARSING_FOLDER if maps and (root / PARSING_FOLDER).is_dir() else photos[0]
+    return (first_folder(root, (PARSING_FOLDER,)) if maps else None) or photos
 
 
 def image_key(name: str) -> str:

@@ -15,7 +15,6 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import tqdm
 
-from input_pipeline.builder import write_whole
 from input_pipeline.folder import PHOTO_SUFFIXES
 from input_pipeline.grey_png import encode_grey_png
 from input_pipeline.keypoints import name_key
@@ -24,7 +23,7 @@ from input_pipeline.photo import read_photo
 from input_pipeline.raw_files import PARSING_FOLDERS, POSE_FOLDERS, files_by_key, first_folder
 from input_pipeline.schema import NUM_JOINTS, InputError
 from input_pipeline.shares import Share
-from truepose_jax import atomic, files
+from truepose_jax import files
 from truepose_jax.programs import refuse_unheeded
 
 PHOTO_FOLDERS = ("img_highres", "Img/img_highres", "image", "images", "img", "photos")
@@ -197,18 +196,14 @@ def _batches(photos, batch_size: int, bar) -> Iterator[tuple[list[str], list[np.
 
 def write_map(folder: pathlib.Path, name: str, parsing: np.ndarray) -> None:
     """FOLDER/NAME.png."""
-    path = folder / f"{name}.png"
-    with files.writing(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with atomic.replacing(path) as partial:
-            partial.write_bytes(encode_grey_png(parsing))
+    _write(folder / f"{name}.png", encode_grey_png(parsing))
 
 
 def write_pose(folder: pathlib.Path, name: str, joints: np.ndarray, hw: tuple[int, int]) -> None:
     """FOLDER/NAME.json, OpenPose-18 with the photo's size; NAME.txt of -1 where nobody was found."""
     path = folder / name
     if not joints.any():
-        _write(path.with_name(f"{path.name}.txt"), "-1 -1\n" * NUM_JOINTS)
+        _write(path.with_name(f"{path.name}.txt"), b"-1 -1\n" * NUM_JOINTS)
         return
     numbers = [round(float(x), 3) for x in joints.reshape(-1)]
     content = {
@@ -216,10 +211,11 @@ def write_pose(folder: pathlib.Path, name: str, joints: np.ndarray, hw: tuple[in
         "canvas_width": hw[1],
         "people": [{"pose_keypoints_2d": numbers}],
     }
-    _write(path.with_name(f"{path.name}.json"), json.dumps(content))
+    _write(path.with_name(f"{path.name}.json"), json.dumps(content).encode())
 
 
-def _write(path: pathlib.Path, text: str) -> None:
+def _write(path: pathlib.Path, content: bytes) -> None:
     with files.writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_whole(path, text)
+    with files.whole(path) as partial:
+        partial.write_bytes(content)
