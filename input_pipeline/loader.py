@@ -11,6 +11,7 @@ import dataclasses
 import logging
 import signal
 from collections.abc import Callable, Iterator, Sequence
+from multiprocessing import resource_tracker
 from typing import Any
 
 import grain
@@ -25,6 +26,9 @@ Batch = dict[str, np.ndarray]
 
 ENDLESS = 1 << 48
 """Groups until the loader would end. Grain's own endless repeat overflows where a batch is one group."""
+
+PARENTS_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+"""What the trainer answers by saving, and its workers leave to it."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -184,10 +188,23 @@ def make_loader(
     batches = batches.slice(slice(start_step * host_count + host_index, None, host_count))
     batches = batches.map(lambda chosen: writer(chosen, targets_per_source=targets_per_source))
     filled = batches.to_iter_dataset(grain.ReadOptions(num_threads=threads, prefetch_buffer_size=2 * threads))
-    if workers:
-        options = grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=2)
-        filled = filled.mp_prefetch(options, worker_init_fn=_leave_signals_to_the_parent)
-    return iter(filled)
+    if not workers:
+        return iter(filled)
+    options = grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=2)
+    return _signals_held_at_start(iter(filled.mp_prefetch(options, worker_init_fn=_leave_signals_to_the_parent)))
+
+
+def _signals_held_at_start(batches: Iterator[Batch]) -> Iterator[Batch]:
+    """The same batches. Workers start with the first, by threads of grain; both inherit this thread's blocked signals,
+    without which one that comes before a worker has run _leave_signals_to_the_parent would end it."""
+    resource_tracker.ensure_running()  # or the first worker's start would, and unblock them
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, PARENTS_SIGNALS)
+    try:
+        first = next(batches)
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+    yield first
+    yield from batches
 
 
 def _leave_signals_to_the_parent(index: int, count: int) -> None:
@@ -196,8 +213,8 @@ def _leave_signals_to_the_parent(index: int, count: int) -> None:
     grain ends its workers by an event and then by SIGKILL; after a trainer that was killed outright they end themselves.
     """
     del index, count
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    for number in PARENTS_SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
     end_with_parent()
 
 

@@ -113,12 +113,23 @@ def test_hosts_share_one_global_batch(images, hosts):
     assert_same(whole, [{n: np.concatenate([p[i][n] for p in parts]) for n in FORMS["moments"]} for i in range(4)])
 
 
-PROGRAM = """
-import itertools, multiprocessing, os, signal, sys, zlib
+PROGRAM = '''
+import itertools, multiprocessing, os, signal, sys, threading, time, zlib
 import absl.flags
 from input_pipeline.loader import make_loader
 from input_pipeline.readers import RecordTokens
 from input_pipeline.records import RecordImages
+
+def interrupt_at_birth(workers):
+    """As Ctrl-C and the end of a whole job step do, before a worker has imported anything."""
+    told = set()
+    while len(told) < workers:
+        for child in set(multiprocessing.active_children()) - told:
+            os.kill(child.pid, signal.SIGINT)
+            os.kill(child.pid, signal.SIGTERM)
+            told.add(child)
+        time.sleep(0.001)
+
 if __name__ == "__main__":
     absl.flags.FLAGS.mark_as_parsed()
     images = RecordImages(sys.argv[1], "train", size=(32, 24))
@@ -126,16 +137,17 @@ if __name__ == "__main__":
         loader = make_loader(
             images, RecordTokens(images, 8, True), seed=1, batch_size=8, flip=True, form="bytes", workers=workers
         )
+        threading.Thread(target=interrupt_at_birth, args=[workers], daemon=True).start()
         found = [next(loader)]
         children = multiprocessing.active_children()
-        for child in children:  # as Ctrl-C and the end of a whole job step do
+        for child in children:
             os.kill(child.pid, signal.SIGINT)
             os.kill(child.pid, signal.SIGTERM)
         found += itertools.islice(loader, 14)
         assert len(children) == workers and all(child.is_alive() for child in children)
         print(*(zlib.crc32(b"".join(batch[name].tobytes() for name in sorted(batch))) for batch in found))
     print(*(child.pid for child in children))
-"""
+'''
 
 
 def test_worker_processes_change_nothing(root, tmp_path):
