@@ -26,7 +26,7 @@ from jaxtyping import Array, Bool, Float
 
 from truepose_jax.diffusion.guidance import guided
 from truepose_jax.diffusion.samplers import ddim_levels, ddim_step
-from truepose_jax.kernels.attention.reference import Slopes, eq6_slopes, sloped_logits
+from truepose_jax.kernels.attention.reference import Slopes, eq6_slopes, mask_sides, sloped_logits
 from truepose_jax.methods.base import Method
 from truepose_jax.models.attention import split_heads
 from truepose_jax.models.hpfa import HPFA, FusionConfig, HPFASource
@@ -115,9 +115,7 @@ def reweighted_attention(side: SourceSide, config: FusionConfig) -> Float[Array,
     if config.mask_axis == "none":
         return mean_attention(side.q, side.k)
     inside, outside = eq6_slopes(config.delta, config.sigma, config.reading)
-    keys = None if config.mask_axis == "query" else side.mask
-    queries = None if config.mask_axis == "key" else side.mask
-    return mean_attention(side.q, side.k, keys, queries, inside=inside, outside=outside)
+    return mean_attention(side.q, side.k, *mask_sides(config.mask_axis, side.mask), inside=inside, outside=outside)
 
 
 class Watcher:

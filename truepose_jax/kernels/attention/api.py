@@ -93,10 +93,10 @@ def reweighted_attention(
     if mask_axis == "none":
         return attention(q, k, v, implementation=implementation)
     inside, outside = reference.eq6_slopes(delta, sigma, reading)
-    if mask_axis == "key":
-        return sloped_attention(q, k, v, key_mask, inside=inside, outside=outside, implementation=implementation)
+    keys, queries = reference.mask_sides(mask_axis, key_mask)
+    if queries is None:
+        return sloped_attention(q, k, v, keys, inside=inside, outside=outside, implementation=implementation)
     _check(implementation)
-    keys, queries = (key_mask | True, key_mask) if mask_axis == "query" else (key_mask, key_mask)
     _say("reweighted_attention", tuple(q.shape[1:]), k.shape[1], str(q.dtype), "reference", f"mask_axis {mask_axis!r}")
     q, k, v = map(_pinned, (q, k, v))
     out = reference.reweighted_attention(q, k, v, keys, inside=inside, outside=outside, query_mask=queries)

@@ -6,7 +6,11 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-MOST_HEAD_DIM = 128
+from truepose_jax.kernels.attention.key_rows import compute_capability, refused_arrays
+
+DTYPES = (jnp.dtype(jnp.bfloat16), jnp.dtype(jnp.float16))
+MOST_HEAD_DIM, MOST_HEAD_DIM_FROM_HOPPER = 128, 256
+"""As JAX's own check has them."""
 
 
 def refuses(q: Array, k: Array, v: Array, *, has_rows: bool, platform: str) -> str | None:
@@ -15,10 +19,14 @@ def refuses(q: Array, k: Array, v: Array, *, has_rows: bool, platform: str) -> s
         return f"a program for {platform}"
     if has_rows:
         return "masks or reweighted logits"
-    if not q.dtype == k.dtype == v.dtype or q.dtype not in (jnp.bfloat16, jnp.float16):
-        return f"dtypes {q.dtype}, {k.dtype}, {v.dtype}; it takes bfloat16 or float16"
-    if q.shape[-1] % 8 or q.shape[-1] > MOST_HEAD_DIM:
-        return f"heads of width {q.shape[-1]}; it takes multiples of 8 up to {MOST_HEAD_DIM}"
+    capability = compute_capability() or "0"
+    if capability.startswith("gfx"):
+        return f"GPUs of compute capability {capability}"
+    if reason := refused_arrays(q, k, v, DTYPES):
+        return reason
+    most = MOST_HEAD_DIM_FROM_HOPPER if float(capability) >= 9.0 else MOST_HEAD_DIM
+    if q.shape[-1] % 8 or q.shape[-1] > most:
+        return f"heads of width {q.shape[-1]}; it takes multiples of 8 up to {most}"
     return None
 
 

@@ -8,6 +8,9 @@ out, or padding) has bias ABSENT. Scaling after the product keeps q as it came; 
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
@@ -68,6 +71,21 @@ def slopes(a: Array, rows: tuple[Array, Array, Array] | None, scale: float) -> A
         return scale
     up, down, _ = rows
     return jnp.where(a > 0, up, jnp.where(a < 0, down, 0.5 * (up + down)))
+
+
+def refused_arrays(q: Array, k: Array, v: Array, dtypes: Collection[jnp.dtype]) -> str | None:
+    """What an implementation of these dtypes cannot take of the arrays themselves; None where it can take them."""
+    if not q.dtype == k.dtype == v.dtype or jnp.dtype(q.dtype) not in dtypes:
+        return f"dtypes {q.dtype}, {k.dtype}, {v.dtype}; it takes one of {', '.join(map(str, dtypes))}"
+    if q.size == 0 or k.size == 0:
+        return f"empty arrays, {q.shape} and {k.shape}"
+    return None
+
+
+def compute_capability() -> str | None:
+    """Of this process's GPUs, as "9.0", on ROCm as "gfx942"; None where it has none."""
+    device = jax.local_devices()[0]
+    return getattr(device, "compute_capability", None) if device.platform == "gpu" else None
 
 
 def _up_down(side: Slopes) -> tuple[float, float]:

@@ -1,4 +1,4 @@
-"""Fused attention for Hopper GPUs and newer (Mosaic GPU). UNVERIFIED: run under JAX's GPU interpreter only, never on a GPU.
+"""Fused attention for Hopper GPUs (Mosaic GPU). UNVERIFIED: run under JAX's GPU interpreter only, never on a GPU.
 
 Only by name. One warpgroup takes 64 queries (or, for dk and dv, 64 keys) of one head and walks along the other side. Tiles come
 by TMA into shared memory, products are wgmma of 16-bit tiles summed in float32, the weights go through shared memory as the
@@ -17,20 +17,30 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float
 
-from truepose_jax.kernels.attention.key_rows import FLOOR, ROWS, TINY, logits, pad_keys, plain_rows, slopes
+from truepose_jax.kernels.attention.key_rows import (
+    FLOOR,
+    ROWS,
+    TINY,
+    compute_capability,
+    logits,
+    pad_keys,
+    plain_rows,
+    refused_arrays,
+    slopes,
+)
 
 BLOCK = 64
 """Queries and keys of a tile, the rows of one wgmma."""
 WIDTH_UNIT = 64
 """Heads are padded to this many columns: 128 bytes, one swizzle."""
 MOST_HEAD_DIM = 192
-"""Five tiles of 64 x 192 and one of 64 x 64 take 131 of the 227 KiB that a block may use on Hopper."""
+"""Four tiles of 64 x 192 and one of 64 x 64 take 104 of the 227 KiB that a block may use on Hopper."""
 DTYPES = (jnp.dtype(jnp.bfloat16), jnp.dtype(jnp.float16))
 
-HOPPER = 9.0
-"""Compute capability that brought TMA and wgmma."""
-QUERIES, KEYS = 0, 1
-"""Axes of a tile of logits; in the kernel of dk and dv, where tiles are transposed, they change places."""
+HOPPER = "9.0"
+"""The one compute capability with wgmma: Blackwell (10.x, 12.x) has none."""
+KEYS = 1
+"""Axis of a tile of logits; in the kernel of dk and dv, where tiles are transposed, it is that of the queries."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,22 +61,13 @@ def refuses(q: Array, k: Array, v: Array, *, has_rows: bool, platform: str) -> s
     del has_rows
     if platform not in ("gpu", "cpu"):
         return f"a program for {platform}"
-    if platform == "gpu" and (older := _older_gpu()):
-        return f"GPUs of compute capability {older}; it takes {HOPPER:.1f} and newer"
-    if not q.dtype == k.dtype == v.dtype or jnp.dtype(q.dtype) not in DTYPES:
-        return f"dtypes {q.dtype}, {k.dtype}, {v.dtype}; it takes one of {', '.join(map(str, DTYPES))}"
-    if q.size == 0 or k.size == 0:
-        return f"empty arrays, {q.shape} and {k.shape}"
+    if platform == "gpu" and (found := compute_capability()) not in (None, HOPPER):
+        return f"GPUs of compute capability {found}; it takes {HOPPER} only"
+    if reason := refused_arrays(q, k, v, DTYPES):
+        return reason
     if q.shape[-1] > MOST_HEAD_DIM:
         return f"heads of width {q.shape[-1]}; it takes at most {MOST_HEAD_DIM}"
     return None
-
-
-def _older_gpu() -> str | None:
-    """The compute capability of this process's GPUs where wgmma is not to be had on them."""
-    device = jax.local_devices()[0]
-    found = getattr(device, "compute_capability", None) if device.platform == "gpu" else None
-    return found if found is not None and float(found) < HOPPER else None
 
 
 def attend(

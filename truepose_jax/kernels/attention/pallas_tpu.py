@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -22,7 +23,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float
 
-from truepose_jax.kernels.attention.key_rows import FLOOR, ROWS, TINY, logits, pad_keys, slopes
+from truepose_jax.kernels.attention.key_rows import FLOOR, ROWS, TINY, logits, pad_keys, refused_arrays, slopes
 
 LANES = 128
 SUBLANES = 16
@@ -31,6 +32,8 @@ MOST_QUERIES = 256
 MOST_KEYS = 512
 """Longest blocks. 512 x 704 needs 17 of the 16 MiB that a v5e or v5p kernel may use (dk and dv, heads of 160), and 512 x 512
 compiles three times as long (16 s against 4 s for heads of 80). Keys of four bytes: half of them."""
+MOST_VMEM = 16 * 2**20
+"""What a kernel may use of a v5e's or v5p's VMEM."""
 MOST_LANES = 1024
 MOST_HEAD_DIM = 256
 DTYPES = (jnp.dtype(jnp.bfloat16), jnp.dtype(jnp.float32))
@@ -54,6 +57,8 @@ class Plan:
     grid: tuple[int, int, int, int]
     operands: dict[str, Operand]
     outputs: dict[str, Operand]
+    scratch: list[tuple[int, int, int]]
+    """Shapes of float32 arrays that stay in VMEM."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,15 +84,16 @@ class Sizes:
 
 def refuses(q: Array, k: Array, v: Array, *, has_rows: bool, platform: str) -> str | None:
     """What of a call the kernels cannot take; None where they can take all."""
-    del has_rows, platform
-    if not q.dtype == k.dtype == v.dtype or jnp.dtype(q.dtype) not in DTYPES:
-        return f"dtypes {q.dtype}, {k.dtype}, {v.dtype}; it takes one of {', '.join(map(str, DTYPES))}"
-    if q.size == 0 or k.size == 0:
-        return f"empty arrays, {q.shape} and {k.shape}"
+    del platform
+    if reason := refused_arrays(q, k, v, DTYPES):
+        return reason
     if q.shape[-1] > MOST_HEAD_DIM:
         return f"heads of width {q.shape[-1]}; it takes at most {MOST_HEAD_DIM}"
     if (lanes := group_of(*q.shape[2:]) * q.shape[-1]) > MOST_LANES:
         return f"{q.shape[2]} heads of width {q.shape[-1]}, in blocks of {lanes} lanes; it takes at most {MOST_LANES}"
+    b, n, g, d = q.shape
+    if (needed := vmem_bytes(sizes(b, n, k.shape[1], g, d, q.dtype, has_rows=has_rows))) > MOST_VMEM:
+        return f"{g} heads of width {d}, which need {needed / 2**20:.1f} MiB of VMEM; it takes {MOST_VMEM / 2**20:.0f}"
     return None
 
 
@@ -112,11 +118,17 @@ def attend(
 
 
 def sizes(b: int, n: int, m: int, g: int, d: int, dtype, *, has_rows: bool, interpret: bool = False) -> Sizes:
-    """How a call of these sizes is cut."""
+    """How a call of these sizes is cut; the keys into shorter blocks where the kernels would not fit into VMEM."""
+    dtype, group = jnp.dtype(dtype), group_of(g, d)
     padded_n, block_n = _blocks(n, MOST_QUERIES)
-    padded_m, block_m = _blocks(m, MOST_KEYS * 2 // jnp.dtype(dtype).itemsize)
-    has_rows = has_rows or padded_m != m
-    return Sizes(b, padded_n, padded_m, g, d, block_n, block_m, group_of(g, d), jnp.dtype(dtype), has_rows, interpret)
+    most = MOST_KEYS * 2 // dtype.itemsize
+    while True:
+        padded_m, block_m = _blocks(m, most)
+        rows = has_rows or padded_m != m
+        s = Sizes(b, padded_n, padded_m, g, d, block_n, block_m, group, dtype, rows, interpret)
+        if most <= LANES or vmem_bytes(s) <= MOST_VMEM:
+            return s
+        most //= 2
 
 
 def group_of(g: int, d: int) -> int:
@@ -144,22 +156,44 @@ def _pad(x: Float[Array, "b n c"], length: int) -> Array:
 def forward_plan(s: Sizes) -> Plan:
     """Grid (image, head group, query block, key block), keys innermost."""
     q, k, v, rows, out, lse = _operands(s, query=2, key=3)
-    return Plan(
-        (s.b, s.groups, s.n // s.block_n, s.m // s.block_m), {"q": q, "k": k, "v": v} | rows, {"out": out, "lse": lse}
-    )
+    grid = (s.b, s.groups, s.n // s.block_n, s.m // s.block_m)
+    column = (s.group, s.block_n, 1)
+    scratch = [column, column, (s.group, s.block_n, s.d)]
+    return Plan(grid, {"q": q, "k": k, "v": v} | rows, {"out": out, "lse": lse}, scratch)
 
 
 def dq_plan(s: Sizes) -> Plan:
     q, k, v, rows, out, lse = _operands(s, query=2, key=3)
     read = {"q": q, "k": k, "v": v} | rows | {"out": out, "d_out": out, "lse": lse}
-    return Plan((s.b, s.groups, s.n // s.block_n, s.m // s.block_m), read, {"d_q": q, "mean": lse})
+    grid = (s.b, s.groups, s.n // s.block_n, s.m // s.block_m)
+    return Plan(grid, read, {"d_q": q, "mean": lse}, [(s.group, s.block_n, s.d)])
 
 
 def dkv_plan(s: Sizes) -> Plan:
     """Queries innermost."""
     q, k, v, rows, out, lse = _operands(s, query=3, key=2)
     read = {"q": q, "k": k, "v": v} | rows | {"d_out": out, "lse": lse, "mean": lse}
-    return Plan((s.b, s.groups, s.m // s.block_m, s.n // s.block_n), read, {"d_k": k, "d_v": v})
+    grid = (s.b, s.groups, s.m // s.block_m, s.n // s.block_n)
+    return Plan(grid, read, {"d_k": k, "d_v": v}, [(s.group, s.block_m, s.d)] * 2)
+
+
+def vmem_bytes(s: Sizes) -> int:
+    """What the largest kernel takes: its blocks twice, as the next ones come meanwhile, its scratch, and what the compiler keeps
+    between: no more, in what was compiled, than four tiles of logits and two rows of one head for every query and key."""
+    kept = _bytes((4 * s.block_n, s.block_m), 4) + _bytes((2 * (s.block_n + s.block_m), s.d), 4)
+
+    def of(plan: Plan) -> int:
+        operands = (*plan.operands.values(), *plan.outputs.values())
+        blocks = sum(_bytes(each.spec.block_shape, each.array.dtype.itemsize) for each in operands)
+        return 2 * blocks + sum(_bytes(shape, 4) for shape in plan.scratch)
+
+    return kept + max(map(of, (forward_plan(s), dq_plan(s), dkv_plan(s))))
+
+
+def _bytes(shape: tuple[int | None, ...], itemsize: int) -> int:
+    """In VMEM, whose last two dimensions are whole tiles."""
+    *outer, rows, lanes = (side or 1 for side in shape)
+    return math.prod(outer) * pl.cdiv(rows, SUBLANES) * SUBLANES * pl.cdiv(lanes, LANES) * LANES * itemsize
 
 
 def _operands(s: Sizes, *, query: int, key: int) -> tuple:
@@ -182,7 +216,7 @@ def _operands(s: Sizes, *, query: int, key: int) -> tuple:
     return q, kv, kv, {"rows": rows} if s.has_rows else {}, q, statistics
 
 
-def _run(s: Sizes, kernel: Callable, plan: Plan, arrays: dict[str, Array], scratch: list) -> list[Array]:
+def _run(s: Sizes, kernel: Callable, plan: Plan, arrays: dict[str, Array]) -> list[Array]:
     """kernel(read refs by name, written refs by name, scratch refs) over the plan's grid."""
     names = list(plan.operands)
 
@@ -198,7 +232,7 @@ def _run(s: Sizes, kernel: Callable, plan: Plan, arrays: dict[str, Array], scrat
         in_specs=[plan.operands[name].spec for name in names],
         out_specs=[output.spec for output in plan.outputs.values()],
         out_shape=[output.array for output in plan.outputs.values()],
-        scratch_shapes=scratch,
+        scratch_shapes=[pltpu.VMEM(shape, jnp.float32) for shape in plan.scratch],
         compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "parallel", "parallel", "arbitrary")),
         interpret=s.interpret,
         name=kernel.func.__name__.strip("_"),
@@ -310,13 +344,8 @@ def _attend(s: Sizes, q, k, v, rows):
 
 
 def _forward(s: Sizes, q, k, v, rows) -> list[Array]:
-    scratch = [
-        pltpu.VMEM((s.group, s.block_n, 1), jnp.float32),
-        pltpu.VMEM((s.group, s.block_n, 1), jnp.float32),
-        pltpu.VMEM((s.group, s.block_n, s.d), jnp.float32),
-    ]
     arrays = {"q": q, "k": k, "v": v, "rows": rows}
-    return _run(s, functools.partial(_forward_kernel, s=s), forward_plan(s), arrays, scratch)
+    return _run(s, functools.partial(_forward_kernel, s=s), forward_plan(s), arrays)
 
 
 def _forward_saving(s: Sizes, q, k, v, rows):
@@ -327,12 +356,8 @@ def _forward_saving(s: Sizes, q, k, v, rows):
 def _backward(s: Sizes, saved, d_out):
     q, k, v, rows, out, lse = saved
     arrays = {"q": q, "k": k, "v": v, "rows": rows, "out": out, "d_out": d_out, "lse": lse}
-
-    def sums(length):
-        return pltpu.VMEM((s.group, length, s.d), jnp.float32)
-
-    d_q, arrays["mean"] = _run(s, functools.partial(_dq_kernel, s=s), dq_plan(s), arrays, [sums(s.block_n)])
-    d_k, d_v = _run(s, functools.partial(_dkv_kernel, s=s), dkv_plan(s), arrays, [sums(s.block_m), sums(s.block_m)])
+    d_q, arrays["mean"] = _run(s, functools.partial(_dq_kernel, s=s), dq_plan(s), arrays)
+    d_k, d_v = _run(s, functools.partial(_dkv_kernel, s=s), dkv_plan(s), arrays)
     return d_q, d_k, d_v, None if rows is None else jnp.zeros_like(rows)
 
 

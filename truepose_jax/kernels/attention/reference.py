@@ -44,10 +44,14 @@ def _weighted_values(weights: Float[Array, "b g n m"], v: Float[Array, "b m g d"
 
 def _logits(q: Float[Array, "b n g d"], k: Float[Array, "b m g d"]) -> Float[Array, "b g n m"]:
     b, n, g, d = q.shape
-    # q is scaled, not the n x m logits: on CPU the division and its broadcast were 4 ms of a 20 ms attention.
-    q = _heads_first(q).astype(jnp.float32) * jnp.float32(d**-0.5)
-    a = jnp.matmul(q.astype(k.dtype), _heads_first(k).swapaxes(1, 2), preferred_element_type=jnp.float32)
-    return a.reshape(b, g, n, k.shape[1])
+    q, k, scale = _heads_first(q), _heads_first(k).swapaxes(1, 2), jnp.float32(d**-0.5)
+    # In float32 q is scaled, not the n x m logits: on CPU the division and its broadcast were 4 ms of a 20 ms attention.
+    # In narrower dtypes that would round q once more.
+    narrow = jnp.dtype(k.dtype).itemsize < 4
+    if not narrow:
+        q = q.astype(jnp.float32) * scale
+    a = jnp.matmul(q.astype(k.dtype), k, preferred_element_type=jnp.float32)
+    return (a * scale if narrow else a).reshape(b, g, n, k.shape[2])
 
 
 def attention(
@@ -87,6 +91,11 @@ def reweighted_attention(
     """
     weights = jax.nn.softmax(sloped_logits(q, k, key_mask, inside, outside, query_mask=query_mask), axis=-1)
     return _weighted_values(weights, v, q.dtype)
+
+
+def mask_sides(mask_axis: str, mask: Bool[Array, "b m"]) -> tuple[Bool[Array, "b m"], Bool[Array, "b n"] | None]:
+    """(key_mask, query_mask) of Eq. 6 where M_ij is read by its "key", its "query" or both ("outer"; methods.md A1)."""
+    return (mask | True if mask_axis == "query" else mask), (None if mask_axis == "key" else mask)
 
 
 def sloped_logits(

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
 
-from truepose_jax.kernels.attention.key_rows import FLOOR, TINY, logits, pad_keys, slopes
+from truepose_jax.kernels.attention.key_rows import FLOOR, TINY, logits, pad_keys, refused_arrays, slopes
 
 BLOCK_QUERIES = 128
 BLOCK_KEYS = 2048
@@ -27,11 +27,7 @@ DTYPES = (jnp.dtype(jnp.float32), jnp.dtype(jnp.bfloat16), jnp.dtype(jnp.float16
 def refuses(q: Array, k: Array, v: Array, *, has_rows: bool, platform: str) -> str | None:
     """What of a call it cannot take; None where it can take all."""
     del has_rows, platform
-    if not q.dtype == k.dtype == v.dtype or jnp.dtype(q.dtype) not in DTYPES:
-        return f"dtypes {q.dtype}, {k.dtype}, {v.dtype}; it takes one of {', '.join(map(str, DTYPES))}"
-    if q.size == 0 or k.size == 0:
-        return f"empty arrays, {q.shape} and {k.shape}"
-    return None
+    return refused_arrays(q, k, v, DTYPES)
 
 
 def attend(
