@@ -291,11 +291,14 @@ def test_accumulation_and_rematerialisation_of_truepose():
     for name in ("source", "target"):
         batch[name][batch["valid"] == 0] = np.nan
     (got, metrics), (want, want_metrics) = (
-        tiny.jit(lambda p, b, k, made=made: made.gradients(p, {}, b, k))(params, batch, tiny.keys(3, tiny.TARGETS))
+        tiny.jit(lambda p, b, k, made=made: made.gradients(p, {}, b, k))(params, batch, tiny.keys(9, tiny.TARGETS))
         for made in (three, whole)
     )
     tiny.check_gradients(got, want)
-    for name in ("loss", "bin_sums", "bin_counts"):
+    assert 0 < want_metrics["kept"] < 3, (
+        "else no micro-batch's share of the kept samples differs from that of the valid"
+    )
+    for name in ("loss", "bin_sums", "bin_counts", "kept", "hpfa_rms", "caa_rms"):
         np.testing.assert_allclose(metrics[name], want_metrics[name], rtol=1e-5)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Any
 
 import flax.struct
@@ -157,7 +158,7 @@ class Trainer:
         def one(piece):
             grads, metrics = gradient(trained, frozen, *piece)
             share = jnp.sum(piece[0]["valid"]) / total
-            metrics = {name: x if name.startswith("bin_") else share * x for name, x in metrics.items()}
+            metrics = _summands(metrics, share)
             if measured:
                 metrics |= noise_scale.of_part(grads, share)
             return jax.tree.map(lambda g: share * g, grads), metrics
@@ -167,6 +168,7 @@ class Trainer:
         zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(one, first))
         add = lambda sums, piece: (jax.tree.map(jnp.add, sums, one(piece)), None)  # noqa: E731
         grads, metrics = jax.lax.scan(add, zeros, micro_batches)[0]
+        metrics = _of_sums(metrics)
         return grads, noise_scale.of_whole(grads, metrics, total) if measured else metrics
 
     def _by_device(self, gradient, trained: Any, frozen: Frozen, batch: Batch, keys: jax.Array):
@@ -183,10 +185,10 @@ class Trainer:
             valid = jnp.sum(batch["valid"])
             total = jnp.maximum(jax.lax.psum(valid, "data"), 1.0)
             share = valid / total
-            metrics = {name: x if name.startswith("bin_") else share * x for name, x in metrics.items()}
+            metrics = _summands(metrics, share)
             metrics |= noise_scale.of_part(grads, share)
             grads, metrics = jax.lax.psum((jax.tree.map(lambda g: share * g, grads), metrics), "data")
-            return grads, noise_scale.of_whole(grads, metrics, total)
+            return grads, noise_scale.of_whole(grads, _of_sums(metrics), total)
 
         whole, cut = PartitionSpec(), PartitionSpec("data")
         call = jax.shard_map(
@@ -194,6 +196,17 @@ class Trainer:
             one, in_specs=(whole, whole, cut, cut), out_specs=whole, axis_names={"data"}, check_vma=False
         )  # fmt: skip
         return call(trained, frozen, dict(batch), keys)
+
+
+def _summands(metrics: Mapping[str, Any], share: Any) -> dict[str, Any]:
+    """What a part of a batch adds to the metrics of the whole. share: of the valid samples that are in it."""
+    weights = {name: metrics["kept"] if name.endswith("_rms") else share for name in metrics}
+    return {name: x if name.startswith("bin_") or name == "kept" else weights[name] * x for name, x in metrics.items()}
+
+
+def _of_sums(metrics: Mapping[str, Any]) -> dict[str, Any]:
+    """The metrics from the sum of all parts' summands: *_rms are means over the kept samples, of which a part may have none."""
+    return {name: x / jnp.maximum(metrics["kept"], 1.0) if name.endswith("_rms") else x for name, x in metrics.items()}
 
 
 def as_floats(batch: Batch) -> Batch:

@@ -67,7 +67,9 @@ class Method(Protocol):
         self, params: Params, frozen: Frozen, batch: Batch, keys: jax.Array
     ) -> tuple[Float[Array, ""], Mapping[str, jax.Array]]:
         """The training loss and its metrics. Randomness (noise, timesteps, drops) comes from `keys` [b] alone, one
-        key per target, so that however the batch is cut every sample meets the same noise."""
+        key per target, so that however the batch is cut every sample meets the same noise.
+
+        Of metrics, bin_* and kept are sums, *_rms means over the kept samples, the others means over the valid ones."""
         ...
 
     param_rules: tuple[tuple[str, tuple[str | None, ...]], ...]

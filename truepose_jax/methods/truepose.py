@@ -133,8 +133,8 @@ class TruePose:
     def loss(self, params, frozen, batch, keys):
         """Eq. 2 / 10 with the schedule's prediction, mean over the valid samples of the global batch.
 
-        Metrics: loss, bin_sums and bin_counts [NUM_BINS], hpfa_rms (where there is HPFA) and caa_rms [sites] (updates'
-        root mean squares over the kept samples).
+        Metrics: loss, bin_sums and bin_counts [NUM_BINS], kept, hpfa_rms (where there is HPFA) and caa_rms [sites] (updates'
+        root mean squares over the kept samples, whose number kept is).
         """
         schedule = self.diffusion.schedule
         batch = _zero_invalid(batch)
@@ -154,9 +154,11 @@ class TruePose:
         loss = losses.weighted_mean(errors, batch["valid"])
         bin_sums, bin_counts = losses.timestep_bins(errors, batch["valid"], t, schedule.steps)
         metrics = {"loss": loss, "bin_sums": bin_sums, "bin_counts": bin_counts}
+        weights = keep * batch["valid"]
+        metrics["kept"] = jnp.sum(weights)
         for part in norms[self.model.unet.sites[0].name]:
             metrics[f"{part}_rms"] = jnp.stack(
-                [losses.weighted_mean(norms[site.name][part], keep * batch["valid"]) for site in self.model.unet.sites]
+                [losses.weighted_mean(norms[site.name][part], weights) for site in self.model.unet.sites]
             )
         return loss, jax.lax.stop_gradient(metrics)
 
