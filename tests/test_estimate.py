@@ -139,6 +139,29 @@ def test_largest_batch():
         assert found.bytes(most, "gpu") <= memory * GIB < found.bytes(most + 1, "gpu")
 
 
+def test_the_report_speaks_of_this_run():
+    """Its batch on every number of devices that it divides over, its fsdp, and the sum of gradients where it accumulates."""
+    step = Step(least=0, fixed=0, per_image=GIB)
+    found = Estimate({"net": 1}, 4 * GIB, 0, 0, 0, 0, {"gpu": step})
+
+    def rows(batch, mesh, accumulation=1):
+        change = {"batch_size": batch, "mesh": mesh, "optim": {"accumulation": accumulation}}
+        text = report(tiny.config(tiny.MIDDLE_ONLY, change), found)
+        assert f"fsdp {mesh.get('fsdp', 1)}" in text.partition("largest batch")[2]
+        return [line.split() for line in text.partition("this run")[2].splitlines()[1:]]
+
+    assert [(row[0], row[2], row[6]) for row in rows(12, {"fsdp": 2})] == [
+        ("2", "6", "8.00"), ("4", "3", "5.00"), ("6", "2", "4.00"), ("12", "1", "3.00")
+    ]  # fmt: skip
+    assert [(row[0], row[2]) for row in rows(12, {"data": 2, "fsdp": 1}, 3)] == [("2", "2")]
+    assert "does not divide" in " ".join(rows(12, {"data": 5})[0])
+    once, thrice = (
+        estimate(tiny.config(tiny.MIDDLE_ONLY, {"batch_size": 6, "optim": {"accumulation": n}}), platforms=("gpu",))
+        for n in (1, 3)
+    )
+    assert thrice.steps["gpu"].fixed - once.steps["gpu"].fixed == once.parameters
+
+
 def test_the_report_leaves_room(monkeypatch):
     """Of 80 GiB a GPU's program has 60, and the estimate may be 8 % low."""
     step = Step(least=0, fixed=0, per_image=GIB)

@@ -33,7 +33,7 @@ DEVICES = (
     ("v5e", "tpu", 15.75),
     ("v6e", "tpu", 31.25),
     ("v5p", "tpu", 95.74),
-    ("A100, H100", "gpu", 79.6),
+    ("H100, A100 80GB", "gpu", 79.6),
     ("H200", "gpu", 140.4),
 )
 """(name, platform, GiB). Of TPUs what the compiler leaves to a program, as its refusals say; of GPUs what the driver shows of
@@ -47,6 +47,7 @@ SHARE_VARIABLES = ("XLA_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_MEM_FRACTION")
 PLATFORMS = ("tpu", "gpu")
 
 FSDP = (1, 8)
+"""Beside the configuration's own."""
 
 PRIMES = (61, 67, 71, 73, 79, 83, 89, 97, 101, 103)
 """Sources in the traced batch: an array whose size the number divides grows with the batch. The first one is taken that divides
@@ -113,19 +114,23 @@ class Estimate:
 
 
 def estimate(config: Config, *, platforms: Sequence[str] = PLATFORMS) -> Estimate:
-    """Of the configuration's train step; its mesh and accumulation do not matter here."""
+    """Of the configuration's train step. Its mesh does not matter here; of accumulation the sum of gradients is counted, and
+    images are those of a micro-batch."""
+    accumulates = config.optim.accumulation > 1
     config = dataclasses.replace(config, optim=dataclasses.replace(config.optim, accumulation=1, noise_scale="off"))
     method, frozen = planned(config)
     trainer = Trainer(config, method)
     state = jax.eval_shape(lambda key: trainer.init_state(key, batch_spec(config)), jax.random.key(0))
+    trained = trainer.trained(state.params)
+    summed = _bytes_of(trained) if accumulates else 0
     return Estimate(
         networks={name: _count(tree) for name, tree in state.params.items()},
         parameters=_bytes_of(state.params),
-        trained=_count(trainer.trained(state.params)),
+        trained=_count(trained),
         optimizer=_bytes_of(state.opt_state),
         ema=_bytes_of(state.ema),
         frozen=_bytes_of(frozen),
-        steps={platform: _step(trainer, state.params, frozen, platform) for platform in platforms},
+        steps={platform: _step(trainer, state.params, frozen, platform, summed) for platform in platforms},
     )
 
 
@@ -173,6 +178,7 @@ def report(config: Config, found: Estimate, *, memory: float | None = None) -> s
             f"step, any batch, {platform} {step.fixed / GIB:8.2f} GiB   gradients, cast weights; {step.least / GIB:.2f} at least",
             f"step, per image, {platform} {step.per_image / GIB:8.2f} GiB   activations",
         ]
+    fsdps = sorted({*FSDP, config.mesh.fsdp})
     share, said_by = gpu_share()
     room = [(name, platform, gib * (share if platform == "gpu" else 1)) for name, platform, gib in DEVICES]
     if memory is not None:
@@ -180,20 +186,37 @@ def report(config: Config, found: Estimate, *, memory: float | None = None) -> s
     elif "gpu" in found.steps:
         rows.append(f"of a GPU's memory JAX takes {share:g} ({said_by})")
     rows += [
-        f"Compilers were found to need up to {MARGIN:.0%} more than such an estimate: that much of the memory is left free here."
+        f"Compilers for TPUs were found to need up to {MARGIN:.0%} more than such an estimate; that much is left free here."
         if config.model.remat
         else "Without rematerialisation compilers for TPUs were found to need 0.47 to 0.70 of such an estimate: larger batches "
         "may fit.",
-        "largest batch per device:",
-        "  device           a program's  " + "".join(f"{f'fsdp {n}':>8}" for n in FSDP),
+        "largest batch per device" + (", at once:" if config.optim.accumulation > 1 else ":"),
+        "  device                a program's  " + "".join(f"{f'fsdp {n}':>8}" for n in fsdps),
     ]
     for name, platform, gib in room:
         if platform in found.steps:
-            batches = (found.largest_batch(int(gib * GIB * (1 - MARGIN)), platform, fsdp=n) for n in FSDP)
+            batches = (found.largest_batch(int(gib * GIB * (1 - MARGIN)), platform, fsdp=n) for n in fsdps)
             rows.append(
-                f"  {f'{name} ({platform})':<16} {gib:>7.2f} GiB  " + "".join(f"{batch or '-':>8}" for batch in batches)
+                f"  {f'{name} ({platform})':<21} {gib:>7.2f} GiB  " + "".join(f"{batch or '-':>8}" for batch in batches)
             )
-    return "\n".join(rows)
+    return "\n".join([*rows, *_of_this_run(config, found)])
+
+
+def _of_this_run(config: Config, found: Estimate) -> list[str]:
+    """What a device needs for config.batch_size images, on every number of devices that the configuration allows."""
+    mesh, pieces = config.mesh, config.optim.accumulation
+    copies = [mesh.data] if mesh.data > 0 else range(1, config.batch_size + 1)
+    rows = [
+        f"this run: {config.batch_size} images a step, fsdp {mesh.fsdp}, tensor {mesh.tensor} (which cuts nothing here), "
+        f"accumulation {pieces}; a device needs",
+    ]
+    for count in copies:
+        parts = count * mesh.fsdp * pieces
+        if config.batch_size % (parts * config.data.targets_per_source) == 0:
+            images = config.batch_size // parts
+            needs = ", ".join(f"{found.bytes(images, p, fsdp=mesh.fsdp) / GIB:.2f} GiB ({p})" for p in found.steps)
+            rows.append(f"  {count * mesh.fsdp * mesh.tensor:>4} devices  {images:>4} images at once  {needs}")
+    return rows if len(rows) > 1 else [*rows, "  the batch does not divide over these devices"]
 
 
 def described(platform: str) -> AbstractMesh:
@@ -202,7 +225,8 @@ def described(platform: str) -> AbstractMesh:
     return AbstractMesh((1,) * len(AXES), AXES, axis_types=(AxisType.Auto,) * len(AXES), abstract_device=device)
 
 
-def _step(trainer: Trainer, params: Any, frozen: Any, platform: str) -> Step:
+def _step(trainer: Trainer, params: Any, frozen: Any, platform: str, summed: int) -> Step:
+    """summed: bytes of the gradients of the micro-batches before."""
     config, k = trainer.config, trainer.config.data.targets_per_source
     prime = _prime(params, frozen, batch_spec(config, form=training_form(config)))
     spec = batch_spec(config, targets=prime * k, form=training_form(config))
@@ -220,8 +244,8 @@ def _step(trainer: Trainer, params: Any, frozen: Any, platform: str) -> Step:
     few, two, many, more = (peak_bytes(jaxpr, scaled=scaled(sources)) for sources in BATCHES)
     per_source = (more - many) / (BATCHES[3] - BATCHES[2])
     return Step(
-        least=max(2 * few - two, 0),
-        fixed=max(round(many - BATCHES[2] * per_source), 0),
+        least=max(2 * few - two, 0) + summed,
+        fixed=max(round(many - BATCHES[2] * per_source), 0) + summed,
         per_image=-(-round(per_source) // k),
     )
 

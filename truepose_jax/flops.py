@@ -48,8 +48,8 @@ class Part:
 @dataclasses.dataclass(frozen=True)
 class Flops:
     """FLOPs per image. source: SourceNet and the source side of HPFA and CAA, with the parsing encoder. pose: the pose
-    encoder. conditional, null: TargetNet's forward pass with the source and without. train: of a training step with as many
-    sources as targets."""
+    encoder. conditional, null: TargetNet's forward pass with the source and without. train: of a training step, where
+    data.targets_per_source targets share SourceNet's pass."""
 
     source: int
     pose: int

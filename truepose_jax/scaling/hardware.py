@@ -6,13 +6,15 @@ import dataclasses
 import math
 import re
 
+from truepose_jax.estimate import DEVICES, GIB
+from truepose_jax.flops import peak_flops
 from truepose_jax.schema import ConfigError
 
 
 @dataclasses.dataclass(frozen=True)
 class Chip:
     """flops: peak bf16 a second. hbm: bytes a second. ici: bytes a second that all of a chip's links send together.
-    memory: bytes of HBM."""
+    memory: bytes of HBM that the compiler leaves to a program."""
 
     flops: float
     hbm: float
@@ -20,13 +22,14 @@ class Chip:
     memory: int
 
 
-GB, GIB = 1e9, 1 << 30
+GB = 1e9
+_BANDWIDTHS = {"v5e": (819 * GB, 1600e9 / 8), "v5p": (2765 * GB, 4800e9 / 8), "v6e": (1600 * GB, 3200e9 / 8)}
+"""(hbm, ici): docs.cloud.google.com/tpu/docs, the pages v5e, v5p and v6e."""
 CHIPS = {
-    "v5e": Chip(flops=197e12, hbm=819 * GB, ici=1600e9 / 8, memory=16 * GIB),
-    "v5p": Chip(flops=459e12, hbm=2765 * GB, ici=4800e9 / 8, memory=95 * GIB),
-    "v6e": Chip(flops=918e12, hbm=1600 * GB, ici=3200e9 / 8, memory=32 * GIB),
+    kind: Chip(peak_flops(kind), *_BANDWIDTHS[kind], memory=int(gib * GIB))
+    for kind, _, gib in DEVICES
+    if kind in _BANDWIDTHS
 }
-"""docs.cloud.google.com/tpu/docs, the pages v5e, v5p and v6e."""
 
 
 @dataclasses.dataclass(frozen=True)
