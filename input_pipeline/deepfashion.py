@@ -24,9 +24,9 @@ from input_pipeline.raw_files import (
     Needed,
     Poses,
     derived_pairs,
-    files_by_key,
     first_file,
     first_folder,
+    maps_by_key,
     missing_problems,
     paired_photos,
     photos_by_key,
@@ -102,7 +102,7 @@ def read_deepfashion(
         raise MissingFiles(f"{root}: no photos (img_highres/WOMEN/..., MEN/...)", needed)
 
     photos, pose_folder = photos_by_key(folder), first_folder(root, POSE_FOLDERS)
-    map_files = None if labels == "whole" else files_by_key(maps, (".png",))
+    map_files = maps_by_key(maps, labels)
     splits: dict[str, RawSplit] = {}
     problems: list[str] = []
     notes: list[str] = []

@@ -26,7 +26,7 @@ from input_pipeline.keypoints import (
     name_key,
     read_annotations,
 )
-from input_pipeline.parsing import label_set, read_parsing, whole_photo
+from input_pipeline.parsing import check_said_labels, label_set, read_parsing, whole_photo
 from input_pipeline.photo import Framing, fit_photo, read_photo
 from input_pipeline.schema import ImageRecord, InputError
 
@@ -109,6 +109,7 @@ class FolderImages:
             raise InputError(
                 f"{self.root}: has no {PARSING_FOLDER}/ with {self.labels} maps; add it or use labels none"
             )
+        check_said_labels(folder, self.labels)
         maps = {name: folder / f"{name}.png" for name in self.names}
         missing = [name for name, path in maps.items() if not path.is_file()]
         if missing:

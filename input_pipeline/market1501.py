@@ -21,9 +21,9 @@ from input_pipeline.raw_files import (
     MissingFiles,
     Needed,
     derived_pairs,
-    files_by_key,
     first_file,
     first_folder,
+    maps_by_key,
     missing_problems,
     paired_photos,
     photos_by_key,
@@ -62,7 +62,7 @@ def read_market1501(
         raise InputError(f"{root}: no such folder; make it and put the files of `--dataset=market1501` there")
     places = [pathlib.Path(lists)] if lists else [root / folder for folder in LIST_FOLDERS]
     maps = first_folder(root, PARSING_FOLDERS)
-    map_files = None if labels == "whole" else files_by_key(maps, (".png",))
+    map_files = maps_by_key(maps, labels)
     needed: list[Needed] = []
     splits: dict[str, RawSplit] = {}
     problems: list[str] = []

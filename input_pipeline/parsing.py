@@ -24,6 +24,9 @@ SHOULDERS, ELBOWS, WRISTS, KNEES, ANKLES = (2, 5), (3, 6), (4, 7), (9, 12), (10,
 RIGHT_ELBOW_WRIST, LEFT_ELBOW_WRIST = (3, 4), (6, 7)
 RIGHT_KNEE_ANKLE, LEFT_KNEE_ANKLE = (9, 10), (12, 13)
 
+LABELS_FILE = "labels.txt"
+"""Beside maps whose label set is known, such as those of `prepare label`."""
+
 JOINTS_OF_CLASS: Mapping[str, tuple[int, ...]] = {
     "Hat": NOSE + EYES + EARS,
     "Hair": NOSE + EYES + EARS,
@@ -160,6 +163,26 @@ def label_set(name: str) -> LabelSet:
     if key not in LABEL_SETS:
         raise InputError(f"unknown label set '{name}'; choose one of {', '.join(LABEL_SETS)}, or none")
     return LABEL_SETS[key]
+
+
+def said_labels(folder: str | pathlib.Path) -> str:
+    """The name of the label set of a folder's maps as LABELS_FILE says it; "" where nothing does. Raises InputError."""
+    path = pathlib.Path(folder) / LABELS_FILE
+    try:
+        return label_set(path.read_text(encoding="utf-8").strip()).name if path.is_file() else ""
+    except (OSError, UnicodeDecodeError, InputError) as error:
+        raise InputError(
+            f"{path}: names no label set ({one_line(error)}); write the maps' own into it, or remove it"
+        ) from error
+
+
+def check_said_labels(folder: str | pathlib.Path, labels: str) -> None:
+    """Ids of one set read as another's are wrong without a sign. Raises InputError where the folder says another set."""
+    said = said_labels(folder)
+    if said and said != labels:
+        raise InputError(
+            f"{folder}: its maps are {said} ({LABELS_FILE} there), not {labels}; name {said} as their label set"
+        )
 
 
 def class_on(joints: np.ndarray, labels: LabelSet, *, hw: tuple[int, int]) -> np.ndarray:

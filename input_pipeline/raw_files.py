@@ -11,6 +11,7 @@ import numpy as np
 
 from input_pipeline.folder import PHOTO_SUFFIXES, read_pairs
 from input_pipeline.keypoints import annotation_pose, load_pose, name_key, read_annotations
+from input_pipeline.parsing import check_said_labels
 from input_pipeline.raw import BAD_POSE, NO_MAP, NO_PHOTO, NO_POSE, Dropped, Item, PhotoItem, RawSplit
 from input_pipeline.schema import InputError
 
@@ -66,6 +67,15 @@ def files_by_key(folder: pathlib.Path | None, suffixes: Sequence[str]) -> dict[s
         if path.suffix.lower() in suffixes and not path.name.startswith(".") and path.is_file():
             found[name_key(path.relative_to(folder).as_posix().replace("_keypoints.json", ".json"))] = path
     return found
+
+
+def maps_by_key(folder: pathlib.Path | None, labels: str) -> dict[str, pathlib.Path] | None:
+    """The parsing maps under `folder`; None for labels "whole". Raises InputError where the folder says another label set."""
+    if labels == "whole":
+        return None
+    if folder:
+        check_said_labels(folder, labels)
+    return files_by_key(folder, (".png",))
 
 
 def photos_by_key(folder: pathlib.Path | None) -> dict[str, pathlib.Path]:

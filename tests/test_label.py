@@ -10,6 +10,7 @@ from PIL import Image
 from input_pipeline.folder import FolderImages
 from input_pipeline.keypoints import load_pose
 from input_pipeline.parsing import LABEL_SETS, read_parsing
+from input_pipeline.raw_files import maps_by_key
 from input_pipeline.schema import InputError
 from truepose_jax import prepare
 from truepose_jax.prepare import label
@@ -123,6 +124,7 @@ def test_label_writes_what_is_missing_and_build_reads_it(models, raw, capsys):
     assert prepare.main(command) == 0
     printed = capsys.readouterr().out
     assert "1 of 3 photos have a map" in printed and "0 of 3 photos have a pose" in printed
+    assert not (raw / "parsing/labels.txt").exists(), "of the map that was there nobody has said it"
     assert not read_parsing(raw / "parsing/sub/0.png", LABEL_SETS["atr18"], HW[0]).any(), "what is there is kept"
     pose = load_pose(raw / "pose/sub/1.json")
     assert pose.frame_hw == HW[1] and pose.joints[:, 2].any()
@@ -133,6 +135,30 @@ def test_label_writes_what_is_missing_and_build_reads_it(models, raw, capsys):
     assert before == {path: path.stat().st_mtime_ns for path in raw.rglob("*") if path.is_file()}
     images = FolderImages(raw, labels="atr18", size=(32, 24), pairs="self")
     assert len(images) == 3 and images.image(1).parsing.any()
+
+
+def test_the_label_set_of_made_maps_is_said_and_heeded(models, raw, capsys):
+    """By `build`, by training from the folder, and by the next `label`; maps whose set nobody said stay unsaid."""
+    command = ["label", f"--raw={raw}", f"--parsing={models}/segformer"]
+    assert prepare.main([*command, "--labels=lip20"]) == 0
+    assert (raw / "parsing/labels.txt").read_text() == "lip20\n"
+    capsys.readouterr()
+    for call in (
+        [*command, "--labels=atr18"],
+        ["build", "--dataset=folder", f"--raw={raw}", "--parsing=atr18", f"--out={raw}/o"],
+    ):
+        assert prepare.main(call) == 2
+        error = capsys.readouterr().err
+        assert "its maps are lip20" in error and "not atr18" in error and error.count("\n") == 1, error
+    with pytest.raises(InputError, match="not cihp20"):
+        maps_by_key(raw / "parsing", "cihp20")
+    assert maps_by_key(raw / "parsing", "whole") is None and len(maps_by_key(raw / "parsing", "lip20")) == 3
+    (raw / "parsing/sub/1.png").unlink()
+    assert prepare.main(command) == 0, "goes on in the set that the folder says"
+    assert "as lip20" in capsys.readouterr().out
+    (raw / "parsing/labels.txt").write_text("lip21")
+    assert prepare.main(command) == 2
+    assert "labels.txt: names no label set" in capsys.readouterr().err
 
 
 def test_nobody_found_is_written_and_said(models, raw, capsys):

@@ -18,7 +18,7 @@ import tqdm
 from input_pipeline.folder import PHOTO_SUFFIXES
 from input_pipeline.grey_png import encode_grey_png
 from input_pipeline.keypoints import name_key
-from input_pipeline.parsing import LABEL_SETS
+from input_pipeline.parsing import LABEL_SETS, LABELS_FILE, check_said_labels, label_set, said_labels
 from input_pipeline.photo import read_photo
 from input_pipeline.raw_files import PARSING_FOLDERS, POSE_FOLDERS, files_by_key, first_folder
 from input_pipeline.schema import NUM_JOINTS, InputError
@@ -76,14 +76,18 @@ def label(flags: argparse.Namespace, share: Share) -> None:
     photos = {name: every[name] for name in share.mine(every)}
     if flags.parsing:
         folder = first_folder(root, PARSING_FOLDERS) or root / PARSING_FOLDERS[0]
-        todo = missing(photos, files_by_key(folder if folder.is_dir() else None, (".png",)))
-        say_left(share, folder, len(every), len(todo), "a map")
+        there = files_by_key(folder if folder.is_dir() else None, (".png",))
+        todo = missing(photos, there)
+        labels = own_labels(folder, flags.labels)
+        say_left(share, folder, len(every), len(todo), "a map")  # nobody writes maps before all have looked
         if todo:
             check_writable(root, folder)
             from truepose_jax.prepare.parsing_model import ParsingModel
 
-            model = ParsingModel(flags.parsing, flags.labels, device)
+            model = ParsingModel(flags.parsing, labels, device)
             if share.leads:
+                if not there:  # maps whose labels nobody has said may be of another set
+                    _write(folder / LABELS_FILE, f"{model.map.labels.name}\n".encode())
                 print(f"{flags.parsing}: its {len(model.map.table)} classes as {model.map.labels.name}")
                 for line in model.map.lost:
                     print(f"  lost: {line}")
@@ -113,6 +117,13 @@ def label(flags: argparse.Namespace, share: Share) -> None:
         none = [name for names in share.meet("poses", none) for name in names]
         if none and share.leads:
             print(f"{folder}: nobody was found in {len(none)} photos, such as {none[0]}; they are nobody's target")
+
+
+def own_labels(folder: pathlib.Path, labels: str | None) -> str | None:
+    """The label set to make maps in: that of the maps which are there, where it is known. Raises InputError."""
+    if labels:
+        check_said_labels(folder, label_set(labels).name)
+    return labels or said_labels(folder) or None
 
 
 def check_writable(root: pathlib.Path, folder: pathlib.Path) -> None:
