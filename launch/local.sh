@@ -22,7 +22,12 @@ python=${PYTHON:-.venv/bin/python}
 port=${PORT:-$((20000 + RANDOM % 20000))}
 gpus=$( (command -v nvidia-smi > /dev/null && nvidia-smi --list-gpus 2> /dev/null || true) | wc -l)
 
+# A signal while they are being started is kept until all are there.
+asked=
+early=
 pids=()
+tell() { if ((${#pids[@]} < count)); then early=1; else asked=1; kill -TERM "${pids[@]}" 2> /dev/null || true; fi; }
+trap tell INT TERM
 for ((i = 0; i < count; i++)); do
   command=("$python" -m "truepose_jax.$program" "$@" "--coordinator=localhost:$port" "--process=$i" "--processes=$count")
   settings=()
@@ -37,11 +42,10 @@ for ((i = 0; i < count; i++)); do
   fi
 done
 [[ ! $dry ]] || exit 0
+[[ ! $early ]] || tell
 
 # A process that dies leaves the others waiting for it: end them too, and keep its code. One that was asked to stop (143)
 # is not alone in that: the others are saving and must not get a second signal.
-asked=
-trap 'asked=1; kill -TERM "${pids[@]}" 2> /dev/null || true' INT TERM
 code=0
 left=$count
 while ((left > 0)); do

@@ -134,11 +134,14 @@ def test_slurm_saves_and_requeues_when_told_to_end(tmp_path):
         (tmp_path / name).chmod(0o755)
     settings = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "PYTHON": str(tmp_path / "python"), "SLURM_JOB_ID": "77"}
     running = subprocess.Popen([LAUNCH / "slurm.sbatch", *TRAIN], env=os.environ | settings, stdout=subprocess.PIPE)
-    deadline = time.monotonic() + 30
-    while not (tmp_path / "started").exists() and time.monotonic() < deadline:
-        time.sleep(0.05)
-    running.send_signal(signal.SIGTERM)
-    assert running.wait(timeout=30) == 143
+    try:
+        deadline = time.monotonic() + 30
+        while not (tmp_path / "started").exists() and time.monotonic() < deadline:
+            time.sleep(0.05)
+        running.send_signal(signal.SIGTERM)
+        assert running.wait(timeout=30) == 143
+    finally:
+        subprocess.run(["pkill", "-9", "-f", str(tmp_path / "python")], check=False)
     assert (tmp_path / "scontrol.log").read_text().split() == ["requeue", "77"]
 
 
@@ -268,7 +271,7 @@ def printed_runs():
     batch = (LAUNCH / "slurm.sbatch").read_text()
     tasks = [int(re.search(rf"^#SBATCH --{name}=(\d+)", batch, re.M)[1]) for name in ("nodes", "ntasks-per-node")]
     for script in SCRIPTS:
-        for line in script.read_text().splitlines():
+        for line in script.read_text().replace("\\\n#", "").splitlines():
             if line.startswith("#") and "--config=configs/" in line:
                 yield script.name, tasks[0] * tasks[1] if script.suffix == ".sbatch" else 2, line.split()
 
@@ -283,7 +286,12 @@ def test_printed_runs_are_ones_that_start(devices, words):
 
     values = dict(w.removeprefix("--").split("=", 1) for w in words if w.startswith("--config") and "." in w)
     made = importlib.import_module(values.pop("config").removesuffix(".py").replace("/", ".")).get_config()
-    made.update_from_flattened_dict({k.removeprefix("config."): ast.literal_eval(v) for k, v in values.items()})
+    if "deepfashion" in made.data.root:
+        assert values.keys() >= {"config.init_from", "config.data.root"}, "neither lies where the configuration says"
+    given = {k.removeprefix("config."): v for k, v in values.items()}
+    made.update_from_flattened_dict(
+        {k: v if isinstance(made[k], str) else ast.literal_eval(v) for k, v in given.items()}
+    )
     config = from_config_dict(Config, made)
     assert devices % (config.mesh.fsdp * config.mesh.tensor) == 0
     parts = devices // config.mesh.tensor * config.optim.accumulation

@@ -43,6 +43,9 @@ def free_port() -> int:
 
 def environment(**more):
     one_device = {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": "--xla_backend_optimization_level=0"}
+    one_device |= {
+        "JAX_ENABLE_COMPILATION_CACHE": "false"
+    }  # none of the home's, which this one's processes would share
     return {k: v for k, v in os.environ.items() if not k.startswith(("SLURM", "JAX_"))} | one_device | more
 
 

@@ -244,6 +244,17 @@ def same_folder(share: Share, folder: pathlib.Path) -> None:
             token.unlink(missing_ok=True)
 
 
+def connect(share: Share) -> None:
+    """The devices' first words to one another. Gloo, by which CPU hosts talk, waits half a minute for the others and then fails:
+    so they come here, where all are at once, and not after compilations, which end at different times."""
+    if share.count == 1:
+        return
+    from jax.experimental import multihost_utils
+
+    share.meet("devices")
+    multihost_utils.sync_global_devices("devices")
+
+
 def same_steps(share: Share, checkpoints: Any) -> None:
     """Every process is to begin with the steps that process 0 finds: a file system may show a folder late. checkpoints: the
     workdir's, checkpoint.Checkpoints. Raises InputError."""

@@ -53,7 +53,8 @@ KINDS = {
         "config.model.vae",
         "vae",
         "give a diffusers folder with SD1.5's autoencoder (config.json and safetensors), such as "
-        "stabilityai/sd-vae-ft-mse or stable-diffusion-v1-5; generate: --vae=DIR",
+        "stabilityai/sd-vae-ft-mse or stable-diffusion-v1-5, or in config.init_from the folder "
+        "of `convert from-torch`, which holds it beside the UNets to start from; generate: --vae=DIR",
     ),
     "clip": Kind(
         key_maps.CLIP_VISION,

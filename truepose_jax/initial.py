@@ -127,6 +127,7 @@ def first_state(config: Config, trainer: Trainer, checkpoints: Checkpoints, abst
     shardings = jax.tree.map(lambda x: x.sharding, abstract)
     key = jax.random.key(config.seed)
     if not config.init_from:
+        print("starting from random parameters: config.init_from is empty", flush=True)
         init = jax.jit(lambda key: trainer.init_state(key, batch_spec(config)), out_shardings=shardings)
         return init(key)
     if (pathlib.Path(config.init_from) / WEIGHTS_FILE).is_file():

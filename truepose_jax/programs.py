@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
+import pathlib
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import NoReturn
@@ -79,10 +81,23 @@ def keep_programs() -> None:
         return
     if jax.config.jax_compilation_cache_dir is None:
         home = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
-        jax.config.update("jax_compilation_cache_dir", os.path.join(home, "truepose_jax", "programs"))
+        folder = pathlib.Path(home, "truepose_jax", "programs")
+        jax.config.update("jax_compilation_cache_dir", str(folder))
         jax.config.update("jax_compilation_cache_max_size", CACHE_BYTES)
+        drop_half_written(folder)
     if "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS" not in os.environ:
         jax.config.update("jax_persistent_cache_min_compile_time_secs", KEPT_FROM)
+
+
+def drop_half_written(folder: pathlib.Path) -> None:
+    """Removes what a start that was killed left of a program: JAX writes KEY-cache, then KEY-atime, under this lock; it never
+    replaces the first, and keeps nothing more where it misses the second."""
+    import filelock
+
+    with contextlib.suppress(OSError, filelock.Timeout), filelock.FileLock(folder / ".lockfile", timeout=10):
+        for program in folder.glob("*-cache"):
+            if not program.with_name(program.name.removesuffix("-cache") + "-atime").exists():
+                program.unlink(missing_ok=True)
 
 
 def _is_for_people(error: ValueError) -> bool:

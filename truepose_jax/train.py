@@ -77,6 +77,7 @@ def main_of(config: Config, workdir: str, *, profile: bool = False) -> int:
         except ValueError as error:
             raise ConfigError(f"config.mesh: {error}") from error
         _announce(config, mesh)
+        distributed.connect(share)
 
         # What never changes: the autoencoder and the region tokens.
         encoder = LazyEncoder(config.model.clip, config.token_width)
@@ -262,7 +263,7 @@ DISTRIBUTED = flags.DEFINE_enum("distributed", "auto", distributed.MODES, "Wheth
 COORDINATOR = flags.DEFINE_string("coordinator", None, "HOST:PORT of process 0, with --process and --processes.")
 PROCESS = flags.DEFINE_integer("process", None, "This process: 0, 1, ...")
 PROCESSES = flags.DEFINE_integer("processes", None, "How many processes there are.")
-ESTIMATE = flags.DEFINE_bool("estimate", False, "Print how much memory the run will take, and end.")
+ESTIMATE = flags.DEFINE_bool("estimate", False, "Print how much memory the run will take on a device, and end.")
 MEMORY = flags.DEFINE_float(
     "memory", None, "With --estimate: GiB that a program may have, for the largest batch in them."
 )

@@ -79,7 +79,8 @@ class Preemption:
         return self.requested
 
     def _take(self, number: int) -> None:
-        self._previous[number] = signal.signal(number, self._on_signal)
+        self._previous[number] = signal.getsignal(number)  # before the handler: _listen heeds what is in here
+        signal.signal(number, self._on_signal)
 
     def _on_signal(self, number: int, frame: Any) -> None:
         """In the main thread, once it runs Python again. What more there is to do, _listen does."""
