@@ -156,7 +156,7 @@ def measure(
         folder = pathlib.Path(root)
         (folder / "case.json").write_text(json.dumps(dataclasses.asdict(case)))
         environment = environment_of(case, xla_flags)
-        _prepare(row, folder, exports, environment)
+        stamp["machine"] = {**stamp.get("machine", {}), **_prepare(row, folder, exports, environment)}
         with _started(OURS, row, folder, environment) as ours:
             say(f"  {OURS}: ready")
             if row.apart:
@@ -252,8 +252,11 @@ def _timed(ours: Running, peer: Running, row: Row) -> dict[str, Any]:
     return peer.found | summary(peer.found["times"]) | {"ours_times": ours.found["times"][0 if row.apart else begun :]}
 
 
-def _prepare(row: Row, folder: pathlib.Path, exports: pathlib.Path | None, environment: dict[str, str]) -> None:
-    """The peer's weights and inputs in `folder`; the weights are a link into `exports` where another row left them there."""
+def _prepare(
+    row: Row, folder: pathlib.Path, exports: pathlib.Path | None, environment: dict[str, str]
+) -> dict[str, float]:
+    """The peer's weights and inputs in `folder`; the weights are a link into `exports` where another row left them there.
+    Returns what a product reaches on the cores and threads that the forms have (product_flops, on a CPU)."""
     case, kept = row.case, None
     if exports is not None:
         kept = exports / f"{'-'.join(map(str, case.widths))}_{case.layers}_{case.token_width}"
@@ -261,12 +264,13 @@ def _prepare(row: Row, folder: pathlib.Path, exports: pathlib.Path | None, envir
             (folder / "export").symlink_to(kept)
     worker = Worker(PREPARE, folder, row, environment | {"JAX_PLATFORMS": "cpu"})
     try:
-        worker.answer()
+        answer = worker.answer()
     finally:
         worker.stop()
     if kept is not None and not kept.exists():
         (folder / "export").rename(kept)
         (folder / "export").symlink_to(kept)
+    return answer
 
 
 def _difference(case: Case, folder: pathlib.Path, form: str) -> float:
@@ -308,18 +312,6 @@ def commit() -> str | None:
     name, sources = told("rev-parse", "--short", "HEAD"), ("truepose_jax", "configs", "benchmarks/*.py")
     changed = told("status", "--porcelain", "--untracked-files=no", "--", *sources)
     return name + "+" * bool(changed) or None
-
-
-@functools.cache
-def product_rate(size: int = 2048) -> float:
-    """FLOPs a second of a float32 product of this machine's CPU, all cores: the best of five."""
-    x = np.ones((size, size), np.float32)
-    seconds = []
-    for _ in range(5):
-        start = time.perf_counter()
-        x @ x
-        seconds.append(time.perf_counter() - start)
-    return 2 * size**3 / min(seconds)
 
 
 def open_results(out: pathlib.Path, name: str) -> tuple[pathlib.Path, dict[str, Any]]:
@@ -389,7 +381,7 @@ def run(name: str, title: str, rows: Sequence[Row], flags: argparse.Namespace) -
                     xla_flags=flags.xla_flags,
                     known=before,
                     exports=pathlib.Path(exports),
-                    about={"machine": here | {"product_flops": product_rate()}, "commit": commit()},
+                    about={"machine": here, "commit": commit()},
                     say=functools.partial(print, flush=True),
                     save=functools.partial(save, row.case.name),
                 )

@@ -23,7 +23,7 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.side_by_side_case import CHECKED_STEPS, LEARNING_RATE, Case
+from benchmarks.side_by_side_case import CHECKED_STEPS, LEARNING_RATE, WEIGHT_DECAY, Case
 
 OURS = "ours"
 PEERS = {
@@ -203,7 +203,7 @@ def _peer_training(torch, case: Case, ways, model, inputs, given) -> Form:
     decayed, plain = [], []
     for parameter in model.parameters():
         (decayed if parameter.ndim > 1 else plain).append(parameter)
-    groups = [{"params": decayed, "weight_decay": 1e-2}, {"params": plain, "weight_decay": 0.0}]
+    groups = [{"params": decayed, "weight_decay": WEIGHT_DECAY}, {"params": plain, "weight_decay": 0.0}]
     optimizer = torch.optim.AdamW(groups, lr=LEARNING_RATE, fused=True)
     loss_of = torch.compile(model.loss) if "compiled" in ways else model.loss
     valid = given["valid"]
@@ -236,7 +236,7 @@ def _peer_sampling(torch, case: Case, ways, model, inputs, given) -> Form:
     elif "compiled" in ways:
         model.denoise = torch.compile(model.denoise)
         if "recompute" in ways:
-            model.condition = torch.compile(model.condition)
+            model.source_side = torch.compile(model.source_side)
     mode = "recompute" if "recompute" in ways else "cached"
 
     @torch.inference_mode()
@@ -315,6 +315,17 @@ def _forget_peak(device: str) -> int | None:
     return _resident("VmRSS")
 
 
+def product_rate(size: int = 2048) -> float:
+    """FLOPs a second of a float32 product of NumPy with this process's cores and threads: the best of five."""
+    x = np.ones((size, size), np.float32)
+    seconds = []
+    for _ in range(5):
+        start = time.perf_counter()
+        x @ x
+        seconds.append(time.perf_counter() - start)
+    return 2 * size**3 / min(seconds)
+
+
 def serve(form: Form, folder: pathlib.Path, name: str, device: str, answer) -> None:
     for line in sys.stdin:
         command = line.strip()
@@ -344,7 +355,7 @@ def main(argv: list[str]) -> None:
         from benchmarks.side_by_side_case import write_for_peer
 
         write_for_peer(case, folder)
-        answer({})
+        answer({"product_flops": product_rate()} if case.device == "cpu" else {})
         return
     form = our_form(case) if name == OURS else peer_form(case, name, folder)
     answer({"device": form.device})

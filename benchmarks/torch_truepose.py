@@ -368,14 +368,20 @@ class TruePose(nn.Module):
         run_unet(self.source_net, source, t, (whole_image[:, None], taps), after_conv_in, head=False)
         return taps
 
-    def condition(self, inputs: Inputs, keep: Tensor | None = None) -> Conditioning:
-        """keep [b]: 0 drops a sample's F' and region tokens together (A15); None: all are kept."""
+    def pose_and_masks(self, inputs: Inputs) -> tuple[Tensor, list[Tensor], list[Tensor]]:
+        """What reads no latent: the pose's features [b c h w], coverages and masks (coverage_and_masks)."""
+        stride, levels = self.settings["pose_encoder"]["stride"], len(self.target_net.down_blocks)
+        coverages, masks = coverage_and_masks(inputs.parsing, inputs.class_on, factor=stride, levels=levels)
+        return self.pose_encoder(inputs.pose) + self._positions(inputs.source), coverages, masks
+
+    def source_side(
+        self, inputs: Inputs, coverages: list[Tensor], masks: list[Tensor], keep: Tensor | None = None
+    ) -> tuple[SiteFeatures, ...]:
+        """Of every block. keep [b]: 0 drops a sample's F' and region tokens together (A15); None: all are kept."""
         dtype = self.source_net.conv_in.weight.dtype
         b, s = len(inputs.pose), len(inputs.source)
         keep = inputs.pose.new_ones(b) if keep is None else keep
-        stride, levels = self.settings["pose_encoder"]["stride"], len(self.target_net.down_blocks)
-        coverages, masks = coverage_and_masks(inputs.parsing, inputs.class_on, factor=stride, levels=levels)
-        extra = place = self._positions(inputs.source)
+        extra = self._positions(inputs.source)
         if self.parsing_encoder is not None:
             bias = self.parsing_encoder["class_bias"](coverages[0].to(dtype)).transpose(1, 2)
             extra = extra + bias.unflatten(2, inputs.source.shape[2:])
@@ -387,13 +393,16 @@ class TruePose(nn.Module):
 
         regions, present = each(tokens[:, :-1]), each(inputs.present[:, :-1])
         coverages = [each(coverage) for coverage in coverages]
-        features = tuple(
+        return tuple(
             self.target_net.get_submodule(name).source_side(
                 each(tap), masks[level], coverages[level], regions, present, keep.to(dtype)
             )
             for (name, level), tap in zip(self.sites, taps, strict=True)
         )
-        return Conditioning(self.pose_encoder(inputs.pose) + place, features)
+
+    def condition(self, inputs: Inputs, keep: Tensor | None = None) -> Conditioning:
+        pose, coverages, masks = self.pose_and_masks(inputs)
+        return Conditioning(pose, self.source_side(inputs, coverages, masks, keep))
 
     def denoise(self, x_t: Tensor, t: Tensor, conditioning: Conditioning) -> Tensor:
         """TargetNet's output [b c h w], float32, at t int [b]. Sites of None: the null branch, which keeps the pose."""
@@ -423,14 +432,15 @@ class TruePose(nn.Module):
         self.scheduler.set_timesteps(steps)
         timesteps = self.scheduler.timesteps.tolist()
         signals, spreads = self.alphas_cumprod.sqrt().tolist(), (1 - self.alphas_cumprod).sqrt().tolist()
-        conditioning, x = self.condition(inputs), noise.float()
+        pose, coverages, masks = self.pose_and_masks(inputs)
+        sites, x = self.source_side(inputs, coverages, masks), noise.float()
         for t, following in zip(timesteps, [*timesteps[1:], 0], strict=True):
             at = torch.full((len(x),), t, device=x.device)
             if source == "recompute" and t != timesteps[0]:
-                conditioning = self.condition(inputs)
-            output = self.denoise(x, at, conditioning)
+                sites = self.source_side(inputs, coverages, masks)
+            output = self.denoise(x, at, Conditioning(pose, sites))
             if guidance != 1:
-                null = self.denoise(x, at, conditioning._replace(sites=None))
+                null = self.denoise(x, at, Conditioning(pose, None))
                 output = null + guidance * (output - null)
             signal, spread = signals[t], spreads[t]
             if config.prediction_type == "epsilon":

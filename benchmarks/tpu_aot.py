@@ -13,16 +13,20 @@ leave them.
   for a Pallas call). A kernel walks its grid in order, fetches a block where the block's index differs from the step before,
   and writes one where it changes:
       bytes = sum over operands of (changes of index along the grid) x (bytes of a block),
-  a block's last two dimensions padded to whole tiles of (8 x 4 bytes) x 128. The plans are the very ones that the kernels
-  are launched with (pallas_tpu.forward_plan, dq_plan, dkv_plan);
+  a block's last dimension padded to whole 128 lanes, the one before it to whole tiles of 8 x 4 bytes where it is one or
+  more (fewer rows are counted as they are). The plans are the very ones that the kernels are launched with
+  (pallas_tpu.forward_plan, dq_plan, dkv_plan);
 - of `xla`, nothing is given: the cost analysis counts a loop's body once.
 
-Nothing here was timed: these are counts, no TPU was at hand.
+Nothing here was timed: these are counts, no TPU was at hand. The file says by a hash which code of kernels/attention its rows
+are of; rows of other code or versions, and those that do not say (older ones), stay and are named in the report.
 """
 
 from __future__ import annotations
 
 import argparse
+import ast
+import hashlib
 import importlib.metadata
 import itertools
 import json
@@ -42,6 +46,8 @@ os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["TPU_SKIP_MDS_QUERY"] = "1"  # else libtpu asks a cloud's metadata server which machine this is
 os.environ["ALLOW_MULTIPLE_LIBTPU_LOAD"] = "1"  # nothing here holds a TPU that another process could want
 
+from tpu_train_step_report import NOT_RECORDED  # noqa: E402
+
 from input_pipeline.schema import InputError  # noqa: E402
 from truepose_jax import atomic  # noqa: E402
 from truepose_jax.programs import Parser, run_program  # noqa: E402
@@ -51,6 +57,7 @@ SIZES = ((2816, 40), (704, 80), (176, 160), (48, 160))
 """(tokens, head width) of SD1.5's levels at 512x352."""
 FORMS = ("reference", "xla", "pallas_tpu")
 IMAGES, HEADS = 2, 8
+SOURCES = ("truepose_jax/kernels/attention/*.py",)
 NO_PIP = 3
 """Exit code where pip cannot set up the environment."""
 
@@ -72,11 +79,32 @@ def set_up(folder: pathlib.Path) -> pathlib.Path:
     return python
 
 
+# --- what a compilation is of ----------------------------------------------------------------------------------------
+
+
+def hash_of(patterns: Sequence[str]) -> str:
+    """Of the project's files that these find: their names and code."""
+    hashed = hashlib.sha256()
+    for path in sorted(path for pattern in patterns for path in ROOT.glob(pattern)):
+        hashed.update(f"{path.relative_to(ROOT)}\0{code_of(path.read_text())}\0".encode())
+    return hashed.hexdigest()[:16]
+
+
+class _Strings(ast.NodeTransformer):
+    def visit_Expr(self, node: ast.Expr) -> ast.Expr:
+        return ast.Expr(ast.Constant(...)) if isinstance(node.value, ast.Constant) else node
+
+
+def code_of(text: str) -> str:
+    """A source without comments, docstrings and layout."""
+    return ast.dump(_Strings().visit(ast.parse(text)))
+
+
 # --- bytes by formula ------------------------------------------------------------------------------------------------
 
 
 def block_bytes(operand) -> int:
-    """Of one block in HBM, in whole tiles of 128 lanes and 8 rows of 4 bytes."""
+    """Of one block in HBM: whole 128 lanes, and whole tiles of 8 rows of 4 bytes where there is one."""
     size = operand.array.dtype.itemsize
     *outer, rows, lanes = (1 if side is None else side for side in operand.spec.block_shape)
     unit = 8 * 4 // size
@@ -242,17 +270,21 @@ def attention_table(rows: list[dict]) -> list[str]:
 def report(found: dict) -> str:
     about = found["about"]
     others = {json.dumps(row["about"]): row["about"] for row in found["attention"] if "about" in row}
-    older = [
-        f"{', '.join(sorted({r['chip'] for r in found['attention'] if r.get('about') == other}))}: jax {other.get('jax')}, "
-        f"libtpu {other.get('libtpu')}, {other.get('machine')}, for some or all sizes."
-        for other in others.values()
-    ]
+    older = []
+    for other in others.values():
+        rows = [row for row in found["attention"] if row.get("about") == other]
+        names = dict.fromkeys(f"{row['chip']} {row['tokens']}x{row['head_width']}" for row in rows)
+        older.append(
+            f"{', '.join(names)}: jax {other.get('jax')}, libtpu {other.get('libtpu')}, sources "
+            f"{other.get('sources', NOT_RECORDED)}, {other.get('machine')}."
+        )
     return "\n".join(
         [
             "# TPU programs, compiled without a TPU",
             "",
-            f"`python benchmarks/tpu_aot.py --setup=FOLDER`; jax {about['jax']}, libtpu {about['libtpu']}; compiled on "
-            f"{about['machine']}. Counts, not timings: no TPU was at hand. benchmarks/tpu_aot.py says what is counted how. "
+            f"`python benchmarks/tpu_aot.py --setup=FOLDER`; jax {about['jax']}, libtpu {about['libtpu']}; sources "
+            f"{about.get('sources', NOT_RECORDED)}; compiled on {about['machine']}. Counts, not timings: no TPU was at hand. "
+            "benchmarks/tpu_aot.py says what is counted how. "
             "The compile times are rough, of one core of a machine that others used too. Where the reference has no temporaries "
             "its logits lie in VMEM, and XLA's count takes them for HBM: `fewer` is at most that there.",
             "",
@@ -320,6 +352,7 @@ def _main(argv: Sequence[str]) -> int:
         "about": {
             "machine": f"{os.cpu_count()} cores, {platform.system()} {platform.machine()}",
             **{name: importlib.metadata.version(name) for name in ("jax", "libtpu")},
+            "sources": hash_of(SOURCES),
         },
         "attention": attention_section(flags.chips, flags.sizes),
     }

@@ -21,10 +21,8 @@ that was compiled and fits; with --verify one more is compiled and must be refus
 from __future__ import annotations
 
 import argparse
-import ast
 import dataclasses
 import functools
-import hashlib
 import importlib
 import importlib.metadata
 import json
@@ -45,13 +43,12 @@ os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["TPU_SKIP_MDS_QUERY"] = "1"  # else libtpu asks a cloud's metadata server which machine this is
 os.environ["ALLOW_MULTIPLE_LIBTPU_LOAD"] = "1"  # nothing here holds a TPU that another process could want
 
+import tpu_aot  # noqa: E402
 from tpu_train_step_report import NOT_RECORDED, merged, read_rows, report  # noqa: E402
 
 from truepose_jax.programs import Parser, run_program  # noqa: E402
 
 GIB = 1 << 30
-AVAILABLE = {"v5e": 15.75, "v5p": 95.74, "v6e": 31.25}
-"""GiB that the compiler leaves to a program, as its refusals say."""
 OPTIONS = {"exec_time_optimization_effort": -1.0}
 CONFIGS = {"256x176": "truepose_deepfashion_256", "512x352": "truepose_deepfashion_512"}
 NETWORKS = {
@@ -72,6 +69,8 @@ SOURCES = (
     )),
 )  # fmt: skip
 """What a compiled step is made from."""
+COMPILATIONS = 4
+"""Most of a row where --compilations does not say."""
 STRAIGHT = 4
 """Compilations of a row after which its bytes are taken as no straight line."""
 POLL = 2.0
@@ -109,7 +108,10 @@ class Row:
 
     @property
     def available(self) -> int:
-        return int(AVAILABLE[self.topology.partition(":")[0]] * GIB)
+        """Bytes that a program may have on one chip."""
+        from truepose_jax.scaling.hardware import Topology
+
+        return Topology(self.topology).chip.memory
 
 
 PLACES = (("v5e:4x4", 16), ("v6e:4x4", 16), ("v5p:2x2x2", 8))
@@ -128,8 +130,6 @@ def set_up(folder: pathlib.Path) -> pathlib.Path:
 
     Raises SystemExit(tpu_aot.NO_PIP) where pip fails.
     """
-    import tpu_aot
-
     python = tpu_aot.set_up(folder)
     theirs = pathlib.Path(sysconfig.get_path("purelib", vars={"base": str(folder.resolve())}))
     (theirs / "of_the_project.pth").write_text(sysconfig.get_path("purelib") + "\n")
@@ -180,20 +180,7 @@ def origin() -> dict:
     """What a compilation is of: it is taken for another only where all of this is the same."""
     names = ("jax", "jaxlib", "libtpu", "flax", "optax")
     found = {name: importlib.metadata.version(name) for name in names if _is_installed(name)}
-    hashed = hashlib.sha256()
-    for path in sorted(path for pattern in SOURCES for path in ROOT.glob(pattern)):
-        hashed.update(f"{path.relative_to(ROOT)}\0{code_of(path.read_text())}\0".encode())
-    return {"options": OPTIONS, "versions": found, "sources": hashed.hexdigest()[:16]}
-
-
-class _Strings(ast.NodeTransformer):
-    def visit_Expr(self, node: ast.Expr) -> ast.Expr:
-        return ast.Expr(ast.Constant(...)) if isinstance(node.value, ast.Constant) else node
-
-
-def code_of(text: str) -> str:
-    """A source without comments, docstrings and layout."""
-    return ast.dump(_Strings().visit(ast.parse(text)))
+    return {"options": OPTIONS, "versions": found, "sources": tpu_aot.hash_of(SOURCES)}
 
 
 def _is_installed(name: str) -> bool:
@@ -323,11 +310,13 @@ def keep_peak(live: pathlib.Path, to: pathlib.Path) -> None:
 
 
 @functools.cache
-def estimated(size: str, remat: bool, network: str):
-    """truepose_jax.estimate's account of a configuration (its attention as a TPU computes it)."""
+def estimated(size: str, remat: bool, attention: str, network: str):
+    """truepose_jax.estimate's account of a configuration (its attention as a TPU computes it, or by that name)."""
     from truepose_jax.estimate import estimate
+    from truepose_jax.kernels.attention.api import default_implementation
 
-    return estimate(config_of(Row("v5e:4x4", 1, size, remat, network=network), 1), platforms=("tpu",))
+    with default_implementation(attention or None):
+        return estimate(config_of(Row("v5e:4x4", 1, size, remat, attention, network), 1), platforms=("tpu",))
 
 
 def next_batch(tried: dict[int, float], available: float, guess: int, per_image: float) -> int | None:
@@ -356,7 +345,7 @@ def next_batch(tried: dict[int, float], available: float, guess: int, per_image:
 
 def measure(row: Row, work: pathlib.Path, most: int, verify: bool, said) -> dict:
     """One row of the table, from at most `most` compilations (those on disk count)."""
-    guess = estimated(row.size, row.remat, row.network)
+    guess = estimated(row.size, row.remat, row.attention, row.network)
     per_image = guess.steps["tpu"].per_image
     first = int(0.9 * guess.largest_batch(row.available, "tpu", fsdp=row.fsdp))
     on_disk = ((path, kept(path)) for path in work.glob(f"{row.name}/b*/result.json"))
@@ -416,7 +405,7 @@ def _main(argv: Sequence[str]) -> int:
     parser = Parser(description=__doc__.splitlines()[0])
     parser.add_argument("--setup", type=pathlib.Path, help="folder of the virtual environment to make and run in")
     parser.add_argument("--rows", default="", help="only rows whose name this expression finds")
-    parser.add_argument("--compilations", type=int, default=4, help="most compilations of a row")
+    parser.add_argument("--compilations", type=int, help=f"most compilations of a row ({COMPILATIONS})")
     parser.add_argument("--verify", action="store_true", help="also compile one more than fits, which must be refused")
     parser.add_argument("--list", action="store_true", help="print the rows' names and end")
     parser.add_argument("--work", type=pathlib.Path, default=ROOT / "runs" / "tpu_train_step")
@@ -456,7 +445,7 @@ def _main(argv: Sequence[str]) -> int:
         for row in bar:
             if flags.batch:
                 compiled(row, flags.batch, flags.work, code=flags.code)
-            most = 0 if flags.batch else flags.compilations
+            most = 0 if flags.batch else COMPILATIONS if flags.compilations is None else flags.compilations
             found = measure(row, flags.work, most, flags.verify, bar.set_description) | {"about": about}
             rows = merged(rows, found, list(by_name))
             atomic.write_text(path, json.dumps({"about": about, "rows": rows}, indent=1) + "\n")
@@ -475,8 +464,11 @@ def _checked(parser: argparse.ArgumentParser, flags: argparse.Namespace) -> list
         parser.error(f"no row's name has '{flags.rows}'; --list prints them")
     if flags.batch is None and flags.code:
         parser.error("--code is for --batch=N: name the batch")
-    if flags.batch is not None and flags.verify:
-        parser.error("--verify looks for the largest batch and --batch names one; leave one of them out")
+    for name in ("verify", "compilations"):
+        if flags.batch is not None and getattr(flags, name) is not parser.get_default(name):
+            parser.error(
+                f"--{name} is of the search for the largest batch and --batch names one; leave one of them out"
+            )
     if flags.batch is not None and len(wanted) > 1:
         parser.error(f"--batch is for one row and --rows={flags.rows} finds {len(wanted)}")
     for name, least in (("batch", 1), ("compilations", 0)):

@@ -55,9 +55,11 @@ class Process:
         self.log.append(f"start {form}")
 
     def answer(self):
-        if self.form == side_by_side_forms.PREPARE and not (self.folder / "export").exists():
+        if self.form != side_by_side_forms.PREPARE:
+            return {"device": "cpu"}
+        if not (self.folder / "export").exists():
             (self.folder / "export").mkdir()
-        return {"device": "cpu"}
+        return {"product_flops": 1e11}
 
     def ask(self, command):
         if command == self.dying.get(self.form):
@@ -78,7 +80,6 @@ class Process:
 @pytest.fixture
 def processes(monkeypatch):
     monkeypatch.setattr(side_by_side, "Worker", Process)
-    monkeypatch.setattr(side_by_side, "product_rate", lambda: 1e11)
     monkeypatch.setattr(Process, "log", [])
     monkeypatch.setattr(Process, "dying", {})
     return Process
@@ -104,6 +105,7 @@ def test_a_form_is_kept_when_it_is_done(tmp_path, processes, capsys):
     (row,) = _rows(path).values()
     assert row["eager"]["times"] == row["eager_nhwc"]["times"] == [2.0, 2.0]
     assert row["about"]["machine"]["jax"] and "commit" in row["about"]
+    assert row["about"]["machine"]["product_flops"] == 1e11
     text = path.with_suffix(".md").read_text()
     assert "| 0.5 [0.5 0.5] | 4 | 2,048 | 1,024 | - |" in text and "| 2,048 | 1,024 | 1,536 |" in text
     # Ours that dies is ours', and what was timed before stays.

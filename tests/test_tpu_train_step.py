@@ -14,7 +14,8 @@ sys.path.insert(0, str(ROOT / "benchmarks"))
 
 import tpu_aot  # noqa: E402
 import tpu_train_step  # noqa: E402
-from tpu_train_step import ROWS, account, code_of, compiled, kept, next_batch, origin  # noqa: E402
+from tpu_aot import code_of  # noqa: E402
+from tpu_train_step import ROWS, account, compiled, kept, next_batch, origin  # noqa: E402
 from tpu_train_step_report import NOT_RECORDED, merged, read_rows  # noqa: E402
 
 CACHE = pathlib.Path(os.environ.get("XDG_CACHE_HOME", pathlib.Path.home() / ".cache")) / "truepose_jax" / "tpu_aot"
@@ -137,6 +138,7 @@ def test_rows_keep_what_they_are_of(tmp_path):
         (["--rows=nothing"], "no row's name"),
         (["--code"], "--code is for --batch"),
         (["--batch=3", "--verify", f"--rows=^{ROWS[0].name}$"], "leave one of them out"),
+        (["--batch=3", "--compilations=4", f"--rows=^{ROWS[0].name}$"], "--compilations is of the search"),
         (["--batch=3"], "--batch is for one row"),
         ([f"--out={__file__}"], "is a file"),
     ],
@@ -159,7 +161,7 @@ def test_attention_of_some_chips_is_merged(tmp_path, capsys):
     assert [row["compile_seconds"] for row in found["attention"]] == [9.0] * 3 + [1.0] * 6
     assert [row.get("about", {}).get("jax") for row in found["attention"]] == [None] * 3 + ["1"] * 3 + [None] * 3
     text = tpu_aot.report(found)
-    assert "v5e: jax 1, libtpu 1, a" in text and text.count("| 2816 x 40 |") == 2
+    assert "v5e 48x40: jax 1, libtpu 1, sources not recorded, a." in text and text.count("| 2816 x 40 |") == 2
     for wrong, said in (("--chips=v9", "'v9' is no chip"), ("--sizes=3", "'3' is not TOKENSxWIDTH")):
         with pytest.raises(SystemExit) as stopped:
             tpu_aot.main([wrong])
