@@ -256,12 +256,12 @@ def test_a_pause_counts_for_no_step(tmp_path):
     monitor = make(tmp_path)
     monitor.step(1, metrics(1), examples=1)
     with monitor.paused():
-        time.sleep(0.5)
+        time.sleep(2)
     assert len(read(tmp_path / "metrics.jsonl")) == 1, "complete while paused"
     monitor.step(2, metrics(2), examples=1)
     monitor.flush()
     monitor.close()
-    assert read(tmp_path / "metrics.jsonl")[1]["steps_per_second"] > 2.5
+    assert read(tmp_path / "metrics.jsonl")[1]["steps_per_second"] > 0.5
 
 
 def test_quiet_is_quiet_and_tensorboard_brings_no_torch(tmp_path):

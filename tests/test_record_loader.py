@@ -156,7 +156,11 @@ def test_worker_processes_change_nothing(root, tmp_path):
     program.write_text(PROGRAM)
     here = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
     made = subprocess.run(
-        [sys.executable, str(program), str(root)], env=os.environ | {"PYTHONPATH": here}, capture_output=True, text=True
+        [sys.executable, str(program), str(root)],
+        env=os.environ | {"PYTHONPATH": here},
+        capture_output=True,
+        text=True,
+        timeout=900,
     )
     assert made.returncode == 0, made.stderr
     lines = made.stdout.strip().splitlines()

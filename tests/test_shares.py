@@ -58,7 +58,9 @@ def test_meetings(tmp_path, monkeypatch):
         share.agree("the same", {"a": 1})
         share.lead("a file", lambda: (tmp_path / "x").write_text("1234"))
         share.see(tmp_path / "x", 4)
-        return share.meet("numbers", 10 * share.index), share.asked(share.index == 1 and share.count == 3)
+        numbers = share.meet("numbers", 10 * share.index)
+        share.meet("all have them", meanwhile=lambda: None)
+        return numbers, share.asked(share.index == 1 and share.count == 3)
 
     ends = share_work(3, work)
     assert [numbers for numbers, _ in ends] == [[0, 10, 20]] * 3 and ends[1][1]
