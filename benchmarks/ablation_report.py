@@ -12,7 +12,7 @@ from collections.abc import Iterable, Mapping
 import numpy as np
 from PIL import Image
 
-from benchmarks.ablation_runs import PAIRS, SHOWN, TRAIN_PAIRS, Bench
+from benchmarks.ablation_runs import PAIRS, PATTERNS, SHOWN, STEPS, TRAIN_PAIRS, Bench
 from configs.variants import ABLATIONS, READINGS
 from truepose_jax.pictures import sheet
 
@@ -29,6 +29,7 @@ PAPER = {
     "B1": (14.613, 0.6895),
 }
 """(PSNR, SSIM) published, DeepFashion 512x352."""
+CLOTHES = {"solid": "clothes of one colour", "all": "patterned clothes"}
 DRAWS = 2_000
 LEAST_SEEDS = 3
 """Under which nothing is called better or worse."""
@@ -158,8 +159,10 @@ def markdown(found: dict, bench: Bench) -> str:
     lines = [
         "# Ablations on synthetic people",
         "",
-        f"`python benchmarks/ablation.py --scratch=runs/ablation --steps={bench.steps}`, {platform.machine()} CPU.",
-        f"{PAIRS} pairs of held-out people, 64x48, {bench.steps} steps of 12 targets ({TRAIN_PAIRS:,} training pairs),",
+        f"`python benchmarks/ablation.py --scratch=runs/ablation --steps={bench.steps} --patterns={bench.patterns}`, "
+        f"{platform.machine()} CPU.",
+        f"{PAIRS} pairs of held-out people in {CLOTHES[bench.patterns]}, 64x48, {bench.steps} steps of 12 targets "
+        f"({TRAIN_PAIRS:,} training pairs),",
         "4 DDIM steps, EMA weights. Mean (95 % bootstrap over seeds and people); PSNR in dB; SSIM Gaussian, 11 taps. LPIPS and",
         "FID need pretrained networks and are not here. `near`, `far`: pairs whose joints move less, more than the median.",
         "`swapped`: dB lost inside the person with another person's source image; tokens, of the whole image, which alone B2 and",
@@ -194,25 +197,48 @@ def markdown(found: dict, bench: Bench) -> str:
         "measure chosen beforehand; the others are given beside it, without a correction for looking at several. Resampling",
         "three seeds makes intervals too narrow: look at the seeds themselves.",
         "",
-        f"ablation.png: the first seed of each, the first {SHOWN} pairs, not chosen.",
+        f"{stem(bench)}.png: the first seed of each, the first {SHOWN} pairs, not chosen.",
     ]
     swept = [n for n in READINGS if n in found["variants"]]
     if swept:
-        lines += ["", "## Readings, one seed each (against `full`'s same seed)", "", *table(found, swept), ""]
+        lines += ["", "## Readings (against `full`'s same seeds)", "", *table(found, swept), ""]
         against = {name: found["against_full"][name] for name in swept if name in found["against_full"]}
         lines += _comparison("reading, less `full`", against, METRICS[:4])
-        lines += ["", "One seed: the intervals are over people alone, and two seeds of one variant may differ as much."]
+        lines += [
+            "",
+            "Of one seed the intervals are over people alone, and two seeds of one variant may differ as much.",
+        ]
     return "\n".join(lines) + "\n"
 
 
+def stem(bench: Bench) -> str:
+    """Of the report's files."""
+    return "ablation" if (bench.steps, bench.patterns) == (STEPS, PATTERNS) else f"ablation_{bench.name}"
+
+
+def would_lose(bench: Bench, out: pathlib.Path, wanted: Iterable[tuple[str, int]]) -> str | None:
+    """A variant of the report in `out` with more seeds than the rows there are and the wanted (variant, seed) will have."""
+    path, seeds = out / f"{stem(bench)}.json", {}
+    if not path.is_file():
+        return None
+    for variant, row in read(bench, [*ABLATIONS, *READINGS]).items():
+        seeds[variant] = {int(seed) for seed in row["seed"]}
+    for variant, seed in wanted:
+        seeds.setdefault(variant, set()).add(seed)
+    reported = {name: of["seeds"] for name, of in json.loads(path.read_text())["variants"].items()}
+    lost = (name for name, count in reported.items() if len(seeds.get(name, ())) < count)
+    return next((f"{path} has {reported[name]} seeds of {name}" for name in lost), None)
+
+
 def write(bench: Bench, out: pathlib.Path) -> list[pathlib.Path]:
-    """ablation.json, ablation.md, ablation.png; nothing where there are no rows."""
+    """Of `stem` .json, .md and .png; nothing where there are no rows."""
     rows = read(bench, [*ABLATIONS, *READINGS])
     if not rows:
         return []
     out.mkdir(parents=True, exist_ok=True)
-    found = summary(rows) | {"steps": bench.steps, "machine": platform.machine(), "python": platform.python_version()}
-    paths = [out / f"ablation.{end}" for end in ("json", "md", "png")]
+    about = {"steps": bench.steps, "patterns": bench.patterns}
+    found = summary(rows) | about | {"machine": platform.machine(), "python": platform.python_version()}
+    paths = [out / f"{stem(bench)}.{end}" for end in ("json", "md", "png")]
     paths[0].write_text(json.dumps(found, indent=1) + "\n")
     paths[1].write_text(markdown(found, bench))
     first = next(iter(rows.values()))

@@ -28,6 +28,8 @@ from truepose_jax.schema import Config
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 
+STEPS, PATTERNS = 1_500, "solid"
+"""Budget and clothes of the table; of other benches there are reports of their own."""
 TRAIN_PAIRS = 12_000
 """1,000 people in 4 poses; one person in 21 is held out of training altogether, with poses of their own."""
 SIZE = "64x48"
@@ -41,24 +43,38 @@ SSIM_WINDOW = gaussian_window(1.5)
 
 @dataclasses.dataclass(frozen=True)
 class Bench:
-    """scratch: where everything lies. steps: of every run; runs of other budgets lie beside them."""
+    """scratch: where everything lies. steps: of every run. patterns: of clothes, as in data.synthetic; the encoder is trained
+    on such people too. Runs of other budgets and clothes lie beside them."""
 
     scratch: pathlib.Path
     steps: int
+    patterns: str = PATTERNS
 
     @property
     def clip(self) -> pathlib.Path:
-        return self.scratch / "clip"
+        return self.scratch / ("clip" + self._clothes)
 
     @property
     def people(self) -> pathlib.Path:
-        return self.scratch / "people"
+        return self.scratch / ("people" + self._clothes)
+
+    @property
+    def name(self) -> str:
+        """Of folders and reports beside those of other benches."""
+        return f"{self.steps}{self._clothes}"
+
+    @property
+    def _clothes(self) -> str:
+        return "" if self.patterns == PATTERNS else f"_{self.patterns}"
 
     def workdir(self, variant: str, seed: int) -> pathlib.Path:
-        return self.scratch / f"runs_{self.steps}" / f"{variant}_{seed}"
+        return self.scratch / f"runs_{self.name}" / f"{variant}_{seed}"
 
     def row(self, variant: str, seed: int) -> pathlib.Path:
-        return self.scratch / f"rows_{self.steps}" / f"{variant}_{seed}.npz"
+        return self.scratch / f"rows_{self.name}" / f"{variant}_{seed}.npz"
+
+    def log(self, what: str) -> pathlib.Path:
+        return self.scratch / f"logs_{self.name}" / f"{what}.log"
 
     def command(self, variant: str, seed: int) -> list[str]:
         """The training run's; the encoder and the people must be there."""
@@ -91,13 +107,11 @@ def call(command: Sequence[str], log: pathlib.Path, *, core: int | None = None) 
 def prepare(bench: Bench) -> None:
     """The region encoder and the records with its tokens, where they are not there yet."""
     if not (bench.clip / "model.safetensors").is_file():
-        call(
-            ["truepose_jax.train_clip", "--config=configs/synthetic_clip.py", f"--out={bench.clip}"],
-            bench.scratch / "clip.log",
-        )
+        encoder = ["truepose_jax.train_clip", "--config=configs/synthetic_clip.py", f"--out={bench.clip}"]
+        call([*encoder, f"--config.synthetic.patterns={bench.patterns}"], bench.log("clip"))
     build = ["truepose_jax.prepare", "build", "--dataset=synthetic", f"--size={SIZE}", f"--limit={TRAIN_PAIRS}"]
-    looks = ["--patterns=solid", "--background=plain", "--framing=close"]
-    log = bench.scratch / "people.log"
+    looks = [f"--patterns={bench.patterns}", "--background=plain", "--framing=close"]
+    log = bench.log("people")
     if not (bench.people / "dataset_info.json").is_file():
         call([*build, *looks, f"--out={bench.people}"], log)
     metadata = json.loads((bench.people / "metadata.json").read_text())
@@ -109,7 +123,7 @@ def run(bench: Bench, variant: str, seed: int, core: int | None) -> None:
     """Trains (or goes on training) and judges; does nothing where the row is there."""
     if bench.row(variant, seed).is_file():
         return
-    log = bench.scratch / f"logs_{bench.steps}" / f"{variant}_{seed}.log"
+    log = bench.log(f"{variant}_{seed}")
     call(bench.command(variant, seed), log, core=core)
     command = ["benchmarks.ablation_runs", str(bench.workdir(variant, seed)), str(bench.row(variant, seed))]
     call(command, log, core=core)

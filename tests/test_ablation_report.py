@@ -86,3 +86,11 @@ def test_report(tmp_path: pathlib.Path, cost: float, word: str):
     assert "| full > B3 | not distinguished" in text and "| B3 > B1 | better 2.00" in text
     assert "| A23_prose | (1 seed) -2.00" in text and "nan" not in text
     assert written[2].stat().st_size > 1000
+    assert [path.name for path in written] == ["ablation_7.json", "ablation_7.md", "ablation_7.png"]
+    # A report is never replaced by one of less: neither variants nor seeds.
+    wanted = [("full", 0), ("B3", 0)]
+    assert report.would_lose(bench, tmp_path / "out", wanted) is None
+    for path in tmp_path.glob("rows_7/B3_[12].npz"):
+        path.unlink()
+    assert "3 seeds of B3" in report.would_lose(bench, tmp_path / "out", wanted)
+    assert report.would_lose(bench, tmp_path / "elsewhere", wanted) is None
