@@ -34,8 +34,8 @@ warnings.simplefilter(
 )  # check_size is stricter, and its message says what to do
 
 
-def read_photo(path: str | pathlib.Path) -> np.ndarray:
-    """Reads a photo: uint8 [h w 3] RGB, upright (EXIF orientation applied), transparency over white.
+def read_photo(path: str | pathlib.Path, *, over: str = "white") -> np.ndarray:
+    """Reads a photo: uint8 [h w 3] RGB, upright (EXIF orientation applied), transparency over the colour `over`.
 
     Raises InputError where the file is missing, not an image, truncated, or larger than 8192 px a side or 64
     MP.
@@ -44,10 +44,10 @@ def read_photo(path: str | pathlib.Path) -> np.ndarray:
         data = pathlib.Path(path).read_bytes()
     except OSError as error:
         raise InputError(f"{path}: cannot read the photo ({error.strerror}); check the path") from error
-    return decode_photo(data, name=str(path))
+    return decode_photo(data, name=str(path), over=over)
 
 
-def decode_photo(data: bytes, *, name: str) -> np.ndarray:
+def decode_photo(data: bytes, *, name: str, over: str = "white") -> np.ndarray:
     """The same from an encoded image in memory; `name` is what errors call it."""
     try:
         with Image.open(io.BytesIO(data)) as image:
@@ -60,7 +60,7 @@ def decode_photo(data: bytes, *, name: str) -> np.ndarray:
             image = ImageOps.exif_transpose(image)
             if image.mode in {"RGBA", "LA", "PA"} or "transparency" in image.info:
                 image = image.convert("RGBA")
-                image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+                image = Image.alpha_composite(Image.new("RGBA", image.size, over), image)
             return np.array(image.convert("RGB"))
     except InputError:
         raise

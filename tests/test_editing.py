@@ -256,6 +256,11 @@ def test_masks_of_classes_and_of_files(inputs):
     Image.fromarray(grey).save(inputs / "grey.png")
     edit = read_edit(str(inputs / "0.png"), str(inputs / "grey.png"))
     assert np.array_equal(edit.mask, grey > 127) and edit.outside == "decoded"
+    # White paint on a transparent layer, as drawing programs save it, whatever lies under its transparent pixels.
+    layer = np.full((32, 24, 4), 255, np.uint8)
+    layer[..., 3] = np.where(grey > 127, 255, 0)
+    Image.fromarray(layer).save(inputs / "layer.png")
+    assert np.array_equal(read_edit(str(inputs / "0.png"), str(inputs / "layer.png")).mask, grey > 127)
     of_classes = read_edit(str(inputs / "0.png"), "Dress", parsing=str(inputs / "0_map.png"), labels="atr18")
     assert np.array_equal(of_classes.mask, np.asarray(Image.open(inputs / "0_map.png")) == 7)
 

@@ -124,12 +124,12 @@ def keep_outside(
 def read_edit(
     reference: str, mask: str, *, parsing: str | None = None, labels: str | None = None, outside: str = "decoded"
 ) -> Edit:
-    """reference: a photo. mask: a picture of its size, light where it is edited, or classes of its parsing map `parsing`
-    (of the set `labels`) as in Upper-clothes,Dress. Raises InputError."""
+    """reference: a photo. mask: a picture of its size, light where it is edited (not where it is transparent), or classes of
+    its parsing map `parsing` (of the set `labels`) as in Upper-clothes,Dress. Raises InputError."""
     photo = read_photo(reference)
     hw = photo.shape[:2]
     if pathlib.PurePath(mask).suffix:
-        chosen = read_photo(mask).min(axis=2) > LIGHT
+        chosen = read_photo(mask, over="black").min(axis=2) > LIGHT
         if chosen.shape == hw and not chosen.any():
             raise InputError(f"{mask}: no pixel is lighter than {LIGHT}; paint white what is to be edited")
         return Edit(photo, chosen, outside)

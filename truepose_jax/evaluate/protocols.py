@@ -82,7 +82,7 @@ class Protocol:
     """generated, truth: filters to the size of SSIM and PSNR (FID's reference images go the truth's way).
 
     similarity_size: of the size asked for; perceptual: filter from there to the size of LPIPS and FID.
-    lpips_range: what LPIPS is fed. sigma: of ssim_256's window.
+    lpips_range: what LPIPS is fed. sigma: of ssim_256's window. departs: where we do not follow the source's code.
     """
 
     generated: Filter
@@ -92,6 +92,7 @@ class Protocol:
     lpips_range: tuple[float, float]
     sigma: float
     source: str
+    departs: str = "in nothing that is known"
 
     def frames(self, image: np.ndarray, role: str, size: Size | None) -> Frames:
         """image: uint8 [h w 3]. role: "generated" or "truth". size: None for `plain`."""
@@ -108,6 +109,7 @@ class Protocol:
         compared = self.similarity_size(size) if size else None
         return {
             "source": self.source,
+            "departs from its code": self.departs,
             "size of SSIM and PSNR": "x".join(map(str, compared)) if compared else "each image's own",
             "size of LPIPS and FID": "x".join(map(str, size)) if size else "each image's own",
             "resize of generated images": self.generated.text,
@@ -130,9 +132,26 @@ PROTOCOLS: Mapping[str, Protocol] = {
         CFLD_SAMPLE, PIL_BICUBIC, UNCHANGED, lambda size: size, (-1.0, 1.0), 1.5, "CFLD (FPDM: the same on PIL files)"
     ),
     "pidm": Protocol(
-        PIL_BICUBIC, PIL_BICUBIC, CV2_BILINEAR, lambda size: (size[0], size[0]), (-1.0, 1.0), 1.2, "PIDM (GFLA's files)"
+        PIL_BICUBIC,
+        PIL_BICUBIC,
+        CV2_BILINEAR,
+        lambda size: (size[0], size[0]),
+        (-1.0, 1.0),
+        1.2,
+        "PIDM (GFLA's files)",
+        "all images count; its LPIPS and FID leave out the last part of a batch of 64 (of 8,570 images 58)",
     ),
-    "pcdm": Protocol(CV2_BICUBIC, SAVED_AT_SIZE, UNCHANGED, lambda size: size, (0.0, 1.0), 1.2, "PCDM"),
+    "pcdm": Protocol(
+        CV2_BICUBIC,
+        SAVED_AT_SIZE,
+        UNCHANGED,
+        lambda size: size,
+        (0.0, 1.0),
+        1.2,
+        "PCDM",
+        "all images count; its FID leaves out the last part of a batch of 128. One sample of each pair is judged; its "
+        "script keeps the best of four by SSIM to the truth",
+    ),
     "plain": Protocol(
         UNCHANGED, UNCHANGED, UNCHANGED, lambda size: size, (-1.0, 1.0), 1.5, "no resizing: images as they are"
     ),

@@ -61,8 +61,13 @@ def make_sheet(argv: Sequence[str]) -> None:
             raise InputError(f"--method={given}: give NAME=DIR, each name once, and not '{REAL}'")
         methods[name] = Folder.read(folder, flag=f"--method={name}")
     targets = _targets(methods, reference)
-    if not 1 <= flags.count <= len(targets):
-        raise InputError(f"--count is {flags.count}; all methods generated {len(targets)} images: 1 to that many")
+    most = len(targets) // (2 if len(methods) > 1 else 1)
+    if not 1 <= flags.count <= most:
+        raise InputError(
+            f"--count is {flags.count}; all methods generated {len(targets)} images"
+            + (", and true images of comparisons are no questions of their own" if len(methods) > 1 else "")
+            + f": 1 to {most}"
+        )
     questions, comparisons = _draw(methods, targets, flags.count, random.Random(flags.seed))
     try:
         _write_sheet(out, reference, methods, questions, comparisons, flags.size)
@@ -89,14 +94,16 @@ def _targets(methods: Mapping[str, Folder], reference: Folder) -> dict[str, dict
 def _draw(
     methods: Mapping[str, Folder], targets: Mapping[str, Mapping[str, str]], count: int, dice: random.Random
 ) -> tuple[list[tuple[str, str]], list[tuple[str, list[tuple[str, str]]]]]:
-    """([(method or REAL, name)] shuffled, [(true image, [(method, name)] shuffled)])."""
-    names = list(targets)
-    questions = [(REAL, name) for name in dice.sample(names, count)]
+    """([(method or REAL, name)] shuffled, [(true image, [(method, name)] shuffled)]). A comparison shows its true image as
+    such, and that answers the question whether it is real: the two are drawn apart."""
+    names = dice.sample(list(targets), len(targets))
+    compared = names[:count] if len(methods) > 1 else []
+    questions = [(REAL, name) for name in dice.sample(names[len(compared) :], count)]
     for method in methods:
         questions += [(method, targets[name][method]) for name in dice.sample(names, count)]
     dice.shuffle(questions)
     comparisons = []
-    for name in dice.sample(names, count) if len(methods) > 1 else []:
+    for name in compared:
         choices = list(targets[name].items())
         dice.shuffle(choices)
         comparisons.append((name, choices))

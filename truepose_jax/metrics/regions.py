@@ -7,31 +7,23 @@ from collections.abc import Sequence
 import numpy as np
 from jaxtyping import Bool, Float
 
-MIN_SHARE = 0.001
-"""A region counts in an image from 0.1 % of the pixels on (45 pixels at 256x176)."""
+from truepose_jax.metrics.psnr import LEAST_PIXELS, psnr_inside
 
 
 def region_mse(
     images: Float[np.ndarray, "*b h w 3"], truth: Float[np.ndarray, "*b h w 3"], mask: Bool[np.ndarray, "*b h w"]
 ) -> Float[np.ndarray, "*b"]:
-    """Mean squared error inside the mask, per image; NaN where the mask holds under MIN_SHARE of the pixels."""
+    """Mean squared error inside the mask, per image; NaN where the mask holds under LEAST_PIXELS."""
     squared = np.square(images.astype(np.float64) - truth).mean(-1)
     counts = mask.sum((-2, -1))
-    too_small = counts < max(1, round(MIN_SHARE * mask.shape[-2] * mask.shape[-1]))
-    return np.where(too_small, np.nan, (squared * mask).sum((-2, -1)) / np.maximum(counts, 1))
-
-
-def psnr(mse: Float[np.ndarray, "*b"]) -> Float[np.ndarray, "*b"]:
-    """dB of errors of images in [-1, 1] (peak-to-peak 2). An exact copy gives inf."""
-    with np.errstate(divide="ignore"):
-        return 10.0 * np.log10(4.0 / mse)
+    return np.where(counts < LEAST_PIXELS, np.nan, (squared * mask).sum((-2, -1)) / np.maximum(counts, 1))
 
 
 def mean_psnr(
     images: Float[np.ndarray, "b h w 3"], truth: Float[np.ndarray, "b h w 3"], mask: Bool[np.ndarray, "b h w"]
 ) -> float:
-    """Mean over the images of each image's PSNR inside the mask; NaN where no image has the region."""
-    values = psnr(region_mse(images, truth, mask))
+    """Mean over the images of each image's psnr_inside; NaN where no image has the region."""
+    values = np.array([psnr_inside(*each, data_range=2.0) for each in zip(images, truth, mask, strict=True)])
     return float(np.nanmean(values)) if np.isfinite(values).any() else float("nan")
 
 
