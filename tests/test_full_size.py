@@ -69,7 +69,9 @@ def test_parameter_counts(network):
     assert all(leaf.dtype == np.float32 for leaf in jax.tree.leaves(state.params))
 
 
+@pytest.mark.slow
 def test_one_train_step(network):
+    """Slow for its tracing; benchmarks/tpu_train_step.py compiles the same step for TPUs."""
     trainer, spec, state, frozen = network
     assert trainer.method.latent_spec((512, 352)) == (64, 44, 4)
     after, metrics = jax.eval_shape(trainer.step, state, frozen, spec)
