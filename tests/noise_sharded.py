@@ -59,10 +59,12 @@ def truepose():
     made = tiny.method(cfg)
     params, batch, keys = tiny.params(made, cfg), tiny.batch(cfg, 0, targets=8), tiny.keys(1, 8)
     (grads, metrics), _ = gradients(made, cfg, params, {}, batch, keys, data=2, fsdp=2, tensor=2)
-    loss = tiny.jit(lambda p: made.loss(p, {}, batch, keys)[0])(params)
+    loss, whole = tiny.jit(lambda p: made.loss(p, {}, batch, keys))(params)
     norm = float(optax.tree.norm(grads)) ** 2
     return {
         "loss": float(metrics["loss"]) / float(loss),
+        "kept": [float(whole["kept"]), float(metrics["kept"])],
+        "rms": max(float(np.max(np.abs(metrics[n] / whole[n] - 1))) for n in whole if n.endswith("_rms")),
         "big": float(metrics[BIG_SQ]) / norm,
         "above": float(metrics[SMALL_SQ]) / norm,
     }

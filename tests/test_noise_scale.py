@@ -193,6 +193,9 @@ def test_shares_of_the_data_axis(sharded):
 def test_truepose_by_shares(sharded):
     """Its constraints hold inside the shard_map; fsdp and tensor stay as they are."""
     assert sharded["truepose"]["loss"] == pytest.approx(1, rel=1e-5)
+    assert sharded["truepose"]["rms"] < 1e-5, "means over the kept samples of the whole batch"
+    kept, summed = sharded["truepose"]["kept"]
+    assert 0 < kept == summed < 8
     assert sharded["truepose"]["big"] == pytest.approx(1, rel=1e-5)
     assert sharded["truepose"]["above"] > 1  # parts are noisier than the whole
 

@@ -15,7 +15,7 @@ from jax.sharding import AbstractMesh, AxisType, PartitionSpec
 
 from tests.kernels import oracle64
 from tests.kernels.oracle64 import Case
-from truepose_jax.kernels.attention import api, pallas_gpu, pallas_tpu, xla
+from truepose_jax.kernels.attention import api, cudnn, pallas_gpu, pallas_tpu, xla
 from truepose_jax.kernels.attention.reference import Slopes
 from truepose_jax.sharding import AXES
 
@@ -301,6 +301,33 @@ def test_what_a_kernel_cannot_take_goes_elsewhere(said):
     assert api.attention(empty, k, v, implementation="xla").shape == (1, 0, 2, 300)
     mixed = api.attention(q.astype(jnp.bfloat16), k, v, implementation="xla")
     assert mixed.dtype == jnp.bfloat16
+
+
+def test_blocks_of_the_tpu_kernels_fit_into_vmem(said):
+    """SD1.5's levels keep their long blocks; wide float32 heads get shorter ones, and what fits in none goes to xla."""
+
+    def block(n, g, d, dtype):
+        found = pallas_tpu.sizes(2, n, n, g, d, dtype, has_rows=True)
+        assert pallas_tpu.vmem_bytes(found) <= pallas_tpu.MOST_VMEM
+        return found.block_m
+
+    assert [block(n, 8, d, "bfloat16") for n, d in ((2816, 40), (704, 80), (176, 160))] == [352, 352, 176]
+    assert block(2816, 8, 40, "float32") == 256 and block(2048, 8, 120, "float32") == 128
+    q, k, v = arrays_of(256, d=29)
+    q, k, v = (jnp.repeat(x, 16, axis=2) for x in (q, k, v))
+    assert api.attention(q, k, v, implementation="pallas_tpu").shape == q.shape
+    assert "xla (pallas_tpu does not take 32 heads of width 29, which need 19.1 MiB of VMEM" in said.text
+
+
+def test_cudnn_takes_what_the_card_can(monkeypatch):
+    """Heads up to 128, from Hopper on up to 256; nothing on ROCm, whose capability is no number."""
+    q, k, v = (x.astype(jnp.bfloat16) for x in arrays_of(5, d=160))
+
+    def refusal(capability):
+        monkeypatch.setattr(cudnn, "compute_capability", lambda: capability)
+        return cudnn.refuses(q, k, v, has_rows=False, platform="gpu")
+
+    assert refusal("9.0") is None and "up to 128" in refusal("8.0") and "gfx942" in refusal("gfx942")
 
 
 def test_what_the_default_cannot_take_goes_to_what_suits(said):
