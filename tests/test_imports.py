@@ -35,6 +35,7 @@ HOUSE = {
 PARTS = {
     "pipeline", "programs", "files", "initial", "distributed", "estimate", "region_tokens", "datasets", "frozen", "sampling",
     "evaluation", "pictures", "stored", "record_rows", "file_rows", "assembly", "editing", "flops", "contrastive",
+    "exported",
 }  # fmt: skip
 TORCH_STACK = {"torch", "transformers", "diffusers", "torchvision"}
 THIRD_PARTY = {

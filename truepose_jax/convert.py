@@ -10,7 +10,7 @@ tower. A name such as openai/clip-vit-large-patch14 that is no path is fetched f
 checked before the first byte is written; --dry-run stops there and prints the table.
 
 to-torch exports a run's last checkpoint: SourceNet and TargetNet as folders that diffusers opens, HPFA and the pose encoder
-beside them, configs, the noise schedule and a model card.
+beside them, configs, the noise schedule and a model card. generate and study take the folder for a run's.
 """
 
 from __future__ import annotations
@@ -40,6 +40,8 @@ from truepose_jax.conversion.export import write_export
 from truepose_jax.conversion.plan import Plan, Shapes, Tree
 from truepose_jax.conversion.safetensors_io import STEMS, ArraySource, ConversionError, open_source
 from truepose_jax.conversion.to_torch import DTYPES
+from truepose_jax.exported import Exported
+from truepose_jax.frozen import folder_of
 from truepose_jax.initial import batch_spec
 from truepose_jax.methods import make_method
 from truepose_jax.models.clip import CLIPVisionConfig, CLIPVisionModelWithProjection
@@ -86,6 +88,7 @@ def make_parser() -> argparse.ArgumentParser:
     add("--weights", choices=tuple(WEIGHTS), help="ema where the run keeps one, else raw")
     add("--step", type=int, help="checkpoint (the last)")
     add("--dtype", choices=tuple(DTYPES), help="of the tensors (float32, as they are trained)")
+    add("--with-clip", action="store_true", help="copy the run's CLIP into the folder, so that it serves by itself")
     add("--dst", required=True, type=pathlib.Path, metavar="DIR", help="the folder, new or empty")
     return parser
 
@@ -113,15 +116,27 @@ def to_torch(flags: argparse.Namespace) -> None:
     """Raises CheckpointError and ConversionError before anything is written."""
     weights_folder.check_destination(flags.dst, 0)
     run = Run.open(flags.workdir, weights=flags.weights, step=flags.step)
+    if isinstance(run.checkpoints, Exported):
+        raise ConversionError(f"{flags.workdir} is an export already")
     metadata = read_metadata(flags.workdir)
     on_host = SingleDeviceSharding(jax.local_devices(backend="cpu")[0])
+    clip = _clip_folder(run.config) if flags.with_clip else None
     params = run.checkpoints.restore_part(WEIGHTS[run.weights], run.step, place=on_host)
     about = {"step": run.step, "weights": run.weights, "frozen": metadata.get("frozen", {})}
     about["records"] = _about_records(run.config)
     written = write_export(
-        flags.dst, params, config=run.config, dtype=flags.dtype, origin=metadata.get("origin"), run=about
+        flags.dst, params, config=run.config, dtype=flags.dtype, origin=metadata.get("origin"), run=about, clip=clip
     )
     print(f"{flags.workdir}: step {run.step}, {run.weights} weights\n{written}")
+
+
+def _clip_folder(config: Config) -> pathlib.Path:
+    """Where the run's CLIP lies. Raises ConversionError."""
+    if not config.model.clip.path:
+        raise ConversionError(
+            "--with-clip: this run's CLIP is an untrained one, made from its seed wherever it is needed"
+        )
+    return folder_of(config.model.clip.path, "clip")
 
 
 def _about_records(config: Config) -> dict[str, str]:

@@ -106,7 +106,7 @@ def autoencoder_shapes(config: ModelConfig) -> tuple[Autoencoder, dict[str, Any]
 
 def read_torch_config(folder: str, parse: Callable[[Mapping[str, Any]], T], kind: str) -> T:
     """parse(the folder's config.json). Raises ConfigError where it is missing, broken or of another model."""
-    path = _folder(folder, kind) / "config.json"
+    path = folder_of(folder, kind) / "config.json"
     try:
         values = json.loads(path.read_text())
         if not isinstance(values, dict):
@@ -122,7 +122,7 @@ def load_torch_folder(folder: str, abstract_params: Mapping[str, Any], kind: str
     abstract_params: the tree of shapes and dtypes that is wanted; every tensor must fit, and none may be left
     over. kind: "vae" or "clip". Raises ConfigError.
     """
-    place, keys = _folder(folder, kind), KINDS[kind].keys
+    place, keys = folder_of(folder, kind), KINDS[kind].keys
     try:
         source = _Hashed(open_source(place), keys)
         params = from_torch.load(source, abstract_params, keys)
@@ -134,7 +134,7 @@ def load_torch_folder(folder: str, abstract_params: Mapping[str, Any], kind: str
 def folder_fingerprint(folder: str, kind: str) -> str:
     """The fingerprint of a folder's weights, which are hashed and not loaded. Raises ConfigError."""
     try:
-        return _Hashed(open_source(_folder(folder, kind)), KINDS[kind].keys).fingerprint()
+        return _Hashed(open_source(folder_of(folder, kind)), KINDS[kind].keys).fingerprint()
     except (OSError, ConversionError) as error:
         raise _refusal(folder, kind, _one_line(error)) from error
 
@@ -166,7 +166,7 @@ class _Hashed:
         return hashlib.sha256("\n".join(sorted(lines)).encode()).hexdigest()
 
 
-def _folder(folder: str, kind: str) -> pathlib.Path:
+def folder_of(folder: str, kind: str) -> pathlib.Path:
     """Where config.json lies: `folder`, or its sub-folder where it is a whole Stable Diffusion's."""
     place = pathlib.Path(folder)
     if not place.is_dir():

@@ -1,6 +1,6 @@
 """Pictures from Python: load a run, pass arrays, get arrays.
 
-    pipe = Pipeline.load("runs/demo")
+    pipe = Pipeline.load("runs/demo")                                  # or what `convert to-torch` wrote
     picture = pipe(photo, parsing, joints, labels="atr18", seed=0)     # uint8 [h w 3]
     edited = pipe(photo, parsing, joints_of_reference, edit=Edit(reference, mask))     # style transfer, editing.py
 
@@ -16,6 +16,7 @@ import functools
 import logging
 import math
 import os
+import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -34,6 +35,7 @@ from truepose_jax import rng
 from truepose_jax.assembly import assemble
 from truepose_jax.checkpoint import CheckpointError, Checkpoints, read_config, read_metadata
 from truepose_jax.editing import MASK_FIELD, Edit, EditSampler, FittedEdit
+from truepose_jax.exported import Exported
 from truepose_jax.frozen import KINDS
 from truepose_jax.methods import Method
 from truepose_jax.pictures import to_uint8
@@ -141,26 +143,33 @@ def _say_once(text: str) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """A workdir opened for reading, and which of its weights are meant; nothing large is read yet.
+    """A workdir, or an export, opened for reading, and which of its weights are meant; nothing large is read yet.
 
-    weights: "ema" or "raw".
+    weights: "ema" or "raw". checkpoints: None of weights that no run made.
     """
 
     workdir: str
     config: Config
-    checkpoints: Checkpoints
+    checkpoints: Checkpoints | Exported | None
     step: int
     weights: str
 
     @classmethod
     def open(cls, workdir: str | os.PathLike[str], *, weights: str | None = None, step: int | None = None) -> Run:
-        """weights None: the EMA where the run keeps one. step None: the last checkpoint.
+        """weights None: the EMA where the run keeps one. step None: the last checkpoint. Of an export: those that it holds.
 
         Raises CheckpointError where there is no run or no checkpoint, or not those weights.
         """
-        config = read_config(workdir)
         if weights not in (None, *WEIGHTS):
             raise ConfigError(f"weights is {weights!r}; choose one of {tuple(WEIGHTS)}")
+        if Exported.is_one(pathlib.Path(workdir)):
+            export = Exported.open(pathlib.Path(workdir))
+            if (weights or export.weights, export.step if step is None else step) != (export.weights, export.step):
+                raise CheckpointError(
+                    f"{workdir} holds the {export.weights} weights of step {export.step} and no others"
+                )
+            return cls(os.fspath(workdir), export.config, export, export.step, export.weights)
+        config = read_config(workdir)
         if weights == "ema" and not config.optim.ema_decay:
             raise CheckpointError(f"{workdir} keeps no EMA (config.optim.ema_decay is 0); take the raw weights")
         checkpoints = Checkpoints(workdir, keep=1, every=1, read_only=True)
@@ -171,6 +180,13 @@ class Run:
             raise CheckpointError(f"{checkpoints.folder} holds no step {step}; its last is {latest}")
         weights = weights or ("ema" if config.optim.ema_decay else "raw")
         return cls(os.fspath(workdir), config, checkpoints, latest if step is None else step, weights)
+
+    @property
+    def frozen(self) -> Mapping[str, str]:
+        """Fingerprints of the frozen networks that it was trained with, where they are known."""
+        if isinstance(self.checkpoints, Exported):
+            return self.checkpoints.frozen
+        return read_metadata(self.workdir).get("frozen", {})
 
     def sampling(self, steps: int | None, guidance: float | None) -> tuple[int, float]:
         """Steps and guidance with the run's own in place of None. Raises InputError where they are out of range."""
@@ -225,7 +241,7 @@ class Pipeline:
         )
         encoder = make_encoder(model.clip, config.token_width)
         method, frozen, _, autoencoder_print = assemble(dataclasses.replace(config, model=model), encoder)
-        recorded = read_metadata(run.workdir).get("frozen", {})
+        recorded = run.frozen
         _check_frozen("vae", recorded.get("autoencoder"), autoencoder_print, folder=model.vae, override=vae)
         _check_frozen("clip", recorded.get("clip"), encoder.fingerprint, folder=model.clip.path, override=clip)
         mesh = make_mesh(data=-1, fsdp=1, tensor=1, devices=jax.local_devices())

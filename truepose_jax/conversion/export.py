@@ -5,9 +5,10 @@
     truepose.json              how these are wired
     scheduler/                 scheduler_config.json of a DDIMScheduler
     training_config.json       the whole configuration
+    image_encoder/             CLIP's vision tower, where it was asked for
     README.md                  the model card
 
-benchmarks/torch_truepose.py opens the folder as a PyTorch TruePose.
+benchmarks/torch_truepose.py opens the folder as a PyTorch TruePose, and exported.py as a run of ours.
 """
 
 from __future__ import annotations
@@ -15,15 +16,16 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from truepose_jax import schema
 from truepose_jax.conversion import key_maps, to_torch
-from truepose_jax.conversion.export_configs import labels_of, scheduler_config, settings, unet_config
+from truepose_jax.conversion.export_configs import scheduler_config, settings, unet_config
 from truepose_jax.conversion.model_card import model_card
-from truepose_jax.conversion.safetensors_io import STEMS, ConversionError, TensorInfo, write_safetensors
+from truepose_jax.conversion.safetensors_io import STEMS, ConversionError, TensorInfo, weight_files, write_safetensors
 from truepose_jax.conversion.truepose_names import (
     EXTRAS,
     SETTINGS_FILE,
@@ -41,6 +43,8 @@ FILES = {
 }
 """{stem of truepose_names: file in the folder}."""
 
+CONFIG_FILE = "training_config.json"
+CLIP_FOLDER = "image_encoder"
 WEIGHTS = ("ema", "raw")
 
 _HPFA = (
@@ -76,6 +80,7 @@ def write_export(
     dtype: str | None = None,
     origin: Mapping[str, Any] | None = None,
     run: Mapping[str, Any],
+    clip: Path | None = None,
     progress: Progress = lambda count: None,
 ) -> Report:
     """Writes the folder `dst`, which must not exist or be empty; it appears when it is whole.
@@ -84,8 +89,8 @@ def write_export(
     tensors, "float32", "float16" or "bfloat16"; None keeps each parameter's own. origin: what training started from, as
     WeightsFolder.origin has it: {"name", "licence", "files": {file: sha256}, "clip": {"name", "licence"}}, all but the
     name optional; None: from nothing. run: {"step", "weights": "ema" or "raw", "frozen": {"autoencoder": fingerprint,
-    "clip": fingerprint}, "records": {"name", "labels"}}; the last where they are at hand. progress: told the bytes of each
-    tensor. Raises ConversionError before the first byte, one line.
+    "clip": fingerprint}, "records": {"name", "labels"}}; the last where they are at hand. clip: transformers folder of CLIP's
+    vision tower, to be copied in. progress: told the bytes of each tensor. Raises ConversionError before the first byte.
     """
     dst = Path(dst)
     if dtype is not None and dtype not in to_torch.DTYPES:
@@ -101,18 +106,22 @@ def write_export(
     infos = {file: to_torch.infos(tree, dtype, _tensor_name) for file, tree in trees.items()}
     _check_whole(infos, config)
     size = sum(info.dtype.itemsize * math.prod(info.shape) for found in infos.values() for info in found.values())
-    check_destination(dst, size)
+    copied = [] if clip is None else [clip / "config.json", *weight_files(clip)]
+    check_destination(dst, size + sum(file.stat().st_size for file in copied))
     if dtype == "float16":  # the one that ends before float32 does
         for tree in trees.values():
             for _ in to_torch.stream(tree, dtype, _tensor_name):
                 pass
 
-    texts = _texts(config, origin, run, infos)
+    texts = _texts(config, origin, run, infos, clip is not None)
     with new_folder(dst, size) as partial:
         write_texts(partial, texts)
         for file, tree in trees.items():
             tensors = to_torch.stream(tree, dtype, _tensor_name)
             write_safetensors(partial / file, infos[file], told(tensors, progress))
+        for file in copied:
+            (partial / CLIP_FOLDER).mkdir(exist_ok=True)
+            shutil.copyfile(file, partial / CLIP_FOLDER / file.name)
     return Report(
         folder=dst,
         tensors={file: len(found) for file, found in infos.items()},
@@ -171,6 +180,7 @@ def _texts(
     origin: Mapping[str, Any] | None,
     run: Mapping[str, Any],
     infos: Mapping[str, Mapping[str, TensorInfo]],
+    with_clip: bool,
 ) -> dict[str, str]:
     """{file: its text}, for all that is no tensor."""
     unet = unet_config(config.model)
@@ -179,8 +189,8 @@ def _texts(
         f"{SOURCE_NET}/config.json": unet,
         f"{TARGET_NET}/config.json": unet,
         "scheduler/scheduler_config.json": scheduler_config(config.diffusion),
-        SETTINGS_FILE: settings(config, classes=classes.shape[1] if classes else 0, labels=labels_of(config, run)),
-        "training_config.json": schema.to_dict(config),
+        SETTINGS_FILE: settings(config, classes=classes.shape[1] if classes else 0, run=run),
+        CONFIG_FILE: schema.to_dict(config),
     }
     texts = {file: json.dumps(values, indent=2, allow_nan=False) + "\n" for file, values in found.items()}
-    return texts | {"README.md": model_card(config, origin, run)}
+    return texts | {"README.md": model_card(config, origin, run, with_clip=with_clip)}

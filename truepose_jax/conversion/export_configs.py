@@ -72,10 +72,10 @@ def labels_of(config: schema.Config, run: Mapping[str, Any]) -> str | None:
     return config.data.labels or run.get("records", {}).get("labels")
 
 
-def settings(config: schema.Config, *, classes: int, labels: str | None) -> dict[str, Any]:
+def settings(config: schema.Config, *, classes: int, run: Mapping[str, Any]) -> dict[str, Any]:
     """truepose.json: what a program needs beside the two UNets and the schedule to run the model.
 
-    classes: inputs of the parsing encoder; 0 where there is none. labels: see labels_of.
+    classes: inputs of the parsing encoder; 0 where there is none. run: as of export.write_export.
     """
     model, fusion = config.model, config.model.fusion
     return {
@@ -99,5 +99,6 @@ def settings(config: schema.Config, *, classes: int, labels: str | None) -> dict
         "positions": model.positions,
         "source_parsing": model.source_parsing,
         "classes": classes,
-        "labels": labels,
+        "labels": labels_of(config, run),
+        "run": {"step": run["step"], "weights": run["weights"], "frozen": dict(run.get("frozen") or {})},
     }

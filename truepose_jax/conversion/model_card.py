@@ -19,9 +19,11 @@ _LICENCE_ID = re.compile(r"[a-z0-9][a-z0-9.\-]*")
 _REPOSITORY = re.compile(r"[\w.\-]+/[\w.\-]+")
 
 
-def model_card(config: schema.Config, origin: Mapping[str, Any] | None, run: Mapping[str, Any]) -> str:
-    """Markdown with YAML front matter. origin, run: as of export.write_export."""
-    return "\n".join([*_front_matter(origin), *_text(config, origin, run)]) + "\n"
+def model_card(
+    config: schema.Config, origin: Mapping[str, Any] | None, run: Mapping[str, Any], *, with_clip: bool = False
+) -> str:
+    """Markdown with YAML front matter. origin, run: as of export.write_export. with_clip: the folder holds it."""
+    return "\n".join([*_front_matter(origin), *_text(config, origin, run, with_clip)]) + "\n"
 
 
 def _front_matter(origin: Mapping[str, Any] | None) -> list[str]:
@@ -51,7 +53,9 @@ def _frozen(name: str, fingerprint: str) -> str:
     return f"- {name}: fingerprint `{fingerprint}`"
 
 
-def _text(config: schema.Config, origin: Mapping[str, Any] | None, run: Mapping[str, Any]) -> list[str]:
+def _text(
+    config: schema.Config, origin: Mapping[str, Any] | None, run: Mapping[str, Any], with_clip: bool
+) -> list[str]:
     model, data = config.model, config.data
     h, w = model.size
     kind = {"ema": "the parameters' exponential moving average", "raw": "the parameters"}[run["weights"]]
@@ -62,7 +66,9 @@ def _text(config: schema.Config, origin: Mapping[str, Any] | None, run: Mapping[
         "records": f"records of `{records}`" if records else "records (`prepare build`)",
     }[data.dataset]
     labels = labels_of(config, run) or "as the records say that it was trained on; they were not at hand for this card"
-    frozen = [_frozen(name, found) for name, found in sorted(dict(run.get("frozen") or {}).items())]
+    recorded = sorted(dict(run.get("frozen") or {}).items())
+    frozen = [_frozen(name, found) for name, found in recorded if not (with_clip and name == "clip")]
+    inside = ["", "CLIP's vision tower, frozen in training, is in `image_encoder/`."] if with_clip else []
     if origin is None:
         start = [
             f"Trained from nothing: no other model's weights are in it. Licence: {OWN_LICENCE}, as the program that "
@@ -98,6 +104,7 @@ def _text(config: schema.Config, origin: Mapping[str, Any] | None, run: Mapping[
         "## Where it comes from",
         "",
         *start,
+        *inside,
         "",
         "Not in this folder, and needed to run it; with other ones the pictures differ. A fingerprint is of the tensors "
         "(names, shapes, bits; truepose_jax/frozen.py), not of a file: no hub lists it.",
@@ -105,6 +112,8 @@ def _text(config: schema.Config, origin: Mapping[str, Any] | None, run: Mapping[
         *(frozen or ["- none recorded"]),
         "",
         "## Loading",
+        "",
+        "With truepose_jax the folder serves as a run: `python -m truepose_jax.generate --workdir=FOLDER ...`. With diffusers:",
         "",
         "```python",
         "from diffusers import DDIMScheduler, UNet2DConditionModel",

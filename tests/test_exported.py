@@ -1,0 +1,87 @@
+"""What `convert to-torch` wrote serves as a run: the same pictures, its own CLIP, and errors for what it has not."""
+
+import json
+import shutil
+
+import jax
+import numpy as np
+import pytest
+
+from tests.test_pipeline import person
+from tests.tiny_run import STEPS, make_run, quick_starts, shared_pipeline, shared_run, tiny_config
+from truepose_jax import convert, generate
+from truepose_jax.conversion.key_maps import leaves
+from truepose_jax.pipeline import Pipeline, Run
+
+CLIP = {
+    "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 16,
+    "patch_size": 8, "projection_dim": 16,
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _quick_starts():
+    with quick_starts():
+        yield
+
+
+@pytest.fixture(scope="module")
+def export(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("export") / "model"
+    assert convert.main(["to-torch", f"--workdir={shared_run()}", f"--dst={folder}"]) == 0
+    return folder
+
+
+def test_the_same_pictures(export):
+    one, other = shared_pipeline(), Pipeline.load(export)
+    mine, theirs = dict(leaves(one.params)), dict(leaves(other.params))
+    assert mine.keys() == theirs.keys()
+    for path, array in mine.items():
+        assert array.dtype == theirs[path].dtype and np.array_equal(array, theirs[path]), path
+    assert (other.run.step, other.run.weights, other.run.frozen) == (STEPS[-1], "ema", one.run.frozen)
+    assert np.array_equal(one.batch([person(1)], batch_size=1)[0], other.batch([person(1)], batch_size=1)[0])
+
+
+def test_what_an_export_has_not(export, tmp_path, capsys):
+    call = [f"--workdir={export}", "--source=a", "--parsing=none", "--pose=p", f"--out={tmp_path / 'o.png'}"]
+    cut = shutil.copytree(export, tmp_path / "cut")
+    file = cut / "truepose.safetensors"
+    file.write_bytes(file.read_bytes()[:-9])
+    older = shutil.copytree(export, tmp_path / "older")
+    settings = json.loads((older / "truepose.json").read_text())
+    del settings["run"]
+    (older / "truepose.json").write_text(json.dumps(settings))
+    odd = shutil.copytree(export, tmp_path / "odd")
+    (odd / "training_config.json").write_text('{"sede": 0}')
+    to_torch = f"--dst={tmp_path / 'new'}"
+    for program, words, text in (
+        (generate, [*call, "--weights=raw"], "holds the ema weights of step 7 and no others"),
+        (generate, [*call, "--step=3"], "holds the ema weights of step 7 and no others"),
+        (generate, [f"--workdir={older}", *call[1:]], "export the run again"),
+        (generate, [f"--workdir={odd}", *call[1:]], "training_config.json"),
+        (convert, ["to-torch", f"--workdir={export}", to_torch], "is an export already"),
+        (convert, ["to-torch", f"--workdir={shared_run()}", "--with-clip", to_torch], "an untrained one"),
+    ):
+        assert program.main(words) == 2
+        error = capsys.readouterr().err
+        assert text in error and error.count("\n") == 1, error
+    with pytest.raises(ValueError, match="truncated"):
+        Pipeline.load(cut)
+    assert not (tmp_path / "new").exists() and Run.open(export, weights="ema", step=7).step == 7
+
+
+def test_its_clip_comes_along(tmp_path):
+    """And is found when the one that the run was trained with has gone."""
+    import transformers
+
+    vision = transformers.CLIPVisionConfig(**CLIP)
+    transformers.CLIPVisionModelWithProjection(vision).save_pretrained(tmp_path / "clip")
+    run = make_run(tmp_path / "run", tiny_config(model__clip__path=str(tmp_path / "clip")))
+    command = ["to-torch", f"--workdir={run}", "--with-clip", "--weights=raw", f"--dst={tmp_path / 'model'}"]
+    assert convert.main(command) == 0
+    shutil.rmtree(tmp_path / "clip")
+    pipe = Pipeline.load(tmp_path / "model")
+    assert pipe.encoder.trained and pipe.encoder.fingerprint == pipe.run.frozen["clip"] and pipe.run.weights == "raw"
+    assert all(np.isfinite(x).all() for x in jax.tree.leaves(pipe.params))
+    card = (tmp_path / "model" / "README.md").read_text()
+    assert "`image_encoder/`" in card and "fingerprint `" not in card and "--workdir=FOLDER" in card
