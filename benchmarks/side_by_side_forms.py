@@ -111,7 +111,7 @@ def _our_training(case: Case, jax, cases) -> Form:
 
 
 def _our_sampling(case: Case, jax, cases) -> Form:
-    from truepose_jax.sampling import Sampler, held_as_computed
+    from truepose_jax.sampling import Sampler, compiler_options, held_as_computed
 
     config = case.config()
     diffusion = config.diffusion
@@ -120,7 +120,7 @@ def _our_sampling(case: Case, jax, cases) -> Form:
     params = jax.device_put(held_as_computed(cases.params_of(case), case.dtype))
     inputs = params, {}, jax.device_put(cases.batch_of(case))
     inputs = (*inputs, cases.sampling_keys(case))
-    program, facts = _compiled(sampler.sample, *inputs)
+    program, facts = _compiled(sampler.sample, *inputs, compiler_options=compiler_options())
     return Form(
         check=lambda: np.asarray(program(*inputs)),
         call=lambda: jax.block_until_ready(program(*inputs)),

@@ -2,7 +2,8 @@
 
 Opens the folder that `convert to-torch` writes. Written from the paper's equations and the readings A1 to A24 of them;
 it shares no code with truepose_jax, and agreed with it at its first run; what changed since is what it computes when, and ties
-(BUILD_NOTES.md). NCHW, latents in and out: the autoencoder is not part of it. Eq. 6 is an eager masked attention, all others are scaled_dot_product_attention.
+(BUILD_NOTES.md). NCHW, latents in and out: the autoencoder is not part of it. Eq. 6 is an eager masked attention, all others
+are scaled_dot_product_attention.
 
     model = TruePose.from_pretrained("exported", torch_dtype=torch.bfloat16).to("cuda")
     model.denoise = torch.compile(model.denoise)

@@ -13,7 +13,7 @@ from tests import oracle, tiny
 from tests.test_masks import brute_force, brute_force_mask
 from truepose_jax.methods.truepose import TruePose
 from truepose_jax.models.vae import PixelAutoencoder
-from truepose_jax.sampling import Sampler, held_as_computed
+from truepose_jax.sampling import Sampler, compiler_options, held_as_computed
 
 N = tiny.TARGETS
 STEPS, GUIDANCE = 3, 3.5
@@ -58,6 +58,18 @@ def noisy():
     rng = np.random.default_rng(11)
     x = rng.standard_normal((N, 8, 5, 12)).astype(np.float32)
     return x, np.array([1, 999, 500, 29, 953, 700], np.int32)
+
+
+def test_programs_on_a_cpu_do_without_ynnpack():
+    """And where XLA knows no such option, as XLA makes them."""
+    with pytest.raises(jax.errors.JaxRuntimeError):  # what compiler_options would see of a jaxlib without it
+        jax.jit(lambda: 0, compiler_options={"xla_cpu_no_such_option": ""})()
+    x = np.ones((256, 256), np.float32)
+
+    def text(**options):
+        return jax.jit(lambda x: x @ x + 1, **options).lower(x).compile().as_text()
+
+    assert compiler_options() and "ynn_fusion" not in text(compiler_options=compiler_options())
 
 
 def test_conditioning_equals_the_oracle():

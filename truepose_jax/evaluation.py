@@ -22,7 +22,7 @@ from truepose_jax.datasets import Dataset
 from truepose_jax.methods.base import Frozen, Method, Params
 from truepose_jax.metrics.regions import group_mask, mean_psnr
 from truepose_jax.pictures import sheet, to_uint8
-from truepose_jax.sampling import Sampler
+from truepose_jax.sampling import Sampler, compiler_options
 from truepose_jax.schema import Config
 from truepose_jax.sharding import batch_parts, put_whole_batch
 
@@ -153,7 +153,7 @@ class Evaluator:
         self.batch_size = -(-min(config.eval.batch_size, len(self.pairs)) // parts) * parts
         self.sampler = make_sampler(config, method, steps=config.eval.steps, guidance=config.eval.guidance)
         whole = NamedSharding(mesh, PartitionSpec())
-        self._sample = jax.jit(self.sampler.sample, out_shardings=whole)
+        self._sample = jax.jit(self.sampler.sample, out_shardings=whole, compiler_options=compiler_options())
         self._loss = jax.jit(method.loss, out_shardings=whole)
 
     def run(self, params: Params, frozen: Frozen, poll: Poll = lambda: None) -> tuple[dict[str, float], np.ndarray]:
