@@ -3,6 +3,8 @@
 import os
 import pathlib
 
+import pytest
+
 # Most of the suite's time is compilation; unoptimised machine code computes the same and compiles in half the time.
 os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
@@ -35,3 +37,12 @@ def pytest_collection_modifyitems(items):
         return LONGEST.index(name) if name in LONGEST else len(LONGEST)
 
     items.sort(key=place)
+
+
+@pytest.fixture(scope="module")
+def started_quickly():
+    """For modules that load programs and are not about speed (tests/tiny_run.py)."""
+    from tests.tiny_run import quick_starts
+
+    with quick_starts():
+        yield

@@ -21,7 +21,7 @@ from input_pipeline.records import RecordImages
 from input_pipeline.regions import region_crops
 from input_pipeline.schema import InputError, check_batch
 from tests.records import built
-from tests.tiny_run import quick_starts, random_like, tiny_config
+from tests.tiny_run import random_like, tiny_config
 from truepose_jax import convert, datasets, prepare, region_tokens, train
 from truepose_jax.conversion.export_configs import unet_config
 from truepose_jax.datasets import evaluation_set, training_set
@@ -43,11 +43,7 @@ from tests import torch_models  # noqa: E402
 SIZE = (32, 24)
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _quick_starts():
-    """XLA compiles in a hurry: nothing here is about speed."""
-    with quick_starts():
-        yield
+pytestmark = pytest.mark.usefixtures("started_quickly")
 
 
 @pytest.fixture(scope="module")

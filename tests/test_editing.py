@@ -14,7 +14,7 @@ from PIL import Image
 from input_pipeline.parsing import label_set
 from input_pipeline.schema import InputError
 from tests.shared_data import openpose_json, standing_joints
-from tests.tiny_run import quick_starts, shared_pipeline, shared_run, write_inputs
+from tests.tiny_run import shared_pipeline, shared_run, write_inputs
 from tests.torch_models import tiny_vae
 from truepose_jax import editing, generate
 from truepose_jax.diffusion.samplers import ddim_levels, ddim_sample
@@ -28,10 +28,7 @@ FACTOR = 4
 """Of the tiny run's pixel codec."""
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _quick_starts():
-    with quick_starts():
-        yield
+pytestmark = pytest.mark.usefixtures("started_quickly")
 
 
 @pytest.fixture(scope="module")

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from tests.test_pipeline import person
-from tests.tiny_run import STEPS, make_run, quick_starts, shared_pipeline, shared_run, tiny_config
+from tests.tiny_run import STEPS, make_run, shared_pipeline, shared_run, tiny_config
 from truepose_jax import convert, generate
 from truepose_jax.conversion.key_maps import leaves
 from truepose_jax.pipeline import Pipeline, Run
@@ -19,10 +19,7 @@ CLIP = {
 }  # fmt: skip
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _quick_starts():
-    with quick_starts():
-        yield
+pytestmark = pytest.mark.usefixtures("started_quickly")
 
 
 @pytest.fixture(scope="module")

@@ -14,17 +14,14 @@ import pytest
 from PIL import Image
 
 from tests.shared_data import shared_data
-from tests.tiny_run import SIZE, quick_starts, shared_pipeline, shared_run, write_inputs
+from tests.tiny_run import SIZE, shared_pipeline, shared_run, write_inputs
 from truepose_jax import generate, pipeline
 from truepose_jax.pipeline import Pipeline
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _quick_starts():
-    with quick_starts():
-        yield
+pytestmark = pytest.mark.usefixtures("started_quickly")
 
 
 @pytest.fixture(scope="module")

@@ -21,7 +21,7 @@ from input_pipeline.records import RecordImages
 from input_pipeline.schema import InputError
 from tests.records import NoiseItem, RawSet, RawSplit, all_pairs
 from tests.shares import share_work
-from tests.tiny_run import SETTINGS, SIZE, quick_starts, shared_pipeline, shared_run
+from tests.tiny_run import SETTINGS, SIZE, shared_pipeline, shared_run
 from truepose_jax import generate
 from truepose_jax.evaluate.pairing import Folder, pair_folders, read_pair_list
 from truepose_jax.pipeline import Pipeline, Request
@@ -37,10 +37,7 @@ class Named(NoiseItem):
     name = property(lambda self: FASHION[self.number] if self.number < 3 else f"own/p{self.number}")
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _quick_starts():
-    with quick_starts():
-        yield
+pytestmark = pytest.mark.usefixtures("started_quickly")
 
 
 @pytest.fixture

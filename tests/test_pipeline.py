@@ -14,18 +14,14 @@ from input_pipeline.parsing import whole_photo
 from input_pipeline.photo import fit_photo
 from input_pipeline.schema import InputError
 from tests.shared_data import openpose_json, standing_joints
-from tests.tiny_run import SIZE, STEPS, quick_starts, shared_pipeline, shared_run, tiny_config
+from tests.tiny_run import SIZE, STEPS, shared_pipeline, shared_run, tiny_config
 from truepose_jax import frozen, pipeline
 from truepose_jax.checkpoint import CheckpointError
 from truepose_jax.pipeline import Pipeline, Request, Run, fit_request
 from truepose_jax.region_tokens import make_encoder
 from truepose_jax.schema import ConfigError, to_dict
 
-
-@pytest.fixture(scope="module", autouse=True)
-def _quick_starts():
-    with quick_starts():
-        yield
+pytestmark = pytest.mark.usefixtures("started_quickly")
 
 
 @pytest.fixture(scope="module")

@@ -16,7 +16,7 @@ from input_pipeline.parsing import label_set
 from input_pipeline.schema import InputError
 from tests.shared_data import shared_data, write_folder
 from tests.test_masks import brute_force, brute_force_mask
-from tests.tiny_run import SIZE, quick_starts, random_like, tiny_config
+from tests.tiny_run import SIZE, random_like, tiny_config
 from truepose_jax import study
 from truepose_jax.assembly import assemble
 from truepose_jax.initial import batch_spec
@@ -32,10 +32,7 @@ from truepose_jax.study.samples import read_samples
 STEPS, GUIDANCE = 2, 2.0
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _quick_starts():
-    with quick_starts():
-        yield
+pytestmark = pytest.mark.usefixtures("started_quickly")
 
 
 @functools.cache
