@@ -1,6 +1,7 @@
 """What `convert to-torch` wrote serves as a run: the same pictures, its own CLIP, and errors for what it has not."""
 
 import json
+import pathlib
 import shutil
 
 import jax
@@ -13,6 +14,7 @@ from truepose_jax import convert, generate
 from truepose_jax.conversion.key_maps import leaves
 from truepose_jax.pipeline import Pipeline, Run
 
+ROOT = pathlib.Path(__file__).resolve().parent.parent
 CLIP = {
     "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 16,
     "patch_size": 8, "projection_dim": 16,
@@ -82,3 +84,15 @@ def test_its_clip_comes_along(tmp_path):
     assert all(np.isfinite(x).all() for x in jax.tree.leaves(pipe.params))
     card = (tmp_path / "model" / "README.md").read_text()
     assert "`image_encoder/`" in card and "fingerprint `" not in card and "--workdir=FOLDER" in card
+
+
+def test_the_model_that_comes_along():
+    """Whole, with its own CLIP, and small."""
+    folder = ROOT / "docs" / "models" / "synthetic_64x48"
+    pipe = Pipeline.load(folder)
+    assert (pipe.run.step, pipe.run.weights, pipe.run.config.model.size) == (3000, "ema", (64, 48))
+    assert pipe.encoder.trained and pipe.encoder.fingerprint == pipe.run.frozen["clip"]
+    arrays = dict(leaves(pipe.params))
+    assert sum(x.size for x in arrays.values()) == 2_260_624
+    assert all(x.dtype == np.float32 and np.isfinite(x).all() for x in arrays.values())
+    assert sum(file.stat().st_size for file in folder.rglob("*") if file.is_file()) < 15e6
