@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 
 from tests.test_pipeline import person
-from tests.tiny_run import STEPS, make_run, shared_pipeline, shared_run, tiny_config
+from tests.tiny_run import STEPS, shared_pipeline, shared_run
 from truepose_jax import convert, generate
 from truepose_jax.conversion.key_maps import leaves
+from truepose_jax.frozen import folder_fingerprint
 from truepose_jax.pipeline import Pipeline, Run
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
@@ -75,7 +76,11 @@ def test_its_clip_comes_along(tmp_path):
 
     vision = transformers.CLIPVisionConfig(**CLIP)
     transformers.CLIPVisionModelWithProjection(vision).save_pretrained(tmp_path / "clip")
-    run = make_run(tmp_path / "run", tiny_config(model__clip__path=str(tmp_path / "clip")))
+    run = shutil.copytree(shared_run(), tmp_path / "run")
+    metadata = json.loads((run / "metadata.json").read_text())
+    metadata["config"]["model"]["clip"]["path"] = str(tmp_path / "clip")
+    metadata["frozen"]["clip"] = folder_fingerprint(str(tmp_path / "clip"), "clip")
+    (run / "metadata.json").write_text(json.dumps(metadata))
     command = ["to-torch", f"--workdir={run}", "--with-clip", "--weights=raw", f"--dst={tmp_path / 'model'}"]
     assert convert.main(command) == 0
     shutil.rmtree(tmp_path / "clip")
