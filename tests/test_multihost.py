@@ -122,6 +122,13 @@ def test_four_processes(tmp_path, alone):
 
 
 @pytest.mark.slow
+def test_four_processes_in_groups_of_two(tmp_path, alone):
+    """Gloo connects each group by itself, after distributed.connect has connected all."""
+    finish(by_flags(tmp_path, 4, "--config.mesh.data=2", "--config.mesh.fsdp=2", "--config.optim.layout=tree"))
+    same_run(tmp_path, alone)
+
+
+@pytest.mark.slow
 def test_sigterm_to_one_stops_both_at_the_same_step(tmp_path):
     processes = by_flags(tmp_path, 2, "--config.total_steps=2000", "--config.checkpoint.every=5000")
     wait_for_step(processes[0], tmp_path, 3)
