@@ -34,6 +34,7 @@ import subprocess
 import sys
 from collections.abc import Sequence
 
+import tqdm
 from PIL import Image
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
@@ -44,6 +45,7 @@ from input_pipeline.records import RecordImages
 from input_pipeline.schema import InputError
 from truepose_jax.evaluate.pairing import Folder, image_key
 from truepose_jax.evaluate.protocols import PIL_BICUBIC
+from truepose_jax.generate import save_png
 from truepose_jax.programs import Parser, run_program
 
 ROWS = ("512", "256", "B1", "B2", "B3", "B4", "wpose", "real")
@@ -143,16 +145,16 @@ def write_photos(records: pathlib.Path, folder: pathlib.Path) -> None:
 
 def write_real(records: pathlib.Path, photos: pathlib.Path, folder: pathlib.Path, size: tuple[int, int]) -> None:
     """The test split's targets at `size`, resized like every protocol's truth, as if they were generated; and pairs.csv.
-    Raises InputError where a photo is not there."""
+    What is there stays: it goes on where it was stopped. Raises InputError where a photo is not there."""
     images, files = RecordImages(records, "test", size=size), Folder.read(str(photos), flag="--photos")
     by_key, pairs = files.by_key(), []
     folder.mkdir(parents=True, exist_ok=True)
-    for target in sorted({int(target) for _, target in images.pairs}):
+    for target in tqdm.tqdm(sorted({int(target) for _, target in images.pairs}), desc="real", unit="photo"):
         name = patn_name(images.names[target])
         if (file := by_key.get(image_key(name))) is None:
             raise InputError(f"--photos={photos} has no {images.names[target]}, which --data={records} names")
-        photo = PIL_BICUBIC.resize(read_photo(files.path(file)), size)
-        Image.fromarray(photo.astype("uint8")).save(folder / f"{name}.png")
+        if not (out := folder / f"{name}.png").exists():
+            save_png(PIL_BICUBIC.resize(read_photo(files.path(file)), size).astype("uint8"), out)
         pairs.append((name, name))
     with (folder / "pairs.csv").open("w", newline="") as table:
         csv.writer(table, lineterminator="\n").writerows([("from", "to"), *pairs])

@@ -30,6 +30,7 @@ from truepose_jax.conversion.safetensors_io import (
     open_source,
     weight_files,
 )
+from truepose_jax.conversion.weights_folder import CLIP_FOLDER
 from truepose_jax.models.vae import Autoencoder, AutoencoderKLConfig, KLAutoencoder, PixelAutoencoder
 from truepose_jax.schema import ConfigError, ModelConfig
 
@@ -59,7 +60,7 @@ KINDS = {
     "clip": Kind(
         key_maps.CLIP_VISION,
         "config.model.clip.path",
-        "image_encoder",
+        CLIP_FOLDER,
         "give a transformers folder with CLIP's vision tower (config.json and safetensors), such as "
         "openai/clip-vit-large-patch14; generate: --clip=DIR",
     ),

@@ -34,7 +34,15 @@ from truepose_jax.conversion.truepose_names import (
     block_of_site,
     place_of,
 )
-from truepose_jax.conversion.weights_folder import Progress, check_destination, gib, new_folder, told, write_texts
+from truepose_jax.conversion.weights_folder import (
+    CLIP_FOLDER,
+    Progress,
+    check_destination,
+    gib,
+    new_folder,
+    told,
+    write_texts,
+)
 
 FILES = {
     SOURCE_NET: f"{SOURCE_NET}/{STEMS[0]}.safetensors",
@@ -44,7 +52,6 @@ FILES = {
 """{stem of truepose_names: file in the folder}."""
 
 CONFIG_FILE = "training_config.json"
-CLIP_FOLDER = "image_encoder"
 WEIGHTS = ("ema", "raw")
 
 _HPFA = (
@@ -107,14 +114,15 @@ def write_export(
     _check_whole(infos, config)
     size = sum(info.dtype.itemsize * math.prod(info.shape) for found in infos.values() for info in found.values())
     copied = [] if clip is None else [clip / "config.json", *weight_files(clip)]
-    check_destination(dst, size + sum(file.stat().st_size for file in copied))
+    needed = size + sum(file.stat().st_size for file in copied)
+    check_destination(dst, needed)
     if dtype == "float16":  # the one that ends before float32 does
         for tree in trees.values():
             for _ in to_torch.stream(tree, dtype, _tensor_name):
                 pass
 
     texts = _texts(config, origin, run, infos, clip is not None)
-    with new_folder(dst, size) as partial:
+    with new_folder(dst, needed) as partial:
         write_texts(partial, texts)
         for file, tree in trees.items():
             tensors = to_torch.stream(tree, dtype, _tensor_name)

@@ -10,6 +10,7 @@ from typing import Any
 from truepose_jax import schema
 from truepose_jax.conversion.export_configs import labels_of
 from truepose_jax.conversion.origins import UNKNOWN_LICENCE
+from truepose_jax.conversion.weights_folder import CLIP_FOLDER
 
 OWN_LICENCE = "apache-2.0"
 """Of a model that was trained from nothing: this program's."""
@@ -68,7 +69,7 @@ def _text(
     labels = labels_of(config, run) or "as the records say that it was trained on; they were not at hand for this card"
     recorded = sorted(dict(run.get("frozen") or {}).items())
     frozen = [_frozen(name, found) for name, found in recorded if not (with_clip and name == "clip")]
-    inside = ["", "CLIP's vision tower, frozen in training, is in `image_encoder/`."] if with_clip else []
+    inside = ["", f"CLIP's vision tower, frozen in training, is in `{CLIP_FOLDER}/`."] if with_clip else []
     if origin is None:
         start = [
             f"Trained from nothing: no other model's weights are in it. Licence: {OWN_LICENCE}, as the program that "

@@ -16,13 +16,13 @@ from truepose_jax.conversion.key_maps import ModelKeys
 from truepose_jax.conversion.origins import UNKNOWN_LICENCE, licence_of, parsed, read_json, read_text, schedule_of
 from truepose_jax.conversion.plan import Item, Plan, Shapes, Source, copies, parameters
 from truepose_jax.conversion.safetensors_io import STEMS, ConversionError, SafetensorsSource, TensorSource, weight_files
-from truepose_jax.conversion.weights_folder import PARAMS_FILE
+from truepose_jax.conversion.weights_folder import CLIP_FOLDER, PARAMS_FILE
 from truepose_jax.schema import UNetConfig, to_dict
 
 SD15_FOLDERS = ("unet", "vae", "scheduler")
 SCHEDULER_FILE = "scheduler/scheduler_config.json"
 VAE_FILE = f"vae/{STEMS[0]}.safetensors"
-CLIP_FILE = f"image_encoder/{STEMS[1]}.safetensors"
+CLIP_FILE = f"{CLIP_FOLDER}/{STEMS[1]}.safetensors"
 """Frozen networks lie where truepose_jax/frozen.py looks for them."""
 
 SD15_UNET = UNetConfig()
@@ -170,12 +170,12 @@ def with_clip(plan: Plan, src: Path, shapes: Shapes, *, name: str) -> Plan:
             "model_type": "clip_vision_model",
         }
         text = _json(dict(config["vision_config"]) | vision)
-    clip = _open(src, key_maps.CLIP_VISION, None, "image_encoder")
+    clip = _open(src, key_maps.CLIP_VISION, None, CLIP_FOLDER)
     origin = plan.details["origin"] | {"clip": {"name": name, "licence": licence_of(src)}}
     return dataclasses.replace(
         plan,
         items=dict(plan.items) | {CLIP_FILE: copies(tree, clip)},
-        texts=dict(plan.texts) | {"image_encoder/config.json": text},
+        texts=dict(plan.texts) | {f"{CLIP_FOLDER}/config.json": text},
         details=dict(plan.details) | {"origin": origin},
     )
 

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from truepose_jax.conversion.plan import CheckedPlan, Item
-from truepose_jax.conversion.weights_folder import PARAMS_FILE, gib
+from truepose_jax.conversion.weights_folder import CLIP_FOLDER, PARAMS_FILE, gib
 
 
 def table(checked: CheckedPlan) -> Iterator[str]:
@@ -65,7 +65,7 @@ def closing(checked: CheckedPlan, dst: Path, *, peak: int) -> Iterator[str]:
     yield f"wrote {gib(size)} to {dst}; peak memory {gib(peak)}{share}"
     lacks = [
         f"--config.model.{setting}=DIR"
-        for folder, setting in (("vae", "vae"), ("image_encoder", "clip.path"))
+        for folder, setting in (("vae", "vae"), (CLIP_FOLDER, "clip.path"))
         if not any(file.startswith(f"{folder}/") for file in checked.plan.items)
     ]
     yield "next: python -m truepose_jax.train --config=configs/truepose_deepfashion_256.py --workdir=DIR \\"

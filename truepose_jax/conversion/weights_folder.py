@@ -35,6 +35,8 @@ from truepose_jax.schema import ConfigError, UNetConfig, from_config_dict, to_di
 
 WEIGHTS_FILE = "weights.json"
 PARAMS_FILE = "params.safetensors"
+CLIP_FOLDER = "image_encoder"
+"""Where CLIP lies in a weights folder, and in an export that has it."""
 FORMAT = "truepose_jax weights"
 VERSION = 1
 
