@@ -5,6 +5,8 @@ from ml_collections import ConfigDict
 METHOD = {"regions": 2, "features": "source_net", "texture": "hpfa", "alignment": "caa"}
 READINGS = {"source_attention": "side", "score": "logits", "reading": "printed", "mask_axis": "key"}
 
+OURS = {"carry_latents": False, "cosine": False, "residual": False}
+
 
 def get_config() -> ConfigDict:
     return ConfigDict(
@@ -34,7 +36,9 @@ def get_config() -> ConfigDict:
                     "norm_num_groups": 32,
                     "norm_eps": 1e-5,
                 },
-                "fusion": {**METHOD, **READINGS, "delta": 0.6, "sigma": 0.3, "init": "random", "out_init": "zeros"},
+                "fusion": {
+                    **METHOD, **READINGS, **OURS, "delta": 0.6, "sigma": 0.3, "init": "random", "out_init": "zeros",
+                },
                 "positions": "none",
                 "source_parsing": "none",
                 "clip": {
@@ -48,6 +52,8 @@ def get_config() -> ConfigDict:
                 },
                 "remat": True,
                 "dtype": "bfloat16",
+                "patch_channels": 24,
+                "carry": {"head": False, "width": 40},
             },
             "diffusion": {
                 "schedule": {
@@ -63,6 +69,7 @@ def get_config() -> ConfigDict:
                 "steps": 35,
                 "spacing": "leading",
                 "guidance": 3.5,
+                "losses": {"latents": 1.0, "flow": 0.0, "pixels": 0.0, "parsing": 0.0},
             },
             "data": {
                 "dataset": "synthetic",

@@ -1,11 +1,12 @@
-"""The demonstration: TruePose from nothing on synthetic people at 64x48, minutes on two CPU cores.
+"""The demonstration: TruePose from nothing on synthetic people at 128x96, minutes on two CPU cores.
 
     make demo            (or: python -m truepose_jax.demo --workdir=runs/demo)
 
-Not a row of the paper. What differs from it, and why, is in BUILD_NOTES.md ("The demo"): pixels as latents, x0
-prediction with more of the noisy timesteps; positions after conv_in, the parsing map into SourceNet and HPFA's square
-projections starting as identities (they stand in for what SD1.5's weights know); an untrained CLIP; a quarter of the
-pairs with the source as its own target; clothes of one colour. HPFA, CAA (K = 2) and the equations are the paper's.
+Not a row of the paper. Ours beside it (docs/paper.md, "What is ours"): carried latents with the flow loss, cosine logits,
+H = F' + H', the half-cell head with limb coordinates, the pixel loss. For training from nothing: a linear patch codec as
+autoencoder, x0 prediction with more of the noisy timesteps, positions after conv_in, the parsing map into SourceNet, HPFA's
+square projections starting as identities, an untrained CLIP, a tenth of the pairs with the source as its own target. HPFA,
+CAA (K = 2) and the equations are the paper's.
 """
 
 from configs import base
@@ -18,10 +19,9 @@ def get_config():
     config.log_every = 10
 
     model = config.model
-    model.size = (64, 48)
-    model.autoencoder = "pixels"
-    model.pixel_factor = 4
-    model.unet.in_channels = model.unet.out_channels = 48
+    model.size = (128, 96)
+    model.autoencoder = "patches"
+    model.unet.in_channels = model.unet.out_channels = 4 * model.patch_channels
     model.unet.block_out_channels = (48, 64)
     model.unet.down_block_types = ("DownBlock2D", "DownBlock2D")
     model.unet.up_block_types = ("UpBlock2D", "CrossAttnUpBlock2D")
@@ -31,6 +31,8 @@ def get_config():
     model.unet.norm_num_groups = 8
     model.fusion.init = "identity"
     model.fusion.out_init = "random"
+    model.fusion.carry_latents = model.fusion.cosine = model.fusion.residual = True
+    model.carry.head = True
     model.positions = "sincos"
     model.source_parsing = "coverage"
     model.remat = False
@@ -38,18 +40,21 @@ def get_config():
 
     config.diffusion.schedule.betas = "cosine"
     config.diffusion.schedule.prediction = "x0"
-    config.diffusion.schedule.clip_x0 = 1.0
     config.diffusion.timestep_power = 0.35
     config.diffusion.drop_rate = 0.1
     config.diffusion.steps = 4
     config.diffusion.spacing = "trailing"
     config.diffusion.guidance = 1.0
+    config.diffusion.losses.latents = 0.5
+    config.diffusion.losses.flow = 0.3
+    config.diffusion.losses.pixels = 2.0
+    config.diffusion.losses.parsing = 0.3
 
     config.data.targets_per_source = 3
-    config.data.self_pair = 0.25
+    config.data.self_pair = 0.1
     config.data.threads = 1
-    config.data.synthetic.identities = 1_000
-    config.data.synthetic.patterns = "solid"
+    config.data.synthetic.identities = 2_000
+    config.data.synthetic.patterns = "mixed"
     config.data.synthetic.background = "plain"
     config.data.synthetic.framing = "close"
     config.data.synthetic.heldout_identities = 32

@@ -18,7 +18,7 @@ from input_pipeline.parsing import LabelSet, decode_parsing, flip_parsing, label
 from input_pipeline.photo import Framing, decode_photo
 from input_pipeline.record_schema import unpack_latents, unpack_tokens
 from input_pipeline.records import RecordImages
-from input_pipeline.schema import LATENT_FACTOR, ImageRecord, ImageSet, InputError
+from input_pipeline.schema import FORMS, LATENT_FACTOR, ImageRecord, ImageSet, InputError
 from input_pipeline.transforms import TokenTable, flip_record
 
 Tokens = tuple[np.ndarray, np.ndarray]
@@ -95,7 +95,7 @@ class TableReader:
 @dataclasses.dataclass(frozen=True)
 class StoredReader:
     """Reader of records. form: a key of schema.FORMS: "moments" gives stored latents, "bytes" photos, both without the
-    targets' maps."""
+    targets' maps; "bytes+maps" with them."""
 
     images: RecordImages
     tokens: TokenTable | RecordTokens
@@ -112,16 +112,14 @@ class StoredReader:
 
     def source(self, index: int, *, flip: bool) -> tuple[ImageRecord, Tokens]:
         fields = self.images.fields(index)
-        framing = self._framing(fields)
-        parsing = framing.parsing(self._parsing(fields, index, framing.photo_hw))
-        record = self._record(fields, index, framing, flip=flip, parsing=parsing)
+        record = self._record(fields, index, flip=flip, mapped=True)
         if isinstance(self.tokens, RecordTokens):
             return record, self.tokens.of_fields(fields, index, flip=flip)
         return record, self.tokens.of(index, flip=flip)
 
     def target(self, index: int, *, flip: bool) -> ImageRecord:
         fields = self.images.fields(index)
-        return self._record(fields, index, self._framing(fields), flip=flip, parsing=None)
+        return self._record(fields, index, flip=flip, mapped="target_parsing" in FORMS[self.form])
 
     def _framing(self, fields: Mapping[str, Any]) -> Framing:
         h, w = fields["size"].tolist()
@@ -134,9 +132,9 @@ class StoredReader:
             return whole_photo(hw)
         raise InputError(f"{self.images.place(index)}: has no parsing map; the set's are {self.images.labels}")
 
-    def _record(
-        self, fields: Mapping[str, Any], index: int, framing: Framing, *, flip: bool, parsing: np.ndarray | None
-    ) -> ImageRecord:
+    def _record(self, fields: Mapping[str, Any], index: int, *, flip: bool, mapped: bool) -> ImageRecord:
+        framing = self._framing(fields)
+        parsing = framing.parsing(self._parsing(fields, index, framing.photo_hw)) if mapped else None
         joints = fields["joints"] if framing.photo_hw == self.size else framing.joints(fields["joints"])
         if self.form != "moments":
             photo = decode_photo(fields["image"], name=self.images.place(index))

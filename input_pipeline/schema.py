@@ -72,7 +72,7 @@ BATCH_FIELDS: Mapping[str, Field] = {
     "target_joints": Field(("b", NUM_JOINTS, 3), "float32", "x, y in pixels, visible"),
     "target_pose": Field(("b", "h", "w", 3), "float32", "skeleton picture of the target pose, [0, 1]"),
     "source_parsing": Field(("s", "h", "w"), "uint8", "label of each source pixel, in the set's own ids"),
-    "target_parsing": Field(("b", "h", "w"), "uint8", "the same of the target: for metrics, never for the model"),
+    "target_parsing": Field(("b", "h", "w"), "uint8", "the same of the target: for metrics and losses, never for the model"),
     "class_on": Field(("b", MAX_CLASSES), "bool", "classes the target pose switches on (methods.md 1.5)"),
     "region_tokens": Field(
         ("s", MAX_CLASSES + 1, "e"),
@@ -99,10 +99,11 @@ _TRAINED_ON = {name: field for name, field in BATCH_FIELDS.items() if name != "t
 FORMS: Mapping[str, Mapping[str, Field]] = {
     "floats": BATCH_FIELDS,
     "bytes": _TRAINED_ON | _BYTES,
+    "bytes+maps": dict(BATCH_FIELDS) | _BYTES,
     "moments": _TRAINED_ON | _MOMENTS,
 }
 """How a batch travels. "floats" is what a Method sees. "bytes" is what training loads: a quarter of the memory to fill
-and to send, and made floats on the device (truepose_jax/train_step.py). "moments" has stored latents for photos."""
+and to send, and made floats on the device (truepose_jax/train_step.py); with the targets' maps where a loss reads them. "moments" has stored latents for photos."""
 
 LATENT_FACTOR = 8
 """Pixels per latent cell and side of stored latents."""

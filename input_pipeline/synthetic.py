@@ -59,7 +59,7 @@ def render(
     """One picture of one person, with its parsing map and joints.
 
     pose: a number of the built-in generator, or a Pose. size: (h, w) pixels, at least 32 high. patterns:
-    "all" | "solid" clothes. background: "all" | "plain" (a studio for everybody).
+    "all" | "solid" | "mixed" (of odd identities solid) clothes. background: "all" | "plain" (a studio for everybody).
     """
     who = draw_identity(seed=seed, split=split, identity=identity, patterns=patterns, background=background)
     number = pose if isinstance(pose, (int, np.integer)) else None

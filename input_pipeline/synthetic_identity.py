@@ -185,11 +185,14 @@ def _face(rng: np.random.Generator, skin: np.ndarray, feminine: bool) -> Face:
 
 @functools.lru_cache(maxsize=512)
 def draw_identity(*, seed: int, split: str, identity: int, patterns: str = "all", background: str = "all") -> Identity:
-    """The person with this number. patterns: "all" | "solid"; background: "all" | "plain"."""
+    """The person with this number. patterns: "all" | "solid" | "mixed" (odd numbers solid, even ones all); background:
+    "all" | "plain"."""
     if split not in SPLITS:
         raise InputError(f"split '{split}' is neither 'train' nor 'heldout'")
+    if patterns == "mixed":
+        patterns = "solid" if identity % 2 else "all"
     if patterns not in ("all", "solid") or background not in ("all", "plain"):
-        raise InputError(f"patterns '{patterns}' must be all or solid, background '{background}' all or plain")
+        raise InputError(f"patterns '{patterns}' must be all, solid or mixed, background '{background}' all or plain")
     if seed < 0 or not 0 <= identity < HELD_OUT_OFFSET:
         raise InputError(f"seed {seed} and identity {identity} must not be negative (identity below 2^40)")
     number = identity + HELD_OUT_OFFSET * SPLITS.index(split)

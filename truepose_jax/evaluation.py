@@ -19,7 +19,7 @@ from input_pipeline.parsing import label_set
 from input_pipeline.schema import ImageSet, InputError
 from truepose_jax import rng
 from truepose_jax.datasets import Dataset
-from truepose_jax.methods.base import Frozen, Method, Params
+from truepose_jax.methods.base import OF_KEPT, Frozen, Method, Params
 from truepose_jax.metrics.regions import group_mask, mean_psnr
 from truepose_jax.pictures import sheet, to_uint8
 from truepose_jax.sampling import Sampler, compiler_options
@@ -177,11 +177,13 @@ class Evaluator:
             loss, metrics = self._loss(params, frozen, put_whole_batch(self.mesh, piece), keys)
             count = float(piece["valid"].sum())
             total, weight = total + float(loss) * count, weight + count
-            norms.append({part: np.asarray(metrics[part]) for part in metrics if part.endswith("_rms")})
+            norms.append({part: np.asarray(metrics[part]) for part in metrics if part.startswith(OF_KEPT)})
             poll()
         names = [site.name for site in self.config.model.unet.sites]
         means = {part: np.mean([n[part] for n in norms], axis=0) for part in norms[0]}
-        found = {f"{part}/{site}": float(v) for part in means for site, v in zip(names, means[part], strict=True)}
+        found = {}
+        for part, mean in means.items():  # one number a site, or one of the half-cell head
+            found |= {f"{part}/{site}": float(v) for site, v in zip(names, mean, strict=True)} if mean.ndim else {part: float(mean)}
         return total / max(weight, 1.0), found
 
     def sheet(self, images: np.ndarray) -> np.ndarray:

@@ -31,6 +31,7 @@ from truepose_jax.conversion.safetensors_io import (
     weight_files,
 )
 from truepose_jax.conversion.weights_folder import CLIP_FOLDER
+from truepose_jax.models.patch_codec import PatchAutoencoder
 from truepose_jax.models.vae import Autoencoder, AutoencoderKLConfig, KLAutoencoder, PixelAutoencoder
 from truepose_jax.schema import ConfigError, ModelConfig
 
@@ -75,6 +76,12 @@ def load_autoencoder(config: ModelConfig) -> tuple[Autoencoder, dict[str, Any], 
     """
     if config.autoencoder == "pixels":
         return PixelAutoencoder(config.pixel_factor), {}, f"pixels-{config.pixel_factor}"
+    if config.autoencoder == "patches":
+        codec = PatchAutoencoder(config.patch_channels, config.vae)
+        try:
+            return codec, {}, codec.fingerprint
+        except (OSError, ValueError) as error:
+            raise ConfigError(f"config.model.vae={config.vae}: {error}; fit one by `prepare codec`") from error
     kind = KINDS["vae"]
     if not config.vae:
         raise ConfigError(f"{kind.setting} is empty and autoencoder 'sd15' needs weights; {kind.advice}")
@@ -100,6 +107,8 @@ def autoencoder_shapes(config: ModelConfig) -> tuple[Autoencoder, dict[str, Any]
     """(autoencoder, the shapes of its parameters) without any weights: SD1.5's where config.vae is empty."""
     if config.autoencoder == "pixels":
         return PixelAutoencoder(config.pixel_factor), {}
+    if config.autoencoder == "patches":
+        return PatchAutoencoder(config.patch_channels, config.vae), {}
     found = read_torch_config(config.vae, AutoencoderKLConfig.from_diffusers, "vae") if config.vae else None
     autoencoder = KLAutoencoder(*([found] if found else []), dtype=jnp.dtype(config.dtype))
     return autoencoder, jax.eval_shape(autoencoder.init, jax.random.key(0))

@@ -95,7 +95,9 @@ def batch_spec(config: Config, *, targets: int | None = None, form: str = "float
 
 def training_form(config: Config) -> str:
     """The form in which training's batches travel, a key of input_pipeline.schema.FORMS."""
-    return "moments" if config.data.latents == "stored" else "bytes"
+    if config.data.latents == "stored":
+        return "moments"
+    return "bytes+maps" if config.model.carry.head else "bytes"
 
 
 def abstract_state(config: Config, trainer: Trainer, mesh: Mesh) -> TrainState:

@@ -15,6 +15,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from truepose_jax.diffusion.schedule import Schedule
+from truepose_jax.models.carry import CarryConfig
 from truepose_jax.models.hpfa import FusionConfig
 from truepose_jax.models.unet import UNetConfig
 
@@ -51,7 +52,8 @@ class ClipConfig:
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
     """size: (height, width) in pixels. autoencoder "sd15": AutoencoderKL from the diffusers folder `vae`; "pixels":
-    space-to-depth by `pixel_factor`, no weights. positions "sincos": fixed 2-D sinusoids after both networks' conv_in,
+    space-to-depth by `pixel_factor`, no weights; "patches": `patch_channels` principal components of 4x4 pixels, of the file
+    `vae` or, where it is "", of the one that comes along (models/patch_codec.py). positions "sincos": fixed 2-D sinusoids after both networks' conv_in,
     for training from nothing (SD1.5's networks have learned places and take "none"). source_parsing "coverage": the
     source's parsing map is added there too, in SourceNet (not in the paper; "none"). dtype: compute dtype; parameters
     are float32."""
@@ -68,6 +70,17 @@ class ModelConfig:
     clip: ClipConfig
     remat: bool
     dtype: str
+    patch_channels: int = 24
+    carry: CarryConfig = CarryConfig()
+
+    @property
+    def latent_factor(self) -> int:
+        """Pixels per latent cell and side."""
+        return self.pixel_factor if self.autoencoder == "pixels" else 8
+
+    @property
+    def latent_channels(self) -> int:
+        return {"pixels": 3 * self.pixel_factor**2, "patches": 4 * self.patch_channels}.get(self.autoencoder, 4)
 
     @property
     def uses_clip(self) -> bool:
@@ -76,21 +89,43 @@ class ModelConfig:
 
     def __post_init__(self):
         _one_of("model.method", self.method, ("truepose",))
-        _one_of("model.autoencoder", self.autoencoder, ("sd15", "pixels"))
+        _one_of("model.autoencoder", self.autoencoder, ("sd15", "pixels", "patches"))
         _one_of("model.positions", self.positions, ("none", "sincos"))
         _one_of("model.source_parsing", self.source_parsing, ("none", "coverage"))
         _one_of("model.dtype", self.dtype, ("float32", "bfloat16"))
         _one_of("model.pixel_factor", self.pixel_factor, (2, 4, 8))
         _positive(model__size=min(self.size))
-        factor = self.pixel_factor if self.autoencoder == "pixels" else 8
+        if not 1 <= self.patch_channels <= 48:
+            raise ConfigError(f"config.model.patch_channels is {self.patch_channels}; it must be from 1 to 48")
+        factor, channels = self.latent_factor, self.latent_channels
         if any(side % factor for side in self.size):
             raise ConfigError(f"config.model.size is {self.size}; both sides must be divisible by {factor}")
-        channels = 3 * factor**2 if self.autoencoder == "pixels" else 4
         if (self.unet.in_channels, self.unet.out_channels) != (channels, channels):
             raise ConfigError(
                 f"config.model.unet.in_channels and out_channels are {self.unet.in_channels} and "
                 f"{self.unet.out_channels}; autoencoder {self.autoencoder!r} needs {channels}"
             )
+        if self.carry.head and self.autoencoder != "patches":
+            raise ConfigError("config.model.carry.head needs config.model.autoencoder 'patches': it composes pixels")
+        if self.carry.head and self.fusion.texture == "hpfa" and not self.fusion.cosine:
+            raise ConfigError("config.model.carry.head needs config.model.fusion.cosine: limb coordinates join its logits")
+
+
+@dataclasses.dataclass(frozen=True)
+class LossConfig:
+    """Weights of the training losses. latents: Eq. 2 / 10, the paper's only one. Ours, 0 in the paper's configurations: flow
+    (what HPFA and the half-cell head carry lies near the target's latents), pixels (of the decoded x0, and of its differences),
+    parsing (what the half-cell head predicts, and its alpha)."""
+
+    latents: float = 1.0
+    flow: float = 0.0
+    pixels: float = 0.0
+    parsing: float = 0.0
+
+    def __post_init__(self):
+        for name, value in dataclasses.asdict(self).items():
+            if not 0.0 <= value < float("inf"):
+                raise ConfigError(f"config.diffusion.losses.{name} is {value}; it must be 0 or more")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -104,8 +139,13 @@ class DiffusionConfig:
     steps: int
     spacing: str
     guidance: float
+    losses: LossConfig = LossConfig()
 
     def __post_init__(self):
+        if (self.losses.pixels or self.losses.parsing) and self.schedule.prediction != "x0":
+            raise ConfigError(
+                f"config.diffusion.schedule.prediction is {self.schedule.prediction!r}; losses.pixels and losses.parsing need 'x0'"
+            )
         _one_of("diffusion.spacing", self.spacing, ("leading", "trailing"))
         _positive(diffusion__timestep_power=self.timestep_power, diffusion__steps=self.steps)
         if not 0.0 <= self.drop_rate < 1.0:
@@ -126,7 +166,7 @@ class SyntheticConfig:
     heldout_poses_per_identity: int
 
     def __post_init__(self):
-        _one_of("data.synthetic.patterns", self.patterns, ("all", "solid"))
+        _one_of("data.synthetic.patterns", self.patterns, ("all", "solid", "mixed"))
         _one_of("data.synthetic.background", self.background, ("all", "plain"))
         _one_of("data.synthetic.framing", self.framing, ("all", "close"))
         _positive(
@@ -310,6 +350,13 @@ class Config:
                 "config.data.latents is 'stored' and config.model.fusion.features 'clip'; CLIP needs the photos: set "
                 "data.latents to 'off'"
             )
+        model, weighs = self.model, self.diffusion.losses
+        if model.carry.head and self.diffusion.schedule.prediction != "x0":
+            raise ConfigError("config.model.carry.head adds to x0: config.diffusion.schedule.prediction must be 'x0'")
+        if weighs.flow and not (model.fusion.carry_latents or model.carry.head):
+            raise ConfigError("config.diffusion.losses.flow needs config.model.fusion.carry_latents or config.model.carry.head")
+        if weighs.parsing and not model.carry.head:
+            raise ConfigError("config.diffusion.losses.parsing needs config.model.carry.head, which predicts it")
         if self.optim.layout == "flat" and (self.mesh.fsdp, self.mesh.tensor) != (1, 1):
             raise ConfigError("config.optim.layout 'flat' cannot be sharded: mesh.fsdp and mesh.tensor must be 1")
         micro = self.optim.accumulation * self.data.targets_per_source

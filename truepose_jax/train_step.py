@@ -14,7 +14,7 @@ from jax.sharding import PartitionSpec
 from jaxtyping import Array, Int
 
 from truepose_jax import noise_scale, rng
-from truepose_jax.methods.base import Batch, BatchSpec, Frozen, Method, Params
+from truepose_jax.methods.base import OF_KEPT, Batch, BatchSpec, Frozen, Method, Params
 from truepose_jax.optim import (
     Packing,
     ema_update,
@@ -200,13 +200,13 @@ class Trainer:
 
 def _summands(metrics: Mapping[str, Any], share: Any) -> dict[str, Any]:
     """What a part of a batch adds to the metrics of the whole. share: of the valid samples that are in it."""
-    weights = {name: metrics["kept"] if name.endswith("_rms") else share for name in metrics}
+    weights = {name: metrics["kept"] if name.startswith(OF_KEPT) else share for name in metrics}
     return {name: x if name.startswith("bin_") or name == "kept" else weights[name] * x for name, x in metrics.items()}
 
 
 def _of_sums(metrics: Mapping[str, Any]) -> dict[str, Any]:
-    """The metrics from the sum of all parts' summands: *_rms are means over the kept samples, of which a part may have none."""
-    return {name: x / jnp.maximum(metrics["kept"], 1.0) if name.endswith("_rms") else x for name, x in metrics.items()}
+    """The metrics from the sum of all parts' summands: those of OF_KEPT are means over the kept samples, of which a part may have none."""
+    return {name: x / jnp.maximum(metrics["kept"], 1.0) if name.startswith(OF_KEPT) else x for name, x in metrics.items()}
 
 
 def as_floats(batch: Batch) -> Batch:

@@ -32,3 +32,15 @@ def timestep_bins(values: Float[Array, " b"], weights: Float[Array, " b"], t: In
     # Masked, not multiplied: a NaN must stay in its own bin.
     sums = jnp.sum(jnp.where((weights[:, None] > 0) & (bins > 0), (values * weights)[:, None], 0.0), axis=0)
     return sums, weights @ bins
+
+
+def charbonnier(
+    prediction: Float[Array, "b H W 3"], target: Float[Array, "b H W 3"], *, smooth: float = 0.01
+) -> Float[Array, " b"]:
+    """sqrt(d^2 + smooth^2) of the pixels, and of their differences along x and along y: means, added; per sample."""
+
+    def mean(d):
+        return jnp.mean(jnp.sqrt(jnp.square(d) + smooth**2), axis=(1, 2, 3))
+
+    d = prediction - target
+    return mean(d) + mean(d[:, :, 1:] - d[:, :, :-1]) + mean(d[:, 1:] - d[:, :-1])

@@ -18,6 +18,9 @@ Frozen = Mapping[str, Any]
 Batch = Mapping[str, jax.Array]
 """input_pipeline/schema.py, BATCH_FIELDS, as device arrays."""
 
+OF_KEPT = ("hpfa_", "caa_", "carry_")
+"""Beginnings of the names of metrics that are means over the samples whose source was not dropped."""
+
 BatchSpec = Mapping[str, jax.ShapeDtypeStruct]
 
 
@@ -28,10 +31,12 @@ class Conditioning:
     pose: features of the target pose, kept in both branches of the guidance.
     sites: what each transformer block reads of the source, by site name; None where the source is dropped,
         so that the unconditional branch runs no source computation.
+    carry: what the half-cell head reads (models/carry.py); None where there is no head.
     """
 
     pose: Float[Array, "b h w c"]
     sites: Mapping[str, Any] | None
+    carry: Any = None
 
 
 class Method(Protocol):
@@ -63,13 +68,18 @@ class Method(Protocol):
         """Latents to images in [-1, 1] (clipped)."""
         ...
 
+    def carried(self, params: Params, frozen: Frozen, batch: Batch, latents: Float[Array, "b h w c"]) -> Array | None:
+        """The source seen through the last attention that reads it, as images [b H W 3], where the sample is `latents`: what
+        a sheet shows beside the picture. None for a network that has no such attention."""
+        ...
+
     def loss(
         self, params: Params, frozen: Frozen, batch: Batch, keys: jax.Array
     ) -> tuple[Float[Array, ""], Mapping[str, jax.Array]]:
         """The training loss and its metrics. Randomness (noise, timesteps, drops) comes from `keys` [b] alone, one
         key per target, so that however the batch is cut every sample meets the same noise.
 
-        Of metrics, bin_* and kept are sums, *_rms means over the kept samples, the others means over the valid ones."""
+        Of metrics, bin_* and kept are sums, those of OF_KEPT means over the kept samples, the others over the valid ones."""
         ...
 
     param_rules: tuple[tuple[str, tuple[str | None, ...]], ...]

@@ -5,20 +5,40 @@ from __future__ import annotations
 import dataclasses
 import functools
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Float
 
 from truepose_jax import rng
 from truepose_jax.diffusion import losses
 from truepose_jax.methods.base import BatchSpec, Conditioning
 from truepose_jax.methods.truepose_source import SourceReader, positions
+from truepose_jax.models.carry import (
+    Carried,
+    CarrySource,
+    CarryTarget,
+    carry_losses,
+    half_cells,
+    whole_cells,
+)
 from truepose_jax.models.clip import CLIPVisionConfig
+from truepose_jax.models.limbs import Limbs, limb_coordinates
+from truepose_jax.models.masks import coverage_levels
+from truepose_jax.models.patch_codec import PATCH
 from truepose_jax.models.pose_encoder import PoseEncoder
 from truepose_jax.models.source_net import without_gradient
 from truepose_jax.models.target_net import Fusion, target_net
+from truepose_jax.models.unet import HIDDEN
 from truepose_jax.models.vae import Autoencoder
 from truepose_jax.schema import DiffusionConfig, ModelConfig
 from truepose_jax.sharding import constrain
+
+HALF = -1
+"""Level of the half cells, beside the UNet's 0, 1, ..."""
+
+CARRY_FLOW = 1.5
+"""Weight of the half-cell head's flow beside one HPFA site's."""
 
 TENSOR_RULES = (
     (r"/(to_[qkv]|source_to_[qkv])/kernel$", (None, "tensor")),
@@ -31,7 +51,8 @@ TENSOR_RULES = (
 @dataclasses.dataclass(frozen=True)
 class TruePose:
     """The Method of TruePose. Parameters: source_net, target_net, fusion (the source side of HPFA and CAA),
-    pose_encoder; with model.source_parsing "coverage" also parsing_encoder. Frozen: autoencoder (empty for pixels).
+    pose_encoder; with model.source_parsing "coverage" also parsing_encoder, with model.carry.head also limb_encoder,
+    carry_source and carry_target (models/carry.py). Frozen: autoencoder (empty for pixels and patches).
 
     Its ablations are settings of model.fusion. With features "clip" (B1) there is no source_net but clip_source, and
     `clip` and frozen["clip"] are the network that sees the source; its `condition` needs photos, not latents.
@@ -58,7 +79,8 @@ class TruePose:
 
     @functools.cached_property
     def target_net(self):
-        return target_net(self.model.unet, self.model.fusion, remat=self.model.remat, dtype=self.dtype)
+        model = self.model
+        return target_net(model.unet, model.fusion, remat=model.remat, tap_hidden=model.carry.head, dtype=self.dtype)
 
     @functools.cached_property
     def fusion(self):
@@ -70,10 +92,22 @@ class TruePose:
 
     @functools.cached_property
     def no_decay(self) -> str:
-        parts = [without_gradient(self.model.unet)]
+        parts = [without_gradient(self.model.unet, tap_hidden=self.model.carry.head)]
         if self.model.fusion.alignment == "global":  # attn2 meets one key: its softmax is 1
             parts += [r"^target_net/.*/(norm2|attn2/to_q)/", r"^fusion/.*/attn2/to_k/"]
         return "|".join(parts)
+
+    @functools.cached_property
+    def limb_encoder(self):
+        """What limb coordinates add after both networks' conv_in."""
+        return nn.Dense(self.model.unet.block_out_channels[0], dtype=self.dtype)
+
+    @functools.cached_property
+    def carry_source(self):
+        return CarrySource(self.model.carry.width, dtype=self.dtype)
+
+    def carry_target(self, classes: int):
+        return CarryTarget(self.model.carry.width, self.autoencoder, classes, dtype=self.dtype)
 
     def latent_spec(self, image_hw):
         factor = self.autoencoder.factor
@@ -91,31 +125,85 @@ class TruePose:
         twin_key, fusion_key, pose_key = (rng.key(key, name) for name in ("twins", "fusion", "pose_encoder"))
         source = jnp.zeros((batch["source"].shape[0], *latents.shape[1:]))
         params = self.reader.init(key, twin_key, source, batch)
-        side = self.reader.read(params, {}, source, batch)
+        limbs, told = self._limbs(batch, latents), None
+        if self.model.carry.head:
+            context = limbs[0][1].context
+            params["limb_encoder"] = self.limb_encoder.init(rng.key(key, "limb_encoder"), context)["params"]
+            told = self._told(params, limbs, latents)
+        side = self._read(params, {}, source, batch, limbs, told)
         sites, fusion_params = self.fusion.init_with_output(fusion_key, side)
         pose, pose_params = self.pose_encoder.init_with_output(pose_key, batch["target_pose"])
         target_params = self.target_net.init(twin_key, latents, t, None, features=sites, after_conv_in=pose)["params"]
-        return params | {
+        params |= {
             "target_net": target_params,
             "fusion": fusion_params["params"],
             "pose_encoder": pose_params["params"],
         }
+        if self.model.carry.head:
+            inputs = side.hidden, half_cells(source), self._coverage(batch, "source"), *limbs[HALF]
+            carry, made = self.carry_source.init_with_output(rng.key(key, "carry_source"), *inputs)
+            params["carry_source"] = made["params"]
+            hidden = jnp.zeros((*latents.shape[:3], self.model.unet.block_out_channels[0]))
+            net = self.carry_target(batch["class_on"].shape[1])
+            params["carry_target"] = net.init(rng.key(key, "carry_target"), hidden, half_cells(latents), carry)["params"]
+        return params
 
-    def condition(self, params, frozen, batch, *, keep=None) -> Conditioning:
-        """keep [b]: 0 drops that sample's F' and region tokens together, at the features (A15)."""
+    def condition(self, params, frozen, batch, *, keep=None, shown=False) -> Conditioning:
+        """keep [b]: 0 drops that sample's F' and region tokens together, at the features (A15). shown: HPFA is given the
+        latents also where its configuration does not carry them, for `carried`."""
         latents = self.autoencoder.encode_mean(frozen.get("autoencoder"), batch["source"])
         latents = constrain(latents, "batch", "height", "width", "channels")
-        side = self.reader.read(params, frozen, latents, batch)
+        limbs = self._limbs(batch, latents)
+        told = self._told(params, limbs, latents) if limbs else None
+        side = self._read(params, frozen, latents, batch, limbs, told, shown=shown)
         sites = self.fusion.apply({"params": params["fusion"]}, side, keep)
         pose = self.pose_encoder.apply({"params": params["pose_encoder"]}, batch["target_pose"])
-        return Conditioning(pose=pose + positions(self.model, latents), sites=sites)
+        carry = None
+        if limbs:
+            pose = pose + told[1]
+            inputs = side.hidden, half_cells(latents), self._coverage(batch, "source"), *limbs[HALF]
+            carry = self.carry_source.apply({"params": params["carry_source"]}, *inputs, keep)
+        return Conditioning(pose=pose + positions(self.model, latents), sites=sites, carry=carry)
+
+    def _read(self, params, frozen, latents, batch, limbs, told, *, shown: bool = False):
+        carried = shown or self.model.fusion.carry_latents
+        told = told[0] if told else 0.0
+        return self.reader.read(params, frozen, latents, batch, limbs=limbs, told=told, carried=carried)
+
+    def _limbs(self, batch, latents) -> dict[int, tuple[Limbs, Limbs]] | None:
+        """(of the source, of the target) by UNet level, and of half cells as level HALF."""
+        if not self.model.carry.head:
+            return None
+        image_hw = batch["target_pose"].shape[1:3]
+        h, w = latents.shape[1:3]
+        cells = {HALF: (2 * h, 2 * w)}
+        cells |= {i: (-(-h // 2**i), -(-w // 2**i)) for i in range(len(self.model.unet.block_out_channels))}
+        return {
+            level: tuple(
+                limb_coordinates(batch[f"{who}_joints"], image_hw=image_hw, cells_hw=hw) for who in ("source", "target")
+            )
+            for level, hw in cells.items()
+        }
+
+    def _told(self, params, limbs, latents) -> tuple[Array, Array]:
+        """What SourceNet and TargetNet are told after conv_in."""
+        encode = functools.partial(self.limb_encoder.apply, {"params": params["limb_encoder"]})
+        return tuple(encode(x.context).reshape(-1, *latents.shape[1:3], self.limb_encoder.features) for x in limbs[0])
+
+    def _coverage(self, batch, who: str) -> Float[Array, "b n p"]:
+        """Of half cells."""
+        parsing, classes = batch[f"{who}_parsing"], batch["class_on"].shape[1]
+        (found,) = coverage_levels(parsing, num_classes=classes, factor=PATCH, levels=1)
+        return found.reshape(len(parsing), -1, classes)
 
     def null(self, conditioning: Conditioning) -> Conditioning:
         """No source at all; the pose stays (C of the paper does not list it)."""
-        return conditioning.replace(sites=None)
+        carry = None if conditioning.carry is None else conditioning.carry.dropped(None)
+        return conditioning.replace(sites=None, carry=carry)
 
     def _target(self, params, x_t, t, conditioning: Conditioning):
-        return self.target_net.apply(
+        """(prediction, signs of life by site, what the half-cell head carried or None)."""
+        output, signs = self.target_net.apply(
             {"params": params["target_net"]},
             x_t,
             t,
@@ -123,6 +211,13 @@ class TruePose:
             features=conditioning.sites,
             after_conv_in=conditioning.pose,
         )
+        if conditioning.carry is None:
+            return output, signs, None
+        net = self.carry_target(params["carry_target"]["parsing_out"]["bias"].shape[0])
+        carried: Carried = net.apply(
+            {"params": params["carry_target"]}, signs.pop(HIDDEN), half_cells(x_t), conditioning.carry
+        )
+        return output + whole_cells(carried.x0), signs, carried
 
     def denoise(self, params, x_t, t, conditioning):
         return self._target(params, x_t, t, conditioning)[0]
@@ -130,13 +225,28 @@ class TruePose:
     def decode(self, frozen, latents):
         return jnp.clip(self.autoencoder.decode(frozen.get("autoencoder"), latents), -1.0, 1.0)
 
-    def loss(self, params, frozen, batch, keys):
-        """Eq. 2 / 10 with the schedule's prediction, mean over the valid samples of the global batch.
+    def carried(self, params, frozen, batch, latents):
+        """See Method. Of the half-cell head, else of the last HPFA at the latent's own size."""
+        sites = [site for site in self.model.unet.sites if site.level == 0]
+        if not self.model.carry.head and (self.model.fusion.texture != "hpfa" or not sites):
+            return None
+        conditioning = self.condition(params, frozen, batch, shown=True)
+        _, signs, carried = self._target(params, latents, jnp.zeros((len(latents),), jnp.int32), conditioning)
+        if carried is not None:
+            return self.decode(frozen, whole_cells(carried.warp))
+        return self.decode(frozen, signs[sites[-1].name]["carried"].reshape(latents.shape))
 
-        Metrics: loss, bin_sums and bin_counts [NUM_BINS], kept, hpfa_rms (where there is HPFA) and caa_rms [sites] (updates'
-        root mean squares over the kept samples, whose number kept is).
+    def loss(self, params, frozen, batch, keys):
+        """Eq. 2 / 10 with the schedule's prediction, mean over the valid samples of the global batch; plus, where their weights
+        are not 0, what is ours: how far the carried latents lie from the target's (flow), the error of the pixels, and those
+        of the predicted parsing and alpha.
+
+        Metrics: loss (of the latents alone), bin_sums and bin_counts [NUM_BINS], kept, what each further loss is by its name;
+        of HPFA (where there is one) and CAA by site [sites]: hpfa_rms and caa_rms, the updates' root mean squares, hpfa_tokens,
+        the effective number of tokens that a query looks at, hpfa_inside, its share inside the mask; of the half-cell head
+        carry_tokens and carry_inside.
         """
-        schedule = self.diffusion.schedule
+        schedule, weighs = self.diffusion.schedule, self.diffusion.losses
         batch = _zero_invalid(batch)
 
         def per_sample(stream, sampler):
@@ -149,18 +259,40 @@ class TruePose:
         keep = (per_sample("drop", jax.random.uniform) >= self.diffusion.drop_rate).astype(jnp.float32)
 
         conditioning = self.condition(params, frozen, batch, keep=keep)
-        output, norms = self._target(params, schedule.add_noise(x0, eps, t), t, conditioning)
+        output, signs, carried = self._target(params, schedule.add_noise(x0, eps, t), t, conditioning)
         errors = losses.squared_error(output, schedule.regression_target(x0, eps, t))
         loss = losses.weighted_mean(errors, batch["valid"])
         bin_sums, bin_counts = losses.timestep_bins(errors, batch["valid"], t, schedule.steps)
         metrics = {"loss": loss, "bin_sums": bin_sums, "bin_counts": bin_counts}
         weights = keep * batch["valid"]
         metrics["kept"] = jnp.sum(weights)
-        for part in norms[self.model.unet.sites[0].name]:
-            metrics[f"{part}_rms"] = jnp.stack(
-                [losses.weighted_mean(norms[site.name][part], weights) for site in self.model.unet.sites]
+
+        more = {}
+        if weighs.pixels:
+            shown = self.autoencoder.decode(frozen.get("autoencoder"), x0)
+            more["pixels"] = losses.charbonnier(self.autoencoder.decode(frozen.get("autoencoder"), output), shown)
+        if weighs.flow:
+            at_full = [signs[site.name].get("carried") for site in self.model.unet.sites if site.level == 0]
+            at_full = [x for x in at_full if x is not None]
+            flows = [losses.squared_error(x.reshape(x0.shape), x0) for x in at_full]
+            more["flow"] = sum(flows, start=jnp.zeros(len(x0))) * keep
+        if carried is not None:
+            of_head = carry_losses(carried, half_cells(x0), batch["target_parsing"], self._coverage(batch, "target"))
+            more["parsing"] = of_head["parsing"]
+            if weighs.flow:
+                more["flow"] += CARRY_FLOW * of_head["flow"] * keep
+            for name, value in carried.account.items():
+                metrics[f"carry_{name}"] = losses.weighted_mean(value, weights)
+        total = weighs.latents * loss
+        for name, values in more.items():
+            metrics[name] = losses.weighted_mean(values, batch["valid"])
+            total += getattr(weighs, name) * metrics[name]
+
+        for part in (name for name in signs[self.model.unet.sites[0].name] if name != "carried"):
+            metrics[part] = jnp.stack(
+                [losses.weighted_mean(signs[site.name][part], weights) for site in self.model.unet.sites]
             )
-        return loss, jax.lax.stop_gradient(metrics)
+        return total, jax.lax.stop_gradient(metrics)
 
 
 def _zero_invalid(batch):

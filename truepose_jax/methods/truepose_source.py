@@ -17,9 +17,11 @@ from truepose_jax.models.clip import CLIPVisionConfig
 from truepose_jax.models.clip_source import ClipSource, clip_patches
 from truepose_jax.models.hpfa import SourceAttention
 from truepose_jax.models.layers import position_sinusoids
-from truepose_jax.models.masks import coverage_levels, parsing_mask
+from truepose_jax.models.limbs import Limbs
+from truepose_jax.models.masks import coverage_levels, mean_levels, parsing_mask
 from truepose_jax.models.source_net import ParsingEncoder, self_attention_of, source_features, source_net
 from truepose_jax.models.target_net import SourceSide
+from truepose_jax.models.unet import HIDDEN
 from truepose_jax.schema import ModelConfig
 
 
@@ -47,7 +49,10 @@ class SourceReader:
 
     @functools.cached_property
     def source_net(self):
-        return source_net(self.model.unet, self.model.fusion, remat=self.model.remat, dtype=self.dtype)
+        model = self.model
+        return source_net(
+            model.unet, model.fusion, remat=model.remat, tap_hidden=model.carry.head, dtype=self.dtype
+        )
 
     @functools.cached_property
     def parsing_encoder(self):
@@ -79,19 +84,31 @@ class SourceReader:
             params["parsing_encoder"] = self.parsing_encoder.init(rng.key(key, "parsing_encoder"), coverage)["params"]
         return params
 
-    def read(self, params: Params, frozen: Frozen, latents: Float[Array, "s h w c"], batch: Batch) -> SourceSide:
-        """One row per target: sources repeat for their targets. frozen without "clip" (init): CLIP sees nothing."""
+    def read(
+        self,
+        params: Params,
+        frozen: Frozen,
+        latents: Float[Array, "s h w c"],
+        batch: Batch,
+        *,
+        limbs: Mapping[int, tuple[Limbs, Limbs]] | None = None,
+        told: Float[Array, "s h w d"] | float = 0.0,
+        carried: bool = False,
+    ) -> SourceSide:
+        """One row per target: sources repeat for their targets. frozen without "clip" (init): CLIP sees nothing. limbs: of
+        the source and the target, by level. told: added after SourceNet's conv_in. carried: HPFA is given the latents.
+        """
         b, s = batch["target_pose"].shape[0], latents.shape[0]
         each = functools.partial(jnp.repeat, repeats=b // s, axis=0)
         coverages = self._coverages(batch)
         masks = [parsing_mask(each(c), batch["class_on"]) for c in coverages]
         tokens, present = batch["region_tokens"], batch["region_valid"]
-        attention = None
+        attention = hidden = None
         if self.model.uses_clip:
             features = self._clip_features(params, frozen, latents, batch, coverages)
         elif self.model.fusion.source_attention == "inplace":
             # M depends on the target's pose, so SourceNet runs for every target, and its taps are per target.
-            extra = self._after_conv_in(params, latents, coverages[0])
+            extra = told + self._after_conv_in(params, latents, coverages[0])
             taps = source_features(
                 self.source_net,
                 params["source_net"],
@@ -100,6 +117,7 @@ class SourceReader:
                 after_conv_in=each(extra) if jnp.ndim(extra) == 4 else extra,
                 masks=self._by_site(masks),
             )
+            hidden = taps.pop(HIDDEN, None)
             features = {name: tap.fused for name, tap in taps.items()}
             attention = {name: tap.attention for name, tap in taps.items()}
         else:
@@ -108,8 +126,9 @@ class SourceReader:
                 params["source_net"],
                 latents,
                 tokens[:, -1],
-                after_conv_in=self._after_conv_in(params, latents, coverages[0]),
+                after_conv_in=told + self._after_conv_in(params, latents, coverages[0]),
             )
+            hidden = features.pop(HIDDEN, None)
             if self.model.fusion.texture == "concat":
                 attention = self._own_attention(params, features, each)
         if self.model.fusion.source_attention == "side":
@@ -122,7 +141,13 @@ class SourceReader:
             tokens=each(tokens[:, :-1]),
             present=each(present[:, :-1]),
             whole=each(tokens[:, -1]),
+            latents=[each(level) for level in mean_levels(latents, self._levels)] if carried else None,
+            limbs=None if limbs is None else self._limb_features(limbs, each),
+            hidden=hidden,
         )
+
+    def _limb_features(self, limbs: Mapping[int, tuple[Limbs, Limbs]], each) -> list[tuple[Array, Array]]:
+        return [(each(limbs[i][0].features), limbs[i][1].features) for i in range(self._levels)]
 
     def _coverages(self, batch: Batch) -> list[Float[Array, "s h w p"]]:
         classes = batch["class_on"].shape[1]

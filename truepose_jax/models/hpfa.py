@@ -6,6 +6,7 @@ import dataclasses
 from typing import NamedTuple
 
 import flax.linen as nn
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
@@ -28,11 +29,17 @@ def identity(key, shape, dtype=jnp.float32):
 
 
 class KeysValues(NamedTuple):
-    """Keys and values [b m g d] that TargetNet's queries meet, and which keys exist ([b m], None: all)."""
+    """Keys and values [b m g d] that TargetNet's queries meet, and which keys exist ([b m], None: all).
+
+    Of HPFA also: latents [b m e], the source's own, which its softmax carries beside the values; limbs [b n l], what is
+    joined to the queries; inside [b m], the mask M, for what is logged."""
 
     k: Array
     v: Array
     key_mask: Array | None = None
+    latents: Array | None = None
+    limbs: Array | None = None
+    inside: Array | None = None
 
 
 class SourceAttention(NamedTuple):
@@ -60,6 +67,11 @@ class FusionConfig:
     What we decided by reading, for the sweeps of benchmarks/ablation.py:
     source_attention (A5): Eq. 7 is a branch beside SourceNet's self-attention, or "inplace": it is that self-attention.
     score (A17): what of the source attention is averaged per region: A', A' with Eq. 6's weights, or its softmax.
+
+    What is ours and not the paper's, off there:
+    carry_latents: Eq. 8's softmax also carries the source's latents, each head's joined to its features before to_out_0.
+    cosine: Eq. 8's queries and keys are normalised, and their cosine is scaled by a learned number per head.
+    residual: H = F' + H' makes Eq. 8's keys and values, not H' alone.
     """
 
     regions: int = 2
@@ -74,6 +86,9 @@ class FusionConfig:
     mask_axis: str = "key"
     init: str = "random"
     out_init: str = "zeros"
+    carry_latents: bool = False
+    cosine: bool = False
+    residual: bool = False
 
     def __post_init__(self):
         choices = {
@@ -96,10 +111,17 @@ class FusionConfig:
             raise ValueError("source_attention 'inplace' needs features 'source_net' and texture 'hpfa'")
         if self.features == "clip" and self.texture != "hpfa":
             raise ValueError("features 'clip' needs texture 'hpfa': no self-attention of theirs could be joined")
+        if (self.carry_latents or self.cosine or self.residual) and self.texture != "hpfa":
+            raise ValueError("carry_latents, cosine and residual are settings of HPFA; texture 'concat' has none")
 
     @property
     def is_paper(self) -> bool:
-        """Whether these are the method's own modules, which have a form in PyTorch; an ablation or reading is not."""
+        """Whether these are the method's own modules and equations; an ablation or reading is not, nor what is ours."""
+        return self.is_whole and not (self.carry_latents or self.cosine or self.residual)
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether no module is exchanged for another, as the ablations and readings do."""
         mine = (self.features, self.texture, self.alignment, self.source_attention, self.score)
         return mine == ("source_net", "hpfa", "caa", "side", "logits")
 
@@ -120,7 +142,8 @@ class HPFASource(nn.Module):
     """Eq. 6, 7 and the keys and values of Eq. 8, from SourceNet's features F' [b n c] and the mask M [b n].
 
     keep [b]: 0 drops a sample: its F' is taken as zero, so its keys and values are exactly zero (no bias before
-    Eq. 8, methods.md A15). inplace (A5): H' and A' of SourceNet's own attention, in place of F' and Eq. 7 here.
+    Eq. 8, methods.md A15). inplace (A5): H' and A' of SourceNet's own attention, in place of F' and Eq. 7 here. latents
+    [b n e]: the source's, to be carried. limbs: coordinates of the source's and of the target's cells (models/limbs.py).
     """
 
     site: Site
@@ -134,42 +157,130 @@ class HPFASource(nn.Module):
         mask: Bool[Array, "b n"],
         keep: Float[Array, " b"] | None = None,
         inplace: SourceAttention | None = None,
+        latents: Float[Array, "b n e"] | None = None,
+        limbs: tuple[Float[Array, "b n l"], Float[Array, "b n l"]] | None = None,
     ) -> tuple[KeysValues, SourceAttention]:
         c = self.config
 
         def dense(name):
             return nn.Dense(features.shape[-1], use_bias=False, dtype=self.dtype, name=name, **c.square_init)
 
+        def kept(x):
+            return x if keep is None else x * keep.reshape(-1, *[1] * (x.ndim - 1)).astype(x.dtype)
+
         if inplace is not None:
             undropped = inplace
-            fused = features if keep is None else features * keep[:, None, None].astype(features.dtype)
+            fused = kept(features)
         else:
             q, k, v = (split_heads(dense(f"source_to_{x}")(features), self.site.heads) for x in "qkv")
             undropped = SourceAttention(q, k)
-            if keep is not None:
-                q, k, v = (x * keep[:, None, None, None].astype(x.dtype) for x in (q, k, v))
-            fused = merge_heads(reweighted(c, q, k, v, mask))
-        return KeysValues(*(split_heads(dense(name)(fused), self.site.heads) for name in ("to_k", "to_v"))), undropped
+            fused = merge_heads(reweighted(c, *map(kept, (q, k, v)), mask))
+            if c.residual:
+                fused = fused + kept(features)
+        k, v = (split_heads(dense(name)(fused), self.site.heads) for name in ("to_k", "to_v"))
+        if c.cosine:
+            k = unit(k)
+        queries = None
+        if limbs is not None:
+            project = nn.Dense(LIMB_WIDTH, use_bias=False, dtype=self.dtype, name="limbs")
+            keys, queries = (unit(project(x)) for x in limbs)
+            k = jnp.concatenate([k, _every_head(keys, self.site.heads)], axis=-1)
+        latents = None if latents is None else kept(latents).astype(v.dtype)
+        return KeysValues(k, v, latents=latents, limbs=queries, inside=mask), undropped
 
 
 class HPFA(nn.Module):
     """Eq. 8 in TargetNet: queries from the normed hidden state, keys and values from HPFASource.
 
-    Returns the update to add to the hidden state. `source` None (dropped): exactly the output projection's bias,
-    which is also what zero keys and values give.
+    Returns the update to add to the hidden state, and what the attention did (`attention_account`; with latents "carried"
+    [b n e] too, theirs by the mean of all heads). `source` None (dropped): exactly the output projection's bias, which is
+    also what zero keys and values give.
     """
 
     site: Site
     config: FusionConfig
+    latent_channels: int = 0
     dtype: jnp.dtype = jnp.float32
 
     @nn.compact
-    def __call__(self, x: Float[Array, "b n c"], source: KeysValues | None) -> Float[Array, "b n c"]:
-        width = x.shape[-1]
-        out_init = {"kernel_init": nn.initializers.zeros} if self.config.out_init == "zeros" else {}
+    def __call__(
+        self, x: Float[Array, "b n c"], source: KeysValues | None
+    ) -> tuple[Float[Array, "b n c"], dict[str, Array]]:
+        width, heads, c = x.shape[-1], self.site.heads, self.config
+        out_init = {"kernel_init": nn.initializers.zeros} if c.out_init == "zeros" else {}
         out = nn.Dense(width, dtype=self.dtype, name="to_out_0", **out_init)
         if source is None:
-            return out(jnp.zeros((x.shape[0], 1, width), x.dtype))
+            joined = width + c.carry_latents * heads * self.latent_channels
+            return out(jnp.zeros((x.shape[0], 1, joined), x.dtype)), {}
         normed = layer_norm(self.dtype, "norm")(x)
-        q = nn.Dense(width, use_bias=False, dtype=self.dtype, name="to_q", **self.config.square_init)(normed)
-        return out(merge_heads(api.attention(split_heads(q, self.site.heads), source.k, source.v)))
+        q = nn.Dense(width, use_bias=False, dtype=self.dtype, name="to_q", **c.square_init)(normed)
+        q = split_heads(q, heads)
+        if c.cosine:
+            q = unit(q) * self._scale("cosine_scale", CONTENT_LOGIT if source.limbs is None else CONTENT_LOGIT / 2)
+            if source.limbs is not None:
+                limbs = _every_head(source.limbs, heads) * self._scale("limb_scale", CONTENT_LOGIT)
+                q = jnp.concatenate([q, limbs], axis=-1)
+        scale = 1.0 if c.cosine else self.site.head_dim**-0.5
+        account = attention_account(q * scale, source.k, source.inside)
+        values = source.v
+        if source.latents is not None:
+            values = jnp.concatenate([values, _every_head(source.latents, heads)], axis=-1)
+        found = attention_of_widths(q, source.k, values, scaled=c.cosine)
+        features, carried = jnp.split(found, [source.v.shape[-1]], axis=-1)
+        if source.latents is not None:
+            account["carried"] = jnp.mean(carried, axis=2)
+        joined = [merge_heads(features)] + ([merge_heads(carried)] if c.carry_latents else [])
+        return out(jnp.concatenate(joined, axis=-1)), account
+
+    def _scale(self, name: str, at_birth: float) -> Array:
+        made = self.param(name, lambda _: jnp.full((self.site.heads, 1), jnp.log(at_birth)))
+        return jnp.exp(made).astype(self.dtype)
+
+
+LIMB_WIDTH = 48
+"""Of the projected limb coordinates that are joined to queries and keys."""
+
+CONTENT_LOGIT = 10.0
+"""Logit of cosine 1 at birth."""
+
+SAMPLED_QUERIES = 64
+"""Queries per image that the account of an attention is made of."""
+
+
+def unit(x: Float[Array, "... d"]) -> Float[Array, "... d"]:
+    """Each vector at length 1; zero stays zero."""
+    return x * jax.lax.rsqrt(jnp.sum(jnp.square(x), axis=-1, keepdims=True) + 1e-6)
+
+
+def _every_head(x: Float[Array, "b n d"], heads: int) -> Float[Array, "b n g d"]:
+    return jnp.broadcast_to(x[:, :, None], (*x.shape[:2], heads, x.shape[-1]))
+
+
+def attention_of_widths(
+    q: Float[Array, "b n g d"], k: Float[Array, "b m g d"], v: Float[Array, "b m g e"], *, scaled: bool = True
+) -> Float[Array, "b n g e"]:
+    """softmax(q k^T) v with values of any width; not scaled: q is still to be divided by sqrt d."""
+    d, e = q.shape[-1], v.shape[-1]
+    width = max(d, e)
+
+    def padded(x):
+        return jnp.pad(x, ((0, 0), (0, 0), (0, 0), (0, width - x.shape[-1])))
+
+    # api.attention divides by the square root of the padded width.
+    factor = width**0.5 if scaled else (width / d) ** 0.5
+    return api.attention(padded(q * factor), padded(k), padded(v))[..., :e]
+
+
+def attention_account(
+    q: Float[Array, "b n g d"], k: Float[Array, "b m g d"], inside: Bool[Array, "b m"]
+) -> dict[str, Float[Array, " b"]]:
+    """What a softmax(q k^T) looks at, from SAMPLED_QUERIES queries at even distances, the mean of all heads.
+
+    "tokens": effective number of tokens, exp of the entropy, from 1 to m. "inside": share that falls inside the mask."""
+    n = q.shape[1]
+    chosen = jnp.arange(min(n, SAMPLED_QUERIES)) * n // min(n, SAMPLED_QUERIES)
+    q, k = (jax.lax.stop_gradient(x).astype(jnp.float32) for x in (q[:, chosen], k))
+    p = jax.nn.softmax(jnp.einsum("bngd,bmgd->bgnm", q, k), axis=-1)
+    entropy = -jnp.sum(p * jnp.log(jnp.maximum(p, 1e-30)), axis=-1)
+    share = jnp.einsum("bgnm,bm->bgn", p, inside.astype(jnp.float32))
+    return {"tokens": jnp.mean(jnp.exp(entropy), axis=(1, 2)), "inside": jnp.mean(share, axis=(1, 2))}

@@ -55,3 +55,13 @@ def parsing_mask(coverage: Float[Array, "b h w p"], class_on: Bool[Array, "b p"]
     best = jax.nn.one_hot(jnp.argmax(cells, axis=1), h * w, axis=1, dtype=jnp.bool_)
     rescued = best & (class_on & present)[:, None, :]
     return mask | jnp.any(rescued, axis=-1)
+
+
+def mean_levels(cells: Float[Array, "b h w c"], levels: int) -> list[Float[Array, "b n c"]]:
+    """The cells and their means over 2 x 2, 4 x 4, ... for `levels` UNet levels, row by row; at an edge the mean of what is there."""
+    sums, counts, found = cells, jnp.ones((1, *cells.shape[1:3], 1)), []
+    for level in range(levels):
+        if level:
+            sums, counts = _sum_pool(sums, 2), _sum_pool(counts, 2)
+        found.append((sums / counts).reshape(len(cells), -1, cells.shape[-1]))
+    return found

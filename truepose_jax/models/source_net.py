@@ -22,7 +22,9 @@ from truepose_jax.models.hpfa import FusionConfig, SourceAttention, reweighted
 from truepose_jax.models.unet import UNet2DCondition, UNetConfig
 
 
-def source_net(config: UNetConfig, fusion: FusionConfig, *, remat: bool = False, dtype=jnp.float32) -> UNet2DCondition:
+def source_net(
+    config: UNetConfig, fusion: FusionConfig, *, remat: bool = False, tap_hidden: bool = False, dtype=jnp.float32
+) -> UNet2DCondition:
     """An SD1.5 UNet with its own blocks, so that SD1.5's weights are its weights; taps are F'. With
     fusion.source_attention "inplace" its self-attention is Eq. 7 (the same weights): `features` are then the masks M
     [b n] by site, and taps are InplaceTap."""
@@ -32,7 +34,7 @@ def source_net(config: UNetConfig, fusion: FusionConfig, *, remat: bool = False,
         def make_block(site: Site, *, name: str) -> nn.Module:
             return InplaceBlock(site.heads, fusion, dtype=dtype, name=name)
 
-    return UNet2DCondition(config, make_block, remat=remat, dtype=dtype)
+    return UNet2DCondition(config, make_block, remat=remat, tap_hidden=tap_hidden, dtype=dtype)
 
 
 class InplaceTap(NamedTuple):
@@ -123,10 +125,14 @@ def source_features(
     return taps
 
 
-def without_gradient(config: UNetConfig) -> str:
+def without_gradient(config: UNetConfig, *, tap_hidden: bool = False) -> str:
     """Regex of SourceNet parameters that never get a gradient: those that no tap depends on, which come after the last
-    block's norm1 (A14), and those of the queries and keys that meet one context token alone, where softmax is 1 (A12).
+    block's norm1 (A14; with tap_hidden the last convolution alone), and those of the queries and keys that meet one context
+    token alone, where softmax is 1 (A12).
     """
+    one_token = r".*/transformer_blocks_\d+/(norm2|attn2/to_[qk])"
+    if tap_hidden:
+        return f"^source_net/(conv_out|{one_token})/"
     block, attention, transformer = site_path(config.sites[-1])
     last = f"{block}/{attention}"
     ups = range(len(config.up_block_types))
@@ -139,6 +145,6 @@ def without_gradient(config: UNetConfig) -> str:
         *(["mid_block/resnets_1"] if block == "mid_block" else []),
         "conv_norm_out",
         "conv_out",
-        r".*/transformer_blocks_\d+/(norm2|attn2/to_[qk])",
+        one_token,
     ]
     return f"^source_net/({'|'.join(parts)})/"

@@ -32,7 +32,9 @@ class SiteFeatures(NamedTuple):
 class SourceSide(NamedTuple):
     """What the fusion modules are given: F' [b n c] by site; A' by site where SourceNet's own attention serves for it
     (None: HPFA makes it); masks M [b n] and coverages [b n p] by UNet level; the regions' tokens [b p e], which of them
-    are present [b p], and the whole image's token [b e]. One row per target."""
+    are present [b p], and the whole image's token [b e]. Where they are carried or shown, the source's latents [b n c]; where
+    limbs guide the attention, coordinates of the source's and the target's cells (both by UNet level). One row per target, but for hidden [s h w d],
+    SourceNet's last hidden state, where the half-cell head reads it."""
 
     features: dict[str, Array]
     attention: dict[str, SourceAttention] | None
@@ -41,6 +43,9 @@ class SourceSide(NamedTuple):
     tokens: Array
     present: Array
     whole: Array
+    latents: list[Array] | None = None
+    limbs: list[tuple[Array, Array]] | None = None
+    hidden: Array | None = None
 
 
 class Fusion(nn.Module):
@@ -74,7 +79,8 @@ class _FusionSite(nn.Module):
         attention = None if source.attention is None else source.attention[site.name]
         if config.texture == "hpfa":
             hpfa = HPFASource(site, config, dtype=self.dtype, name="hpfa")
-            texture, attention = hpfa(features, mask, keep, inplace=attention)
+            latents, limbs = (None if x is None else x[site.level] for x in (source.latents, source.limbs))
+            texture, attention = hpfa(features, mask, keep, attention, latents, limbs)
         else:
             texture = SourceTokens(features, keep)
         if config.alignment == "global":
@@ -93,31 +99,35 @@ class TruePoseBlock(nn.Module):
     """attn1, HPFA, CAA (as attn2), feed-forward; each normed first and added (A7 to A9). features None: dropped.
 
     config.texture "concat" (ablations B2 and B4): no HPFA; attn1's own projections also make keys and values of F',
-    beside those of the hidden state (AnimateAnyone's spatial attention).
+    beside those of the hidden state (AnimateAnyone's spatial attention). latent_channels: of latents that HPFA carries.
     """
 
     site: Site
     config: FusionConfig
+    latent_channels: int = 0
     dtype: jnp.dtype = jnp.float32
 
     @nn.compact
     def __call__(
         self, x: Float[Array, "b n c"], context: None, features: SiteFeatures | None
     ) -> tuple[Float[Array, "b n c"], dict[str, Float[Array, " b"]]]:
-        """Returns the hidden state and the root-mean-square of each update, a sign of life of its path."""
+        """Returns the hidden state and signs of life of both paths: each update's root mean square ("hpfa_rms", "caa_rms"), and
+        HPFA's account ("hpfa_tokens", "hpfa_inside", and "carried" where latents are)."""
         texture, caa = (None, None) if features is None else features
-        norms = {}
+        signs = {}
         normed = layer_norm(self.dtype, "norm1")(x)
         attn1 = Attention(self.site.heads, dtype=self.dtype, name="attn1")
         if self.config.texture == "hpfa":
             x = x + attn1(normed)
-            from_hpfa = HPFA(self.site, self.config, dtype=self.dtype, name="hpfa")(x, texture)
-            x, norms["hpfa"] = x + from_hpfa, _rms(from_hpfa)
+            hpfa = HPFA(self.site, self.config, self.latent_channels, dtype=self.dtype, name="hpfa")
+            from_hpfa, account = hpfa(x, texture)
+            x, signs["hpfa_rms"] = x + from_hpfa, _rms(from_hpfa)
+            signs |= {name if name == "carried" else f"hpfa_{name}": value for name, value in account.items()}
         else:
             x = x + attn1(normed, *_beside(normed, texture))
         from_caa = CAA(self.site, dtype=self.dtype, name="attn2")(layer_norm(self.dtype, "norm2")(x), caa)
-        x, norms["caa"] = x + from_caa, _rms(from_caa)
-        return x + FeedForward(dtype=self.dtype, name="ff")(layer_norm(self.dtype, "norm3")(x)), norms
+        x, signs["caa_rms"] = x + from_caa, _rms(from_caa)
+        return x + FeedForward(dtype=self.dtype, name="ff")(layer_norm(self.dtype, "norm3")(x)), signs
 
 
 def _beside(x: Float[Array, "b n c"], source: SourceTokens | None) -> tuple[Array, Bool[Array, "b m"] | None]:
@@ -137,11 +147,13 @@ def _rms(x: Float[Array, "b n c"]) -> Float[Array, " b"]:
     return jnp.sqrt(jnp.mean(jnp.square(x.astype(jnp.float32)), axis=(1, 2)))
 
 
-def target_net(unet: UNetConfig, config: FusionConfig, *, remat: bool = False, dtype=jnp.float32) -> UNet2DCondition:
+def target_net(
+    unet: UNetConfig, config: FusionConfig, *, remat: bool = False, tap_hidden: bool = False, dtype=jnp.float32
+) -> UNet2DCondition:
     """SD1.5's UNet with TruePose blocks. Its call's `features` are Fusion's result, or None where dropped; its taps
-    are {"hpfa", "caa"} output norms."""
+    are TruePoseBlock's signs of life."""
 
     def make_block(site: Site, *, name: str) -> nn.Module:
-        return TruePoseBlock(site, config, dtype=dtype, name=name)
+        return TruePoseBlock(site, config, unet.in_channels, dtype=dtype, name=name)
 
-    return UNet2DCondition(unet, make_block, remat=remat, dtype=dtype)
+    return UNet2DCondition(unet, make_block, remat=remat, tap_hidden=tap_hidden, dtype=dtype)

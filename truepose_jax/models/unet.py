@@ -262,18 +262,24 @@ class UpBlock(_UNetPart):
         return x, taps
 
 
+HIDDEN = "hidden"
+"""Name of the one tap that is no site's."""
+
+
 class UNet2DCondition(nn.Module):
     """SD1.5's denoising UNet: (x [b h w c], t [b], context) -> (prediction [b h w out], {site name: tap}).
 
     context: passed as it is to every block (SD1.5: [b m 768]). features: {site name: anything} for blocks that read
     another network, or None. after_conv_in: [b h w block_out_channels[0]] or one for all rows, added to conv_in's
     output (pose features, positions).
-    remat: recompute each resnet and transformer block in the backward pass.
+    remat: recompute each resnet and transformer block in the backward pass. tap_hidden: what the last convolution reads
+    [b h w block_out_channels[0]] is among the taps, as HIDDEN.
     """
 
     config: UNetConfig
     make_block: MakeBlock
     remat: bool = False
+    tap_hidden: bool = False
     dtype: jnp.dtype = jnp.float32
 
     @nn.compact
@@ -307,4 +313,6 @@ class UNet2DCondition(nn.Module):
             x, new = UpBlock(index=i, name=f"up_blocks_{i}", **shared)(x, skips, temb, context, features)
             taps |= new
         x = nn.silu(group_norm(c.norm_num_groups, c.norm_eps, self.dtype, "conv_norm_out")(x))
+        if self.tap_hidden:
+            taps[HIDDEN] = x
         return conv3x3(c.out_channels, self.dtype, "conv_out", zero_init=True)(x).astype(jnp.float32), taps

@@ -27,17 +27,20 @@ from truepose_jax.sharding import LOGICAL_AXES
 
 MASK_AXES = ("key", "query", "outer", "none")
 READINGS = ("printed", "prose")
-IMPLEMENTATIONS = ("reference", "xla", "pallas_tpu", "pallas_gpu", "cudnn")
+IMPLEMENTATIONS = ("reference", "xla", "per_image", "pallas_tpu", "pallas_gpu", "cudnn")
 """Modules of this folder. All but the first have attend(q, k, v, rows) with the rows of key_rows.py and refuses(...), which
 says what of a call they cannot take."""
 UNVERIFIED = ("pallas_gpu", "cudnn")
 """Never run on the hardware they are for: only by name."""
 
-LEAST_LOGITS = 1_000_000
-"""Queries x keys from which `xla` is chosen over `reference` on CPU and GPU. Measured on one CPU core, 8 heads of 40, both in
-one run, `xla` / `reference` forward and with gradients: 48 tokens 0.9 and 0.9, 192: 1.05 and 1.15, 704: 1.3 and 0.65,
-2816: 0.75 and 0.7 (plain attention 0.7 and 0.7). So at 704 tokens it would help training and slow down sampling. On GPU not
-measured; below it the logits of one image's eight heads take under 32 MB."""
+LEAST_LOGITS = {"cpu": 30_000, "gpu": 1_000_000}
+"""Queries x keys from which `reference` is left. On CPU its softmax passes over a whole batch's logits held the training step;
+on GPU not measured: below it the logits of one image's eight heads take under 32 MB."""
+MOST_LOGITS_PER_IMAGE = 1_500_000
+"""Queries x keys up to which a CPU takes images one by one. Time with gradients on one core, `per_image` / `xla` /
+`reference`: 768 tokens, 12 images, 1 head of 92: 140, 212, 246 ms; 704 tokens, 2 images, 8 heads of 40: 80, 88, 129; 2816
+tokens: 2046, 1559, 2645; 192 tokens, 12 images, 1 head of 144: 14, 17, 18; of 48: 5, 5, 17. Forward alone: 33, 57, 50 ms at
+768 tokens."""
 LEAST_TPU_LENGTH = 128
 """Queries and keys from which `pallas_tpu` is chosen: one tile of lanes. Not measured."""
 
@@ -168,7 +171,9 @@ def _kernel(name: str) -> ModuleType:
 def _suited(backend: str, n: int, m: int) -> str:
     if backend == "tpu":
         return "pallas_tpu" if min(n, m) >= LEAST_TPU_LENGTH else "reference"
-    return "xla" if n * m >= LEAST_LOGITS else "reference"
+    if n * m < LEAST_LOGITS.get(backend, LEAST_LOGITS["gpu"]):
+        return "reference"
+    return "per_image" if backend == "cpu" and n * m <= MOST_LOGITS_PER_IMAGE else "xla"
 
 
 @functools.cache

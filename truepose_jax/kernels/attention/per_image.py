@@ -1,0 +1,43 @@
+"""Attention one image and head after the other in plain JAX, for CPUs: one image's logits stay in the cache, where those of a
+whole batch do not. Gradients recompute them, so that memory never holds more than one image's.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Float
+
+from truepose_jax.kernels.attention.key_rows import FLOOR, TINY, logits, refused_arrays
+
+DTYPES = (jnp.dtype(jnp.float32), jnp.dtype(jnp.bfloat16), jnp.dtype(jnp.float16))
+
+
+def refuses(q: Array, k: Array, v: Array, *, has_rows: bool, platform: str) -> str | None:
+    """What of a call it cannot take; None where it can take all."""
+    del has_rows, platform
+    return refused_arrays(q, k, v, DTYPES)
+
+
+def attend(
+    q: Float[Array, "b n g d"],
+    k: Float[Array, "b m g d"],
+    v: Float[Array, "b m g d"],
+    rows: Float[Array, "b 3 m"] | None,
+) -> Float[Array, "b n g d"]:
+    """softmax(logits) v with the logits of key_rows.py (rows None: q k^T / sqrt d). No gradient reaches rows."""
+    b, n, g, d = q.shape
+    heads_first = [x.transpose(0, 2, 1, 3).reshape(b * g, -1, d) for x in (q, k, v)]
+    rows = None if rows is None else jnp.repeat(lax.stop_gradient(rows), g, axis=0)
+
+    @jax.checkpoint
+    def one(q, k, v, rows):
+        a = jnp.matmul(q, k.T, preferred_element_type=jnp.float32)
+        s = logits(a, None if rows is None else tuple(row[None] for row in rows), d**-0.5)
+        weights = jnp.exp(s - jnp.maximum(jnp.max(s, axis=-1, keepdims=True), FLOOR))
+        total = jnp.maximum(jnp.sum(weights, axis=-1, keepdims=True), TINY)
+        return (jnp.matmul(weights.astype(v.dtype), v, preferred_element_type=jnp.float32) / total).astype(v.dtype)
+
+    _, out = lax.scan(lambda _, each: (None, one(*each)), None, (*heads_first, rows))
+    return out.reshape(b, g, n, d).transpose(0, 2, 1, 3)
