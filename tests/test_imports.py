@@ -29,7 +29,7 @@ HOUSE = {
     "checkpoint": {"schema", "sharding", "atomic"},
     "monitor": {"schema", "sharding", "noise_scale", "atomic"},
     "input_pipeline": set(),
-    "configs": set(),
+    "configs": {"schema"},  # the defaults
 }
 # The parts that programs are made of: they may use anything but programs.
 PARTS = {

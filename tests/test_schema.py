@@ -1,9 +1,11 @@
 """The strict reader of configurations, and every file in configs/."""
 
 import dataclasses
+import functools
 import importlib.util
 import inspect
 import json
+import math
 import pathlib
 
 import pytest
@@ -12,9 +14,23 @@ from configs import synthetic_ablation, synthetic_clip, truepose_deepfashion_256
 from configs.base import get_config
 from configs.variants import VARIANTS
 from tests import tiny
+from truepose_jax.checkpoint import read_config
 from truepose_jax.contrastive import ClipTraining
 from truepose_jax.schema import Config, ConfigError, from_config_dict, to_dict, with_defaults
 
+
+def paths(group, prefix=""):
+    """(dotted path, value) of every group and setting."""
+    for key, value in group.items():
+        yield f"{prefix}{key}", value
+        if isinstance(value, dict):
+            yield from paths(value, f"{prefix}{key}.")
+
+
+LEAVES = {path: value for path, value in paths(to_dict(Config())) if not isinstance(value, dict)}
+GROUPS = [path for path, value in paths(to_dict(Config())) if isinstance(value, dict)]
+FLOATS = [path for path, value in LEAVES.items() if type(value) is float]
+WHOLE = [path for path, value in LEAVES.items() if type(value) is int]
 OTHER_CONFIGS = {"variants", "synthetic_clip"}
 """A table of changes, and the settings of another program."""
 CONFIGS = sorted(
@@ -80,14 +96,38 @@ def test_settings_of_the_clip_trainer():
 
 
 def test_config_of_an_older_run():
-    """Settings that came later have their defaults; a setting without one is still missed."""
-    config = from_config_dict(Config, get_config())
+    """The other settings stay as they were saved, and what is no setting is still refused."""
+    config = tiny.config()
     saved = json.loads(json.dumps(to_dict(config)))
-    del saved["model"]["fusion"]["texture"], saved["model"]["unet"]["norm_eps"]
+    del saved["model"]["fusion"], saved["model"]["clip"]["seed"], saved["mesh"]
     assert from_config_dict(Config, with_defaults(Config, saved)) == config
-    del saved["model"]["remat"]
-    with pytest.raises(ConfigError, match=r"config\.model lacks remat"):
+    saved["model"]["fuson"] = {}
+    with pytest.raises(ConfigError, match=r"config\.model\.fuson is not a setting; did you mean 'fusion'\?"):
         from_config_dict(Config, with_defaults(Config, saved))
+
+
+@pytest.mark.parametrize("path", [*LEAVES, *GROUPS])
+def test_run_saved_before_a_setting_existed(path, tmp_path):
+    """From metadata.json, of every group; a user's own config must have it."""
+    saved = json.loads(json.dumps(to_dict(Config())))
+    *groups, key = path.split(".")
+    group = functools.reduce(dict.__getitem__, groups, saved)
+    del group[key]
+    assert refusal(saved) == f"{'.'.join(['config', *groups])} lacks {key}"
+    (tmp_path / "metadata.json").write_text(json.dumps({"config": saved}))
+    assert read_config(tmp_path) == Config()
+
+
+def test_defaults_are_of_their_types():
+    assert from_config_dict(Config, to_dict(Config())) == Config()
+    assert repr(from_config_dict(Config, to_dict(Config()))) == repr(Config())
+
+
+def test_flags_have_the_types_of_the_defaults():
+    """What --config.a.b=text is parsed as: the type that stands in base.py's ConfigDict."""
+    found = get_config()
+    assert type(found.model.size) is tuple and type(found.model.unet.attention_head_dim) is tuple
+    assert found.to_dict() == to_dict(Config())
 
 
 def test_base_is_the_paper():
@@ -199,6 +239,53 @@ def test_ill_typed_element(path, value, wrong):
 )
 def test_values_that_cannot_run(path, value, mentions):
     assert mentions in refusal(changed(path, value))
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf, 10**400], ids=["nan", "inf", "-inf", "400 digits"])
+@pytest.mark.parametrize("path", FLOATS)
+def test_floats_are_finite(path, value):
+    assert f"config.{path} is {value}; it must be" in refusal(changed(path, value))
+
+
+@pytest.mark.parametrize("path", WHOLE)
+def test_whole_numbers_have_a_range(path):
+    """No setting is a number that may be anything."""
+    for value in (-7, 10**400, -(10**400)):
+        message = refusal(changed(path, value))
+        assert path.rpartition(".")[2] in message and str(value) in message
+
+
+@pytest.mark.parametrize(
+    "path,value,message",
+    [
+        ("seed", -1, "config.seed is -1; it must be 0 or more"),
+        ("seed", 2**63, f"config.seed is {2**63}; it must be within 64 bits"),
+        ("eval.sheet_rows", -1, "config.eval.sheet_rows is -1; it must be 0 or more"),
+        ("diffusion.schedule.steps", 0, "config.diffusion.schedule: schedule.steps is 0; it must be at least 1"),
+        ("diffusion.schedule.beta_start", 0.5, "expected 0 < start <= end < 1"),
+        ("diffusion.schedule.clip_x0", -1.0, "clip_x0 is -1.0; it must be 0 (none) or more"),
+        ("diffusion.schedule.steps", 34, "diffusion.steps is 35; it must be at most diffusion.schedule.steps (34)"),
+        ("eval.steps", 1001, "config.eval.steps is 1001; it must be at most diffusion.schedule.steps (1000)"),
+        ("model.unet.norm_num_groups", 0, "config.model.unet: UNet norm_num_groups is 0; it must be at least 1"),
+        ("model.unet.layers_per_block", -1, "UNet layers_per_block is -1; it must be at least 0"),
+        ("model.unet.norm_eps", 0.0, "norm_eps is 0.0; it must be in (0, 1)"),
+        ("model.unet.attention_head_dim", 0, "not divisible by 0 heads"),
+        ("model.unet.attention_head_dim", (8, 8, 8, -8), "not divisible by -8 heads"),
+        ("model.unet.block_out_channels", (), "expected 1 of"),
+        ("model.clip.heads", 0, "config.model.clip.heads is 0; it must be above 0"),
+        ("model.clip.heads", 3, "heads must divide hidden_size"),
+        ("model.clip.patch_size", 0, "config.model.clip.patch_size is 0; it must be above 0"),
+        ("model.clip.patch_size", 33, "a patch must fit into the image"),
+        ("model.clip.layers", 0, "config.model.clip.layers is 0; it must be above 0"),
+        ("model.pixel_factor", 3, "config.model.pixel_factor is 3; choose one of (2, 4, 8)"),
+        ("data.synthetic.poses_per_identity", 1, "poses_per_identity is 1; it must be 2 or more"),
+        ("optim.b2", 1, "config.optim.b2 is 1.0; it must be in [0, 1)"),
+        ("optim.warmup_steps", -1, "config.optim.warmup_steps is -1; it must be 0 or more"),
+        ("mesh.fsdp", 0, "config.mesh.fsdp is 0; it must be above 0, or -1 for the rest"),
+    ],
+)
+def test_ranges(path, value, message):
+    assert message in refusal(changed(path, value))
 
 
 def test_conversions():

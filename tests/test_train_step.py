@@ -11,6 +11,7 @@ import pytest
 from tests import tiny
 from truepose_jax.diffusion.losses import timestep_bins, weighted_mean
 from truepose_jax.optim import ema_update, is_decayed, learning_rate
+from truepose_jax.schema import ConfigError
 from truepose_jax.train_step import Trainer
 
 
@@ -334,3 +335,9 @@ def test_a_bad_gradient_names_its_place_among_the_trained():
     states, metrics = steps([bad], trainable="^net/kernel$")
     assert metrics[0]["first_bad_parameter"] == 0 and same(states[0].params, states[1].params)
     assert list(flat(trainer(trainable="^net/kernel$").trained(states[0].params))) == ["net/kernel"]
+
+
+@LAYOUTS
+def test_trainable_that_finds_nothing(layout):
+    with pytest.raises(ConfigError, match=r"config\.optim\.trainable 'zzz' finds none of the parameters"):
+        steps([], trainable="zzz", layout=layout)

@@ -26,7 +26,7 @@ from input_pipeline.synthetic import SyntheticPeople
 from truepose_jax.conversion import to_torch
 from truepose_jax.models.clip import CLIPVisionConfig, CLIPVisionModelWithProjection
 from truepose_jax.region_tokens import RegionEncoder, untrained_config
-from truepose_jax.schema import ClipConfig, ConfigError, SyntheticConfig
+from truepose_jax.schema import ClipConfig, ConfigError, Count, Positive, PositiveFloat, SyntheticConfig
 
 REGIONS_PER_PERSON = 8
 """Crops of a person that enter a step; people have 6 to 12 regions, and a step has one shape."""
@@ -38,20 +38,17 @@ WARMUP = 0.1
 class ClipTraining:
     """The settings of configs/synthetic_clip.py. size: (height, width) of the pictures. width: of the tokens."""
 
-    seed: int
-    total_steps: int
+    seed: Count
+    total_steps: Positive
     identities_per_step: int
-    learning_rate: float
-    temperature: float
+    learning_rate: PositiveFloat
+    temperature: PositiveFloat
     size: tuple[int, int]
-    width: int
+    width: Positive
     clip: ClipConfig
     synthetic: SyntheticConfig
 
     def __post_init__(self):
-        for name in ("total_steps", "learning_rate", "temperature"):
-            if getattr(self, name) <= 0:
-                raise ConfigError(f"config.{name} is {getattr(self, name)}; it must be above 0")
         if not 2 <= self.identities_per_step <= self.synthetic.identities:
             raise ConfigError(
                 f"config.identities_per_step is {self.identities_per_step}; it must be from 2 to synthetic.identities "

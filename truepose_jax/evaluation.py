@@ -156,9 +156,11 @@ class Evaluator:
         self._sample = jax.jit(self.sampler.sample, out_shardings=whole, compiler_options=compiler_options())
         self._loss = jax.jit(method.loss, out_shardings=whole)
 
-    def run(self, params: Params, frozen: Frozen, poll: Poll = lambda: None) -> tuple[dict[str, float], np.ndarray]:
-        """(results, sample sheet uint8). Results: held-out loss, PSNR per region, what each swap costs inside the
-        person, and each block's HPFA and CAA output norms."""
+    def run(
+        self, params: Params, frozen: Frozen, poll: Poll = lambda: None
+    ) -> tuple[dict[str, float], np.ndarray | None]:
+        """(results, sample sheet uint8; None for eval.sheet_rows 0). Results: held-out loss, PSNR per region, what each
+        swap costs inside the person, and each block's HPFA and CAA output norms."""
         name = "heldout" if self.dataset.heldout else "train"
         loss, norms = self._losses(params, frozen, poll)
         results = {f"{name}_loss": loss}
@@ -186,9 +188,11 @@ class Evaluator:
             found |= {f"{part}/{site}": float(v) for site, v in zip(names, mean, strict=True)} if mean.ndim else {part: float(mean)}
         return total / max(weight, 1.0), found
 
-    def sheet(self, images: np.ndarray) -> np.ndarray:
-        """source | pose | generated | truth of the first `sheet_rows` pairs."""
+    def sheet(self, images: np.ndarray) -> np.ndarray | None:
+        """source | pose | generated | truth of the first `sheet_rows` pairs; None for 0."""
         rows, batch = self.config.eval.sheet_rows, self.pairs.batch
+        if not rows:
+            return None
         return sheet(
             {
                 "source": to_uint8(batch["source"][:rows]),

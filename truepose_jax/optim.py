@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from truepose_jax.schema import OptimConfig
+from truepose_jax.schema import ConfigError, OptimConfig
 from truepose_jax.sharding import path_of
 
 
@@ -48,7 +48,8 @@ class Packing:
 def trained_part(params: Any, trainable: str) -> Any:
     """The tree of the parameters whose path the regex `trainable` finds, without the others (nested dicts).
 
-    Gradients, moments and decay exist for these alone; the rest of the network stays as it is.
+    Gradients, moments and decay exist for these alone; the rest of the network stays as it is. Raises ConfigError where
+    it finds none.
     """
     pattern = re.compile(trainable)
 
@@ -61,7 +62,10 @@ def trained_part(params: Any, trainable: str) -> Any:
                 kept[name] = value
         return kept
 
-    return cut(params, "")
+    found = cut(params, "")
+    if not found:
+        raise ConfigError(f"config.optim.trainable {trainable!r} finds none of the parameters")
+    return found
 
 
 def put_trained(params: Any, trained: Any) -> Any:

@@ -175,7 +175,9 @@ def _untrained(clip: ClipConfig, token_width: int) -> RegionEncoder:
     # of random colours, so that the differences can be seen.
     random = np.random.default_rng(clip.seed)
     low = random.integers(0, 256, (CALIBRATION_CROPS, 2, 2, 3), np.uint8)
-    embeds = raw.encode(low.repeat(clip.image_size // 2, 1).repeat(clip.image_size // 2, 2))
+    side = clip.image_size
+    half = -(-side // 2)
+    embeds = raw.encode(low.repeat(half, 1).repeat(half, 2)[:, :side, :side])
     return dataclasses.replace(raw, offset=embeds.mean(0), scale=1.0 / embeds.std(0).clip(1e-6))
 
 

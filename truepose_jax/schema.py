@@ -1,18 +1,20 @@
-"""The configuration the code runs on: frozen dataclasses, and the strict reader that makes them from a ConfigDict.
+"""Every setting there is, with its type, its range and its default (the TruePose paper's value where it has one), as frozen
+dataclasses; and the strict reader that makes them from a ConfigDict.
 
-configs/base.py lists every key with its value; here are the types and what is allowed. A key that is unknown,
-missing or of another type is a ConfigError that names it.
+configs/ say what differs from the defaults. A key that is unknown, missing or of another type, and a value out of its
+range, are a ConfigError that names it. Every float must be finite.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import difflib
+import math
 import re
 import types
 import typing
 from collections.abc import Mapping
-from typing import Any
+from typing import Annotated, Any, Literal
 
 from truepose_jax.diffusion.schedule import Schedule
 from truepose_jax.models.carry import CarryConfig
@@ -24,15 +26,23 @@ class ConfigError(ValueError):
     """A configuration that cannot be run: one line that names the key, its value and what is allowed."""
 
 
-def _one_of(key: str, value: Any, allowed: tuple) -> None:
-    if value not in allowed:
-        raise ConfigError(f"config.{key} is {value!r}; choose one of {allowed}")
+def _require(holds: bool, otherwise: str) -> None:
+    if not holds:
+        raise ConfigError(f"config.{otherwise}")
 
 
-def _positive(**values: float) -> None:
-    for key, value in values.items():
-        if value <= 0:
-            raise ConfigError(f"config.{key.replace('__', '.')} is {value}; it must be above 0")
+# Ranges, in words and as a test; they stand in a field's type.
+_ABOVE_0 = ("above 0", lambda x: x > 0)
+_FROM_0 = ("0 or more", lambda x: x >= 0)
+Positive = Annotated[int, _ABOVE_0]
+PositiveFloat = Annotated[float, _ABOVE_0]
+Count = Annotated[int, _FROM_0]
+FloatFrom0 = Annotated[float, _FROM_0]
+Several = Annotated[int, ("2 or more", lambda x: x >= 2)]
+Share = Annotated[float, ("in [0, 1]", lambda x: 0 <= x <= 1)]
+UpTo48 = Annotated[int, ("from 1 to 48", lambda x: 1 <= x <= 48)]
+ShareBelow1 = Annotated[float, ("in [0, 1)", lambda x: 0 <= x < 1)]
+AxisSize = Annotated[int, ("above 0, or -1 for the rest", lambda x: x > 0 or x == -1)]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,38 +50,46 @@ class ClipConfig:
     """The region-token encoder. path: a transformers CLIP vision folder; "" makes a small seeded one, untrained, of
     the sizes that follow (and says so)."""
 
-    path: str
-    image_size: int
-    patch_size: int
-    hidden_size: int
-    layers: int
-    heads: int
-    seed: int
+    path: str = ""
+    image_size: Positive = 32
+    patch_size: Positive = 8
+    hidden_size: Positive = 64
+    layers: Positive = 2
+    heads: Positive = 2
+    seed: Count = 0
+
+    def __post_init__(self):
+        fits = self.patch_size <= self.image_size and self.hidden_size % self.heads == 0
+        _require(
+            bool(self.path) or fits,
+            f"model.clip has image_size {self.image_size} and patch_size {self.patch_size}, hidden_size "
+            f"{self.hidden_size} and heads {self.heads}; a patch must fit into the image, heads must divide hidden_size",
+        )
 
 
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
     """size: (height, width) in pixels. autoencoder "sd15": AutoencoderKL from the diffusers folder `vae`; "pixels":
-    space-to-depth by `pixel_factor`, no weights; "patches": `patch_channels` principal components of 4x4 pixels, of the file
-    `vae` or, where it is "", of the one that comes along (models/patch_codec.py). positions "sincos": fixed 2-D sinusoids after both networks' conv_in,
+    space-to-depth by `pixel_factor`, no weights; "patches": `patch_channels` principal components of 4x4 pixels, of the
+    file `vae` or, where that is "", of the one that comes along (models/patch_codec.py). positions "sincos": fixed 2-D sinusoids after both networks' conv_in,
     for training from nothing (SD1.5's networks have learned places and take "none"). source_parsing "coverage": the
     source's parsing map is added there too, in SourceNet (not in the paper; "none"). dtype: compute dtype; parameters
     are float32."""
 
-    method: str
-    size: tuple[int, int]
-    autoencoder: str
-    vae: str
-    pixel_factor: int
-    unet: UNetConfig
-    fusion: FusionConfig
-    positions: str
-    source_parsing: str
-    clip: ClipConfig
-    remat: bool
-    dtype: str
-    patch_channels: int = 24
+    method: Literal["truepose"] = "truepose"
+    size: tuple[int, int] = (512, 352)
+    autoencoder: Literal["sd15", "pixels", "patches"] = "sd15"
+    vae: str = ""
+    pixel_factor: Literal[2, 4, 8] = 8
+    patch_channels: UpTo48 = 24
+    unet: UNetConfig = UNetConfig(attention_head_dim=(8,) * 4)
+    fusion: FusionConfig = FusionConfig()
     carry: CarryConfig = CarryConfig()
+    positions: Literal["none", "sincos"] = "none"
+    source_parsing: Literal["none", "coverage"] = "none"
+    clip: ClipConfig = ClipConfig()
+    remat: bool = True
+    dtype: Literal["float32", "bfloat16"] = "bfloat16"
 
     @property
     def latent_factor(self) -> int:
@@ -88,44 +106,28 @@ class ModelConfig:
         return self.fusion.features == "clip"
 
     def __post_init__(self):
-        _one_of("model.method", self.method, ("truepose",))
-        _one_of("model.autoencoder", self.autoencoder, ("sd15", "pixels", "patches"))
-        _one_of("model.positions", self.positions, ("none", "sincos"))
-        _one_of("model.source_parsing", self.source_parsing, ("none", "coverage"))
-        _one_of("model.dtype", self.dtype, ("float32", "bfloat16"))
-        _one_of("model.pixel_factor", self.pixel_factor, (2, 4, 8))
-        _positive(model__size=min(self.size))
-        if not 1 <= self.patch_channels <= 48:
-            raise ConfigError(f"config.model.patch_channels is {self.patch_channels}; it must be from 1 to 48")
-        factor, channels = self.latent_factor, self.latent_channels
-        if any(side % factor for side in self.size):
-            raise ConfigError(f"config.model.size is {self.size}; both sides must be divisible by {factor}")
-        if (self.unet.in_channels, self.unet.out_channels) != (channels, channels):
-            raise ConfigError(
-                f"config.model.unet.in_channels and out_channels are {self.unet.in_channels} and "
-                f"{self.unet.out_channels}; autoencoder {self.autoencoder!r} needs {channels}"
-            )
-        if self.carry.head and self.autoencoder != "patches":
-            raise ConfigError("config.model.carry.head needs config.model.autoencoder 'patches': it composes pixels")
-        if self.carry.head and self.fusion.texture == "hpfa" and not self.fusion.cosine:
-            raise ConfigError("config.model.carry.head needs config.model.fusion.cosine: limb coordinates join its logits")
+        factor, needed = self.latent_factor, self.latent_channels
+        fits = all(side > 0 and side % factor == 0 for side in self.size)
+        _require(fits, f"model.size is {self.size}; both sides must be above 0 and divisible by {factor}")
+        found = (self.unet.in_channels, self.unet.out_channels)
+        said = f"{found[0]} and {found[1]}; autoencoder {self.autoencoder!r} needs {needed}"
+        _require(found == (needed, needed), f"model.unet.in_channels and out_channels are {said}")
+        composes = not self.carry.head or self.autoencoder == "patches"
+        _require(composes, "model.carry.head composes pixels: it needs config.model.autoencoder 'patches'")
+        joins = not self.carry.head or self.fusion.texture != "hpfa" or self.fusion.cosine
+        _require(joins, "model.carry.head joins limb coordinates to HPFA's logits: it needs config.model.fusion.cosine")
 
 
 @dataclasses.dataclass(frozen=True)
 class LossConfig:
     """Weights of the training losses. latents: Eq. 2 / 10, the paper's only one. Ours, 0 in the paper's configurations: flow
-    (what HPFA and the half-cell head carry lies near the target's latents), pixels (of the decoded x0, and of its differences),
+    (what HPFA and the half-cell head carry lies near the target's latents), pixels (of the decoded x0, and of their differences),
     parsing (what the half-cell head predicts, and its alpha)."""
 
-    latents: float = 1.0
-    flow: float = 0.0
-    pixels: float = 0.0
-    parsing: float = 0.0
-
-    def __post_init__(self):
-        for name, value in dataclasses.asdict(self).items():
-            if not 0.0 <= value < float("inf"):
-                raise ConfigError(f"config.diffusion.losses.{name} is {value}; it must be 0 or more")
+    latents: FloatFrom0 = 1.0
+    flow: FloatFrom0 = 0.0
+    pixels: FloatFrom0 = 0.0
+    parsing: FloatFrom0 = 0.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -133,48 +135,32 @@ class DiffusionConfig:
     """timestep_power: t = 1000 u^power. drop_rate: share of samples trained without the source. steps, spacing,
     guidance: DDIM's."""
 
-    schedule: Schedule
-    timestep_power: float
-    drop_rate: float
-    steps: int
-    spacing: str
-    guidance: float
+    schedule: Schedule = Schedule()
+    timestep_power: PositiveFloat = 1.0
+    drop_rate: ShareBelow1 = 0.3
+    steps: Positive = 35
+    spacing: Literal["leading", "trailing"] = "leading"
+    guidance: float = 3.5
     losses: LossConfig = LossConfig()
 
     def __post_init__(self):
-        if (self.losses.pixels or self.losses.parsing) and self.schedule.prediction != "x0":
-            raise ConfigError(
-                f"config.diffusion.schedule.prediction is {self.schedule.prediction!r}; losses.pixels and losses.parsing need 'x0'"
-            )
-        _one_of("diffusion.spacing", self.spacing, ("leading", "trailing"))
-        _positive(diffusion__timestep_power=self.timestep_power, diffusion__steps=self.steps)
-        if not 0.0 <= self.drop_rate < 1.0:
-            raise ConfigError(f"config.diffusion.drop_rate is {self.drop_rate}; it must be in [0, 1)")
+        predicted, needed = self.schedule.prediction, self.losses.pixels or self.losses.parsing
+        said = f"{predicted!r}; losses.pixels and losses.parsing need 'x0'"
+        _require(not needed or predicted == "x0", f"diffusion.schedule.prediction is {said}")
 
 
 @dataclasses.dataclass(frozen=True)
 class SyntheticConfig:
     """Sizes of the pool of synthetic people. poses: a DeepFashion annotation CSV, or "" for the built-in table."""
 
-    identities: int
-    poses_per_identity: int
-    patterns: str
-    background: str
-    framing: str
-    poses: str
-    heldout_identities: int
-    heldout_poses_per_identity: int
-
-    def __post_init__(self):
-        _one_of("data.synthetic.patterns", self.patterns, ("all", "solid", "mixed"))
-        _one_of("data.synthetic.background", self.background, ("all", "plain"))
-        _one_of("data.synthetic.framing", self.framing, ("all", "close"))
-        _positive(
-            data__synthetic__identities=self.identities,
-            data__synthetic__heldout_identities=self.heldout_identities,
-            data__synthetic__poses_per_identity=self.poses_per_identity - 1,
-            data__synthetic__heldout_poses_per_identity=self.heldout_poses_per_identity - 1,
-        )
+    identities: Positive = 4096
+    poses_per_identity: Several = 4
+    patterns: Literal["all", "solid", "mixed"] = "all"
+    background: Literal["all", "plain"] = "all"
+    framing: Literal["all", "close"] = "all"
+    poses: str = ""
+    heldout_identities: Positive = 64
+    heldout_poses_per_identity: Several = 2
 
 
 @dataclasses.dataclass(frozen=True)
@@ -191,34 +177,26 @@ class DataConfig:
     examples that stops the run.
     """
 
-    dataset: str
-    root: str
-    labels: str
-    keypoints: str
-    pairs: str
-    eval_pairs: str
-    flip: bool
-    self_pair: float
-    targets_per_source: int
-    threads: int
-    workers: int
-    latents: str
-    max_invalid: float
-    synthetic: SyntheticConfig
+    dataset: Literal["synthetic", "folder", "records"] = "synthetic"
+    root: str = ""
+    labels: str = "atr18"
+    keypoints: str = ""
+    pairs: str = "self"
+    eval_pairs: str = ""
+    flip: bool = False
+    self_pair: Share = 0.0
+    targets_per_source: Positive = 1
+    threads: Positive = 8
+    workers: Count = 0
+    latents: Literal["off", "stored"] = "off"
+    max_invalid: Share = 0.05
+    synthetic: SyntheticConfig = SyntheticConfig()
 
     def __post_init__(self):
-        _one_of("data.dataset", self.dataset, ("synthetic", "folder", "records"))
-        _positive(data__targets_per_source=self.targets_per_source, data__threads=self.threads)
-        _one_of("data.latents", self.latents, ("off", "stored"))
-        if self.workers < 0:
-            raise ConfigError(f"config.data.workers is {self.workers}; it must be 0 or more")
-        for key in ("self_pair", "max_invalid"):
-            if not 0.0 <= getattr(self, key) <= 1.0:
-                raise ConfigError(f"config.data.{key} is {getattr(self, key)}; it must be in [0, 1]")
-        if self.latents == "stored" and self.dataset != "records":
-            raise ConfigError("config.data.latents is 'stored'; only dataset 'records' can hold latents")
-        if self.dataset in ("folder", "records") and not self.root:
-            raise ConfigError(f"config.data.root is empty; dataset '{self.dataset}' needs the folder it lies in")
+        kept = self.latents == "off" or self.dataset == "records"
+        _require(kept, "data.latents is 'stored'; only dataset 'records' can hold latents")
+        found = self.dataset == "synthetic" or bool(self.root)
+        _require(found, f"data.root is empty; dataset '{self.dataset}' needs the folder it lies in")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -232,55 +210,42 @@ class OptimConfig:
     mesh.data >= 2.
     """
 
-    name: str
-    trainable: str
-    learning_rate: float
-    warmup_steps: int
-    schedule: str
-    flat: float
-    final: float
-    b1: float
-    b2: float
-    weight_decay: float
-    clip_norm: float
-    accumulation: int
-    ema_decay: float
-    max_skips: int
-    layout: str
-    noise_scale: str
+    name: Literal["adamw", "lamb"] = "adamw"
+    trainable: str = ".*"
+    learning_rate: PositiveFloat = 1e-5
+    warmup_steps: Count = 0
+    schedule: Literal["constant", "cosine"] = "constant"
+    flat: Share = 0.3
+    final: Share = 0.02
+    b1: ShareBelow1 = 0.9
+    b2: ShareBelow1 = 0.999
+    weight_decay: FloatFrom0 = 1e-2
+    clip_norm: PositiveFloat = 1.0
+    accumulation: Positive = 1
+    ema_decay: Share = 0.0
+    max_skips: Positive = 10
+    layout: Literal["tree", "flat"] = "tree"
+    noise_scale: Literal["off", "on"] = "off"
 
     def __post_init__(self):
-        _one_of("optim.name", self.name, ("adamw", "lamb"))
-        _one_of("optim.noise_scale", self.noise_scale, ("off", "on"))
-        if self.name == "lamb" and self.layout == "flat":
-            raise ConfigError(
-                "config.optim.layout 'flat' makes one vector of all parameters, and LAMB needs the norm of each: "
-                "set optim.layout to 'tree', or optim.name to 'adamw'"
-            )
+        _require(
+            (self.name, self.layout) != ("lamb", "flat"),
+            "optim.layout 'flat' makes one vector of all parameters, and LAMB needs the norm of each: "
+            "set optim.layout to 'tree', or optim.name to 'adamw'",
+        )
         try:
             re.compile(self.trainable)
         except re.error as error:
             raise ConfigError(f"config.optim.trainable {self.trainable!r} is no regular expression: {error}") from error
-        _one_of("optim.schedule", self.schedule, ("constant", "cosine"))
-        _one_of("optim.layout", self.layout, ("tree", "flat"))
-        _positive(
-            optim__learning_rate=self.learning_rate,
-            optim__clip_norm=self.clip_norm,
-            optim__accumulation=self.accumulation,
-            optim__max_skips=self.max_skips,
-        )
-        for key in ("ema_decay", "b1", "b2", "flat", "final"):
-            if not 0.0 <= getattr(self, key) <= 1.0:
-                raise ConfigError(f"config.optim.{key} is {getattr(self, key)}; it must be in [0, 1]")
 
 
 @dataclasses.dataclass(frozen=True)
 class MeshConfig:
     """Devices per mesh axis; -1: the rest (one axis at most)."""
 
-    data: int
-    fsdp: int
-    tensor: int
+    data: AxisSize = -1
+    fsdp: AxisSize = 1
+    tensor: AxisSize = 1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -288,36 +253,28 @@ class CheckpointConfig:
     """Save every `every` steps, keep the last `keep`, and for good each multiple of `keep_every` (0: none).
     allow_fallback: where the newest one is damaged, go on from the one before it."""
 
-    every: int
-    keep: int
-    keep_every: int
-    allow_fallback: bool
+    every: Positive = 5_000
+    keep: Positive = 3
+    keep_every: int = 0
+    allow_fallback: bool = False
 
     def __post_init__(self):
-        _positive(checkpoint__every=self.every, checkpoint__keep=self.keep)
-        if self.keep_every < 0 or self.keep_every % self.every:
-            raise ConfigError(
-                f"config.checkpoint.keep_every is {self.keep_every}; it must be a multiple of checkpoint.every "
-                f"({self.every}), or 0 to keep none for good"
-            )
+        said = f"it must be a multiple of checkpoint.every ({self.every}), or 0 to keep none for good"
+        fits = self.keep_every >= 0 and self.keep_every % self.every == 0
+        _require(fits, f"checkpoint.keep_every is {self.keep_every}; {said}")
 
 
 @dataclasses.dataclass(frozen=True)
 class EvalConfig:
     """Every `every` steps: held-out loss, region PSNR and swap test over `pairs` pairs in batches of `batch_size`, and
-    a sample sheet of `sheet_rows` rows, sampled with `steps` steps at `guidance`."""
+    a sample sheet of `sheet_rows` rows (0: none), sampled with `steps` steps at `guidance`."""
 
-    every: int
-    pairs: int
-    batch_size: int
-    sheet_rows: int
-    steps: int
-    guidance: float
-
-    def __post_init__(self):
-        _positive(
-            eval__every=self.every, eval__pairs=self.pairs, eval__batch_size=self.batch_size, eval__steps=self.steps
-        )
+    every: Positive = 5_000
+    pairs: Positive = 64
+    batch_size: Positive = 16
+    sheet_rows: Count = 8
+    steps: Positive = 35
+    guidance: float = 3.5
 
 
 @dataclasses.dataclass(frozen=True)
@@ -325,57 +282,50 @@ class Config:
     """One experiment. batch_size is global; the per-device batch is derived from it. init_from: a folder that `convert
     from-torch` wrote, or the workdir of another run, whose parameters this one starts with; "": random ones."""
 
-    seed: int
-    init_from: str
-    total_steps: int
-    batch_size: int
-    log_every: int
-    model: ModelConfig
-    diffusion: DiffusionConfig
-    data: DataConfig
-    optim: OptimConfig
-    mesh: MeshConfig
-    checkpoint: CheckpointConfig
-    eval: EvalConfig
+    seed: Count = 0
+    init_from: str = ""
+    total_steps: Positive = 100_000
+    batch_size: Positive = 12
+    log_every: Positive = 1
+    model: ModelConfig = ModelConfig()
+    diffusion: DiffusionConfig = DiffusionConfig()
+    data: DataConfig = DataConfig()
+    optim: OptimConfig = OptimConfig()
+    mesh: MeshConfig = MeshConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    eval: EvalConfig = EvalConfig()
 
     def __post_init__(self):
-        _positive(total_steps=self.total_steps, batch_size=self.batch_size, log_every=self.log_every)
-        if self.data.latents == "stored" and self.model.autoencoder != "sd15":
-            raise ConfigError(
-                f"config.data.latents is 'stored' and config.model.autoencoder {self.model.autoencoder!r}; stored latents "
-                "are of the VAE ('sd15')"
-            )
-        if self.data.latents == "stored" and self.model.uses_clip:
-            raise ConfigError(
-                "config.data.latents is 'stored' and config.model.fusion.features 'clip'; CLIP needs the photos: set "
-                "data.latents to 'off'"
-            )
+        most = self.diffusion.schedule.steps
+        for name, steps in (("diffusion", self.diffusion.steps), ("eval", self.eval.steps)):
+            _require(steps <= most, f"{name}.steps is {steps}; it must be at most diffusion.schedule.steps ({most})")
         model, weighs = self.model, self.diffusion.losses
-        if model.carry.head and self.diffusion.schedule.prediction != "x0":
-            raise ConfigError("config.model.carry.head adds to x0: config.diffusion.schedule.prediction must be 'x0'")
-        if weighs.flow and not (model.fusion.carry_latents or model.carry.head):
-            raise ConfigError("config.diffusion.losses.flow needs config.model.fusion.carry_latents or config.model.carry.head")
-        if weighs.parsing and not model.carry.head:
-            raise ConfigError("config.diffusion.losses.parsing needs config.model.carry.head, which predicts it")
-        if self.optim.layout == "flat" and (self.mesh.fsdp, self.mesh.tensor) != (1, 1):
-            raise ConfigError("config.optim.layout 'flat' cannot be sharded: mesh.fsdp and mesh.tensor must be 1")
+        x0 = not model.carry.head or self.diffusion.schedule.prediction == "x0"
+        _require(x0, "model.carry.head adds to x0: config.diffusion.schedule.prediction must be 'x0'")
+        carries = not weighs.flow or model.fusion.carry_latents or model.carry.head
+        _require(carries, "diffusion.losses.flow needs config.model.fusion.carry_latents or config.model.carry.head")
+        predicts = not weighs.parsing or model.carry.head
+        _require(predicts, "diffusion.losses.parsing needs config.model.carry.head, which predicts it")
+        off, kind = self.data.latents == "off", self.model.autoencoder
+        said = f"autoencoder {kind!r}; stored latents are of the VAE ('sd15')"
+        _require(off or kind == "sd15", f"data.latents is 'stored' and config.model.{said}")
+        said = "fusion.features 'clip'; CLIP needs the photos: set data.latents to 'off'"
+        _require(off or not self.model.uses_clip, f"data.latents is 'stored' and config.model.{said}")
+        whole = self.optim.layout != "flat" or (self.mesh.fsdp, self.mesh.tensor) == (1, 1)
+        _require(whole, "optim.layout 'flat' cannot be sharded: mesh.fsdp and mesh.tensor must be 1")
         micro = self.optim.accumulation * self.data.targets_per_source
-        if self.batch_size % micro:
-            raise ConfigError(
-                f"config.batch_size is {self.batch_size}; it must be a multiple of optim.accumulation x "
-                f"data.targets_per_source = {micro}"
-            )
-
+        said = f"it must be a multiple of optim.accumulation x data.targets_per_source = {micro}"
+        _require(self.batch_size % micro == 0, f"batch_size is {self.batch_size}; {said}")
         if self.mesh.data != -1:
             self.check_noise_scale(self.mesh.data)
 
     def check_noise_scale(self, data: int) -> None:
         """data: size of the mesh's data axis. Raises ConfigError where nothing smaller than the batch is measured."""
-        if self.optim.noise_scale == "on" and self.optim.accumulation == 1 and data == 1:
-            raise ConfigError(
-                "config.optim.noise_scale is 'on', but the gradient comes in one piece: set optim.accumulation to 2 or "
-                "more, or use a mesh whose data axis is 2 or more"
-            )
+        _require(
+            self.optim.noise_scale == "off" or self.optim.accumulation > 1 or data > 1,
+            "optim.noise_scale is 'on', but the gradient comes in one piece: set optim.accumulation to 2 or more, or use "
+            "a mesh whose data axis is 2 or more",
+        )
 
     @property
     def token_width(self) -> int:
@@ -386,6 +336,15 @@ def _convert(value: Any, kind: Any, where: str) -> Any:
     if dataclasses.is_dataclass(kind):
         return from_config_dict(kind, value, where)
     origin, arguments = typing.get_origin(kind), typing.get_args(kind)
+    if origin is Annotated:
+        value, (words, holds) = _convert(value, arguments[0], where), arguments[1]
+        if holds(value):
+            return value
+        raise ConfigError(f"{where} is {value}; it must be {words}")
+    if origin is Literal:
+        if _convert(value, type(arguments[0]), where) in arguments:
+            return value
+        raise ConfigError(f"{where} is {value!r}; choose one of {arguments}")
     if origin in (types.UnionType, typing.Union):
         for option in arguments:
             try:
@@ -396,9 +355,12 @@ def _convert(value: Any, kind: Any, where: str) -> Any:
         kinds = (arguments[0],) * len(value) if arguments[-1] is Ellipsis else arguments
         if len(kinds) == len(value):
             return tuple(_convert(v, k, where) for v, k in zip(value, kinds, strict=True))
-    elif kind is float and isinstance(value, int | float) and not isinstance(value, bool):
-        return float(value)
-    elif kind in (int, str, bool) and type(value) is kind:
+    elif kind in (int, float) and isinstance(value, kind | int) and not isinstance(value, bool):
+        bound, words = (math.inf, "finite") if isinstance(value, float) else (2**63, "within 64 bits")
+        if abs(value) < bound:
+            return kind(value)
+        raise ConfigError(f"{where} is {value}; it must be {words}")
+    elif kind in (str, bool) and type(value) is kind:
         return value
     name = getattr(kind, "__name__", str(kind)) if origin is None else str(kind)
     raise ConfigError(f"{where} is {value!r} ({type(value).__name__}); expected {name}")
@@ -407,13 +369,12 @@ def _convert(value: Any, kind: Any, where: str) -> Any:
 def from_config_dict(cls: type, values: Mapping[str, Any], where: str = "config") -> Any:
     """Makes the dataclass `cls` from a mapping (a ConfigDict, or a dict read from metadata.json).
 
-    Every field must be there and of its type, and nothing else. Raises ConfigError.
+    Every field must be there, of its type and in its range, and nothing else. Raises ConfigError.
     """
     if not isinstance(values, Mapping) and not hasattr(values, "items"):
         raise ConfigError(f"{where} is {values!r}; expected a group of settings")
     values = dict(values.items())
-    kinds = typing.get_type_hints(cls)
-    fields = {field.name: kinds[field.name] for field in dataclasses.fields(cls)}
+    fields = typing.get_type_hints(cls, include_extras=True)
     for key in values:
         if key not in fields:
             near = difflib.get_close_matches(key, fields, n=1)
@@ -431,15 +392,14 @@ def from_config_dict(cls: type, values: Mapping[str, Any], where: str = "config"
 
 
 def with_defaults(cls: type, values: Mapping[str, Any]) -> dict[str, Any]:
-    """The saved config of an older run: settings that came later, and have a default, are added."""
-    found, kinds = dict(values), typing.get_type_hints(cls)
-    for field in dataclasses.fields(cls):
-        if field.name not in found:
-            if field.default is not dataclasses.MISSING:
-                found[field.name] = field.default
-        elif dataclasses.is_dataclass(kinds[field.name]) and isinstance(found[field.name], Mapping):
-            found[field.name] = with_defaults(kinds[field.name], found[field.name])
-    return found
+    """The saved config of an older run: settings and groups that came later are added, at their defaults (which must
+    therefore mean what runs did before them)."""
+    return _filled(values, to_dict(cls()))
+
+
+def _filled(values: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:
+    groups = {k for k, v in values.items() if isinstance(v, Mapping) and isinstance(defaults.get(k), Mapping)}
+    return {**defaults, **values, **{k: _filled(values[k], defaults[k]) for k in groups}}
 
 
 def to_dict(config: Any) -> dict[str, Any]:

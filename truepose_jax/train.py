@@ -103,7 +103,7 @@ def main_of(config: Config, workdir: str, *, profile: bool = False) -> int:
                 mesh=mesh,
                 extra=as_metadata(contents),
             )
-            _print_counts(config, trainer, abstract.params)
+            _print_counts(trainer, abstract.params)
             every, keep, forever = config.checkpoint.every, config.checkpoint.keep, config.checkpoint.keep_every
             checkpoints = Checkpoints(workdir, keep=keep, every=every, keep_every=forever)
             distributed.same_steps(share, checkpoints)
@@ -197,7 +197,8 @@ def _loop(
             with monitor.paused():
                 results, picture = evaluator.run(state.params if state.ema is None else state.ema, frozen, poll)
             monitor.evaluation(step, results)
-            monitor.image(step, "sheet", picture)
+            if picture is not None:
+                monitor.image(step, "sheet", picture)
 
         def evaluation_due(step: int) -> bool:
             return step == config.total_steps or (step > 0 and step % config.eval.every == 0)
@@ -247,11 +248,9 @@ def _announce(config: Config, mesh: Mesh) -> None:
     )
 
 
-def _print_counts(config: Config, trainer: Trainer, params: Any) -> None:
+def _print_counts(trainer: Trainer, params: Any) -> None:
     counts = {name: sum(x.size for x in jax.tree.leaves(tree)) for name, tree in params.items()}
     trained = sum(x.size for x in jax.tree.leaves(trainer.trained(params)))
-    if not trained:
-        raise ConfigError(f"config.optim.trainable {config.optim.trainable!r} finds none of the parameters")
     every = sum(counts.values())
     rest = "" if trained == every else f", of which {trained:,} are trained"
     print("parameters: " + ", ".join(f"{n} {c:,}" for n, c in counts.items()) + f"; all {every:,}{rest}", flush=True)

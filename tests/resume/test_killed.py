@@ -137,8 +137,10 @@ def test_killed_and_started_again_equals_straight(tmp_path, environment, straigh
     code, _, errors = run(tmp_path, environment)
     assert code == 2 and f"cannot read step {newest}" in errors.splitlines()[-1]
     assert "--config.checkpoint.allow_fallback=true" in errors.splitlines()[-1] and "Traceback" not in errors
-    code, out, errors = run(tmp_path, environment, "--config.checkpoint.allow_fallback=true")
+    no_sheets = "--config.eval.sheet_rows=0"
+    code, out, errors = run(tmp_path, environment, "--config.checkpoint.allow_fallback=true", no_sheets)
     assert code == 0, errors
+    assert (tmp_path / "eval.jsonl").exists() and not (tmp_path / "samples").exists()
     assert f"resuming from step {newest - EVERY}" in out
     assert f"cannot read step {newest}" in errors and (tmp_path / "damaged" / str(newest)).is_dir()
     assert_same_run(tmp_path, straight)

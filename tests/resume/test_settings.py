@@ -14,6 +14,8 @@ from tests.resume.test_killed import run
         ("--config.batch_size=many", "many"),
         ("--config.mesh.data=3", "mesh"),
         ("--config=configs/none.py", "none.py"),
+        ("--config.seed=-1", "config.seed is -1"),
+        ("--config.optim.b1=nan", "config.optim.b1 is nan"),
     ],
 )
 def test_bad_settings_get_one_line_and_code_2(tmp_path, flag, word):

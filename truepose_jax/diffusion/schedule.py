@@ -33,6 +33,14 @@ class Schedule:
             raise ValueError(f"diffusion.betas is {self.betas!r}; choose one of {BETA_SCHEDULES}")
         if self.prediction not in PREDICTIONS:
             raise ValueError(f"diffusion.prediction is {self.prediction!r}; choose one of {PREDICTIONS}")
+        if self.steps < 1:
+            raise ValueError(f"schedule.steps is {self.steps}; it must be at least 1")
+        if not 0 < self.beta_start <= self.beta_end < 1:
+            raise ValueError(
+                f"schedule.beta_start and beta_end are {self.beta_start} and {self.beta_end}; expected 0 < start <= end < 1"
+            )
+        if self.clip_x0 < 0:
+            raise ValueError(f"schedule.clip_x0 is {self.clip_x0}; it must be 0 (none) or more")
 
     @functools.cached_property
     def alphas_cumprod(self) -> np.ndarray:

@@ -83,6 +83,15 @@ _FIXED_FIELDS = {
     "cross_attention_norm": None,
 }
 
+_LEAST = {
+    "in_channels": 1,
+    "out_channels": 1,
+    "layers_per_block": 0,
+    "cross_attention_dim": 1,
+    "transformer_layers_per_block": 1,
+    "norm_num_groups": 1,
+}
+
 _ONE_FOR_ALL_LEVELS = (
     "layers_per_block",
     "cross_attention_dim",
@@ -113,7 +122,12 @@ class UNetConfig:
     norm_eps: float = 1e-5
 
     def __post_init__(self):
-        levels = len(self.block_out_channels)
+        for field, least in _LEAST.items():
+            if getattr(self, field) < least:
+                raise ValueError(f"UNet {field} is {getattr(self, field)}; it must be at least {least}")
+        if not 0 < self.norm_eps < 1:
+            raise ValueError(f"UNet norm_eps is {self.norm_eps}; it must be in (0, 1)")
+        levels = max(len(self.block_out_channels), 1)
         for field, known in (("down_block_types", DOWN_TYPES), ("up_block_types", UP_TYPES)):
             types = getattr(self, field)
             if len(types) != levels or not set(types) <= set(known):
@@ -121,7 +135,7 @@ class UNetConfig:
         if not isinstance(self.attention_head_dim, int) and len(self.attention_head_dim) != levels:
             raise ValueError(f"UNet attention_head_dim is {self.attention_head_dim}; expected one number or {levels}")
         for channels, heads in zip(self.block_out_channels, self.heads, strict=True):
-            if channels % heads or channels % self.norm_num_groups:
+            if min(channels, heads) < 1 or channels % heads or channels % self.norm_num_groups:
                 raise ValueError(
                     f"UNet width {channels} is not divisible by {heads} heads and {self.norm_num_groups} norm groups"
                 )
