@@ -96,7 +96,9 @@ def draw_design(rng: np.random.Generator, kind: str, patterns: tuple[str, ...], 
         pattern = patterns[rng.integers(len(patterns))]
         colour, second, scale, motif = (rng.random(4) * _DESIGN_SPACE).astype(int).tolist()
         design = canonical(Design(kind, pattern, colour, second, scale, motif))
-        if (pattern == "solid" or _contrast(colour, second) > LEAST_CONTRAST) and is_held_out(design) == (split == "heldout"):
+        if (pattern == "solid" or _contrast(colour, second) > LEAST_CONTRAST) and is_held_out(design) == (
+            split == "heldout"
+        ):
             return design
 
 
