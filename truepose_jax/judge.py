@@ -81,12 +81,12 @@ def judge(pipe: Pipeline, *, eval_seed: int | None = None) -> dict[str, Judged]:
     """{kind of clothes: what was found}, with the model's own size, background, framing, steps and guidance. eval_seed: of
     the people; None: that of the run's own evaluation."""
     config, sample = pipe.run.config, sampling(pipe)
-    batch_size = _batch_size(pipe, PEOPLE * POSES)
+    rows = batch_size(pipe, PEOPLE * POSES)
     found = {}
     for kind, patterns in KINDS.items():
         pairs = people(config, pipe.encoder, patterns, eval_seed)
-        scores, images = swap_scores(pairs, sample, config.seed, batch_size)
-        shuffled = shuffled_sources(pairs, config.seed).sample(sample, config.seed, batch_size)
+        scores, images = swap_scores(pairs, sample, config.seed, rows)
+        shuffled = shuffled_sources(pairs, config.seed).sample(sample, config.seed, rows)
         verdict = Verdict(
             psnr={
                 OURS: scores["intact"],
@@ -102,7 +102,7 @@ def judge(pipe: Pipeline, *, eval_seed: int | None = None) -> dict[str, Judged]:
         )
         if patterns == "all":
             alike = people(config, pipe.encoder, patterns, eval_seed, same_colours=True)
-            drawn = alike.sample(sample, config.seed, batch_size)
+            drawn = alike.sample(sample, config.seed, rows)
             verdict = dataclasses.replace(verdict, pattern_retrieval=garment_retrieval(drawn, alike))
         found[kind] = Judged(verdict, pairs, images)
     return found
@@ -121,7 +121,7 @@ def sampling(pipe: Pipeline) -> Sample:
     return sample
 
 
-def _batch_size(pipe: Pipeline, count: int) -> int:
+def batch_size(pipe: Pipeline, count: int) -> int:
     """config.eval.batch_size, at most `count`, up to a multiple of the devices."""
     parts = batch_parts(pipe.mesh)
     return -(-min(pipe.run.config.eval.batch_size, count) // parts) * parts
@@ -263,9 +263,7 @@ def report(verdicts: Mapping[str, Verdict], config: Config) -> str:
     for kind, verdict in verdicts.items():
         regions = [r for r in ("face", "clothes", "person", "whole") if r in verdict.psnr[OURS]]
         lines += ["", f"{kind} clothes, PSNR (dB)".ljust(30) + "".join(r.rjust(9) for r in regions)]
-        lines += [
-            row.ljust(30) + "".join(f"{scores[r]:9.2f}" for r in regions) for row, scores in verdict.psnr.items()
-        ]
+        lines += [row.ljust(30) + "".join(f"{scores[r]:9.2f}" for r in regions) for row, scores in verdict.psnr.items()]
         alike = "" if verdict.pattern_retrieval is None else f"; in the same colours {verdict.pattern_retrieval:.0%}"
         image, tokens = (verdict.swap_costs[f"{what}_swapped"] for what in ("image", "tokens"))
         lines += [
