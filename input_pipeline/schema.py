@@ -102,8 +102,9 @@ FORMS: Mapping[str, Mapping[str, Field]] = {
     "bytes+maps": dict(BATCH_FIELDS) | _BYTES,
     "moments": _TRAINED_ON | _MOMENTS,
 }
-"""How a batch travels. "floats" is what a Method sees. "bytes" is what training loads: a quarter of the memory to fill
-and to send, and made floats on the device (truepose_jax/train_step.py); with the targets' maps where a loss reads them. "moments" has stored latents for photos."""
+"""How a batch travels. "floats" is what a Method sees. "bytes" is what training loads: a quarter of the memory to fill and to
+send, made floats on the device; "bytes+maps" has the targets' maps too, where a loss reads them. "moments" has stored latents
+for photos."""
 
 LATENT_FACTOR = 8
 """Pixels per latent cell and side of stored latents."""

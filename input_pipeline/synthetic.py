@@ -55,13 +55,17 @@ def render(
     split: str = "train",
     patterns: str = "all",
     background: str = "all",
+    same_colours: int = 0,
 ) -> ImageRecord:
     """One picture of one person, with its parsing map and joints.
 
     pose: a number of the built-in generator, or a Pose. size: (h, w) pixels, at least 32 high. patterns:
     "all" | "solid" | "mixed" (of odd identities solid) clothes. background: "all" | "plain" (a studio for everybody).
+    same_colours: see draw_identity.
     """
-    who = draw_identity(seed=seed, split=split, identity=identity, patterns=patterns, background=background)
+    who = draw_identity(
+        seed=seed, split=split, identity=identity, patterns=patterns, background=background, same_colours=same_colours
+    )
     number = pose if isinstance(pose, (int, np.integer)) else None
     pose = generated_pose(int(pose)) if number is not None else pose
     image, parsing = _picture(who, pose, size)
@@ -141,8 +145,8 @@ class SyntheticPeople:
 
     Poses are drawn from the seed: numbers of the built-in generator (even in training, odd held out), or
     entries of `pose_list`, distinct within an identity; splitting a list between train and held-out is the
-    caller's part (`poses.load_real_poses(split=...)` does it). preload: render everything now and keep it in
-    memory.
+    caller's part (`poses.load_real_poses(split=...)` does it). same_colours: so many identities in a row are one
+    person in as many patterns (draw_identity). preload: render everything now and keep it in memory.
     """
 
     labels = "atr18"
@@ -159,6 +163,7 @@ class SyntheticPeople:
         patterns: str = "all",
         background: str = "all",
         framing: str = "all",
+        same_colours: int = 0,
         preload: bool = False,
     ):
         if split not in SPLITS:
@@ -173,6 +178,7 @@ class SyntheticPeople:
             raise InputError(f"framing '{framing}' is not one of {FRAMINGS}")
         self._framing = framing
         self._pose_list, self._looks = pose_list, {"patterns": patterns, "background": background}
+        self._looks["same_colours"] = same_colours
         self.pairs = _ordered_pairs(identities, poses_per_identity)
         self._stored = [self._render(i) for i in range(len(self))] if preload else None
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 
 import cv2
 import numpy as np
@@ -32,6 +33,8 @@ PATTERNS = ("solid", "rings", "bars", "diagonal", "gingham", "plaid", "dots", "t
             "blocks",
             "flowers", "camouflage", "chest band")  # fmt: skip
 MOTIF_PATTERNS = ("text", "emblem")
+LEAST_CONTRAST = 190
+"""Between the two colours of a pattern: sum over the channels."""
 SCALES = (0.20, 0.30, 0.44)
 """Repeat of a pattern, in head heights."""
 
@@ -80,6 +83,10 @@ def canonical(design: Design) -> Design:
     )
 
 
+def _contrast(colour: int, second: int) -> int:
+    return sum(abs(a - b) for a, b in zip(PALETTE[colour], PALETTE[second], strict=True))
+
+
 _DESIGN_SPACE = np.array([len(PALETTE), len(PALETTE), len(SCALES), MOTIFS])
 
 
@@ -88,10 +95,28 @@ def draw_design(rng: np.random.Generator, kind: str, patterns: tuple[str, ...], 
     while True:
         pattern = patterns[rng.integers(len(patterns))]
         colour, second, scale, motif = (rng.random(4) * _DESIGN_SPACE).astype(int).tolist()
-        contrast = sum(abs(a - b) for a, b in zip(PALETTE[colour], PALETTE[second], strict=True))
         design = canonical(Design(kind, pattern, colour, second, scale, motif))
-        if (pattern == "solid" or contrast > 190) and is_held_out(design) == (split == "heldout"):
+        if (pattern == "solid" or _contrast(colour, second) > LEAST_CONTRAST) and is_held_out(design) == (
+            split == "heldout"
+        ):
             return design
+
+
+def other_patterns(design: Design, rng: np.random.Generator, *, split: str) -> list[Design]:
+    """All designs of the split in the cut and the two colours of this one (a solid one's second colour is drawn); which of
+    them is the ground may differ. In random order, but each pattern once before any comes again, and what is on the chest
+    alone, which a back view does not show, at the end."""
+    second = design.second if design.pattern != "solid" else design.colour
+    while _contrast(design.colour, second) <= LEAST_CONTRAST:
+        second = int(rng.integers(len(PALETTE)))
+    pairs = ((design.colour, second), (second, design.colour))
+    found: dict[str, list[Design]] = {pattern: [] for pattern in rng.permutation(PATTERNS[1:]).tolist()}
+    for pattern, designs in found.items():
+        space = itertools.product(pairs, range(len(SCALES)), range(MOTIFS))
+        every = {canonical(Design(design.kind, pattern, *pair, scale, motif)) for pair, scale, motif in space}
+        designs += rng.permutation(sorted(d for d in every if is_held_out(d) == (split == "heldout"))).tolist()
+    rounds = itertools.zip_longest(*found.values())
+    return sorted((d for each in rounds for d in each if d is not None), key=lambda d: d.pattern in MOTIF_PATTERNS)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -19,6 +19,7 @@ from input_pipeline.synthetic_garments import (
     Design,
     cloth,
     draw_design,
+    other_patterns,
 )
 from input_pipeline.synthetic_shading import fold_texture, texture_at
 
@@ -183,10 +184,31 @@ def _face(rng: np.random.Generator, skin: np.ndarray, feminine: bool) -> Face:
     )
 
 
+def _in_another_pattern(who: Identity, number: int) -> Identity:
+    """The same person; top or dress in the same cut and the same two colours, in the pattern of this number."""
+    slot = "dress" if "dress" in who.garments else "top"
+    split = SPLITS[who.key[1] >= HELD_OUT_OFFSET]
+    designs = other_patterns(who.garments[slot], np.random.default_rng([*who.key, 3]), split=split)
+    if number >= len(designs):
+        raise InputError(f"there are {len(designs)} patterns in one cut and two colours; same_colours asks for more")
+    return dataclasses.replace(
+        who,
+        garments=who.garments | {slot: designs[number]},
+        materials=who.materials | {slot: _material_of(designs[number])},
+    )
+
+
 @functools.lru_cache(maxsize=512)
-def draw_identity(*, seed: int, split: str, identity: int, patterns: str = "all", background: str = "all") -> Identity:
+def draw_identity(
+    *, seed: int, split: str, identity: int, patterns: str = "all", background: str = "all", same_colours: int = 0
+) -> Identity:
     """The person with this number. patterns: "all" | "solid" | "mixed" (odd numbers solid, even ones all); background:
-    "all" | "plain"."""
+    "all" | "plain". same_colours: where it is not 0, so many numbers in a row are one person whose top (or dress) differs in its pattern alone."""
+    if same_colours:
+        one = draw_identity(
+            seed=seed, split=split, identity=identity // same_colours, patterns=patterns, background=background
+        )
+        return _in_another_pattern(one, identity % same_colours)
     if split not in SPLITS:
         raise InputError(f"split '{split}' is neither 'train' nor 'heldout'")
     if patterns == "mixed":

@@ -23,6 +23,7 @@ HOUSE = {
     "atomic": set(),
     "conversion": {"schema", "atomic"},
     "methods": {"models", "diffusion", "sharding", "rng", "schema"},
+    "time_budget": {"checkpoint", "atomic"},
     "optim": {"methods", "diffusion", "rng", "sharding", "schema"},
     "train_step": {"methods", "diffusion", "rng", "sharding", "schema", "optim", "noise_scale"},
     "noise_scale": {"sharding"},
@@ -35,7 +36,7 @@ HOUSE = {
 PARTS = {
     "pipeline", "programs", "files", "initial", "distributed", "estimate", "region_tokens", "datasets", "frozen", "sampling",
     "evaluation", "pictures", "stored", "record_rows", "file_rows", "assembly", "editing", "flops", "contrastive",
-    "exported",
+    "exported", "judge",
 }  # fmt: skip
 TORCH_STACK = {"torch", "transformers", "diffusers", "torchvision"}
 THIRD_PARTY = {

@@ -258,6 +258,36 @@ def test_knobs():
     assert np.array_equal(a.parsing, b.parsing) and not np.array_equal(a.image, b.image)
 
 
+def test_people_in_the_same_colours():
+    """Sixteen in a row are one person: the cut and the colours of the clothes are the same, the pattern is not."""
+    people = SyntheticPeople(
+        seed=1, split="heldout", identities=32, poses_per_identity=1, size=(64, 48), pose_list=[generated_pose(1)],
+        background="plain", same_colours=16,
+    )  # fmt: skip
+    worn = {}
+    for group in range(2):
+        members = [draw_identity(seed=1, split="heldout", identity=16 * group + k, same_colours=16) for k in range(16)]
+        slot = "dress" if "dress" in members[0].garments else "top"
+        designs = [who.garments[slot] for who in members]
+        assert len(set(designs)) == 16 and len({d.pattern for d in designs}) > 8
+        assert len({d.kind for d in designs}) == 1 and len({frozenset((d.colour, d.second)) for d in designs}) == 1
+        assert all(is_held_out(d) and d == canonical(d) and d.pattern != "solid" for d in designs)
+        others = [{s: d for s, d in who.garments.items() if s != slot} for who in members]
+        assert all(o == others[0] for o in others) and len({(w.build, w.face, w.hair_style) for w in members}) == 1
+        worn[group] = [people.image(16 * group + k) for k in range(16)]
+        first = worn[group][0]
+        differing = np.any([np.any(r.image != first.image, -1) for r in worn[group][1:]], 0)
+        clothes = np.isin(first.parsing, [UPPER, DRESS])
+        assert all(np.array_equal(r.parsing, first.parsing) for r in worn[group])
+        assert differing[clothes].mean() > 0.9 and (differing & (first.parsing == 0)).sum() <= clothes.sum() / 4
+        assert len({r.image.tobytes() for r in worn[group]}) == 16 and len({r.identity for r in worn[group]}) == 16
+    assert not np.array_equal(worn[0][0].parsing, worn[1][0].parsing), "the next sixteen are somebody else"
+    solid = [draw_identity(seed=1, split="heldout", identity=i, patterns="solid", same_colours=8) for i in range(8)]
+    assert "solid" not in {d.pattern for who in solid for s, d in who.garments.items() if s in ("dress", "top")}
+    with pytest.raises(InputError, match="same_colours asks for more"):
+        draw_identity(seed=1, split="heldout", identity=99, same_colours=100)
+
+
 def test_generated_poses_are_plausible_and_varied():
     assert len(BASES) >= 24 and len({b.name for b in BASES}) == len(BASES)
     drawn = [generated_pose(i) for i in range(400)]

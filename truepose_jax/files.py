@@ -38,3 +38,12 @@ def make_folder(folder: pathlib.Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         probe.touch()
         probe.unlink(missing_ok=True)
+
+
+def check_new_file(path: pathlib.Path) -> None:
+    """Before the work rather than after it. Raises InputError where no such file can be written."""
+    if not path.parent.is_dir():
+        raise InputError(f"{path}: there is no folder {path.parent}; make it, or name another place")
+    if path.is_dir():
+        raise InputError(f"{path} is a folder; name a file in it")
+    make_folder(path.parent)

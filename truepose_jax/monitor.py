@@ -262,6 +262,13 @@ class Monitor:
         previous, self._pending = self._pending, (step, metrics, examples)
         self._write(previous)
 
+    def last_step(self, total_steps: int) -> None:
+        """The run ends there, and not where the monitor was told at first."""
+        self._total = total_steps
+        if self._bar is not None:
+            self._bar.total = total_steps
+            self._bar.refresh()
+
     def flush(self) -> None:
         """Waits for the step held back and writes it; files and TensorBoard are then complete."""
         previous, self._pending = self._pending, None

@@ -16,8 +16,9 @@ from truepose_jax.schema import ConfigError, OptimConfig
 from truepose_jax.sharding import path_of
 
 
-def learning_rate(config: OptimConfig, total_steps: int) -> optax.Schedule:
-    """Linear warm-up, then constant; "cosine": constant for `flat` of the run, then a half cosine to `final` x rate."""
+def learning_rate(config: OptimConfig, total_steps: int | jax.Array) -> optax.Schedule:
+    """Linear warm-up, then constant; "cosine": constant for `flat` of the run, then a half cosine to `final` x rate.
+    total_steps: an array where one program is to serve any number."""
     peak = config.learning_rate
     parts = [optax.constant_schedule(peak)]
     boundaries: list[int] = []
@@ -27,8 +28,18 @@ def learning_rate(config: OptimConfig, total_steps: int) -> optax.Schedule:
         parts.insert(0, optax.linear_schedule(start, peak, config.warmup_steps))
         boundaries.append(config.warmup_steps)
     if config.schedule == "cosine":
-        flat_until = max(int(config.flat * total_steps), config.warmup_steps)
-        parts.append(optax.cosine_decay_schedule(peak, max(total_steps - flat_until, 1), alpha=config.final))
+        if isinstance(total_steps, int):
+            flat_until = max(int(config.flat * total_steps), config.warmup_steps)
+            decay_steps = float(max(total_steps - flat_until, 1))
+        else:
+            flat_until = jnp.maximum(jnp.floor(config.flat * total_steps), config.warmup_steps)
+            decay_steps = jnp.maximum(total_steps - flat_until, 1.0)
+
+        def decay(count):  # optax's own wants to know the number of steps while it is traced
+            cosine = 0.5 * (1 + jnp.cos(jnp.pi * jnp.minimum(count, decay_steps) / decay_steps))
+            return peak * ((1 - config.final) * cosine + config.final)
+
+        parts.append(decay)
         boundaries.append(flat_until)
     return optax.join_schedules(parts, boundaries)
 
@@ -130,7 +141,7 @@ LAMB_EPSILON = 1e-6
 """Beside the root of Adam's second moment (AdamW: 1e-8), as the LAMB paper's code and optax.lamb have it."""
 
 
-def make_optimizer(config: OptimConfig, total_steps: int, decayed: Any) -> optax.GradientTransformation:
+def make_optimizer(config: OptimConfig, total_steps: int | jax.Array, decayed: Any) -> optax.GradientTransformation:
     """clip by global norm -> AdamW, or LAMB: You et al. 2020, algorithm 2, with the ratio 1 where either norm is 0.
     decayed: 1 or 0 per parameter, see Packing."""
     lamb = config.name == "lamb"

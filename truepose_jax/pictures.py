@@ -17,14 +17,14 @@ def to_uint8(images: np.ndarray) -> np.ndarray:
     return np.clip(np.round((np.asarray(images, np.float32) + 1.0) * 127.5), 0, 255).astype(np.uint8)
 
 
-def sheet(columns: Mapping[str, Sequence[np.ndarray]], *, blocks: int = 1) -> np.ndarray:
+def sheet(columns: Mapping[str, Sequence[np.ndarray]], *, blocks: int = 1, least_cell: int = LEAST_CELL) -> np.ndarray:
     """A white sheet uint8 [H W 3]: one titled column per entry, one row per index, all cells uint8 [h w 3] of one size.
 
-    blocks: the rows are broken into this many blocks side by side.
+    blocks: the rows are broken into this many blocks side by side. least_cell: cells are at least so high.
     """
     names, rows = list(columns), len(next(iter(columns.values())))
     h, w = columns[names[0]][0].shape[:2]
-    zoom = max(1, -(-LEAST_CELL // h))
+    zoom = max(1, -(-least_cell // h))
     h, w = h * zoom + MARGIN, w * zoom + MARGIN
     per_block = -(-rows // blocks)
     block_width = len(names) * w + 2 * MARGIN

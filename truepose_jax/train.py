@@ -6,6 +6,7 @@ Run the same command again to go on where it stopped. Read from top to bottom: s
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import logging
 import os
 import pathlib
@@ -13,6 +14,7 @@ import sys
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from absl import flags
 from jax.sharding import Mesh
 from ml_collections import config_flags
@@ -53,6 +55,7 @@ from truepose_jax.sharding import (
     replicate,
 )
 from truepose_jax.stored import training_method
+from truepose_jax.time_budget import TimeBudget, kept_steps
 from truepose_jax.train_step import Trainer, TrainState
 
 DIVERGED = 1
@@ -63,9 +66,13 @@ class Stopped(Exception):
     """The run was asked to end, and has saved the step that this names."""
 
 
-def main_of(config: Config, workdir: str, *, profile: bool = False) -> int:
-    """Trains until config.total_steps; returns the exit code (0, STOPPED or DIVERGED)."""
+def main_of(config: Config, workdir: str, *, profile: bool = False, minutes: float | None = None) -> int:
+    """Trains until config.total_steps; returns the exit code (0, STOPPED or DIVERGED). minutes: for about so long from now,
+    set-up included and config.total_steps at most, without evaluations; a second start goes on to the same last step."""
     check_place(workdir)
+    budget = None if minutes is None else TimeBudget(minutes)
+    if budget is not None and (kept := kept_steps(workdir)):
+        config = dataclasses.replace(config, total_steps=kept)
     stoppable = Preemption(may_leave=lambda: True)
     with distributed.together() as share, stoppable as preemption, lock_workdir(workdir):
         distributed.same_folder(share, pathlib.Path(workdir))
@@ -84,8 +91,8 @@ def main_of(config: Config, workdir: str, *, profile: bool = False) -> int:
         method, frozen, autoencoder, autoencoder_hash = assemble(config, encoder)
         cache = os.path.join(workdir, "cache")
         train_set = training_set(config, encoder, cache, share)
-        eval_set = evaluation_set(config, encoder, cache, share)
-        if not eval_set.heldout:
+        eval_set = None if budget else evaluation_set(config, encoder, cache, share)
+        if eval_set is not None and not eval_set.heldout:
             logging.warning("config.data.eval_pairs is empty: evaluation runs on the training pairs")
         data = data_digest(train_set.images, config.data.root, (*PHOTO_FOLDERS, PARSING_FOLDER, *POSE_FOLDERS))
         contents = {"autoencoder": autoencoder_hash, "clip": train_set.clip, "data": data, "origin": origin(config)}
@@ -111,7 +118,8 @@ def main_of(config: Config, workdir: str, *, profile: bool = False) -> int:
             try:
                 _loop(
                     config, workdir, mesh, share, trainer, state, frozen, train_set,
-                    Evaluator(config, method, eval_set, mesh), checkpoints, metadata, preemption, profile,
+                    None if budget else Evaluator(config, method, eval_set, mesh),
+                    checkpoints, metadata, preemption, profile, budget,
                 )  # fmt: skip
             except Stopped as stopped:
                 print(f"asked to stop: saved step {stopped}; run the same command again to go on", flush=True)
@@ -137,14 +145,20 @@ def _loop(
     state: TrainState,
     frozen: Any,
     data: Dataset,
-    evaluator: Evaluator,
+    evaluator: Evaluator | None,
     checkpoints: Checkpoints,
     metadata: dict[str, Any],
     preemption: Preemption,
     profile: bool,
+    budget: TimeBudget | None,
 ) -> None:
-    """Steps from the state's on; raises Stopped once everything is saved."""
+    """Steps from the state's on; raises Stopped once everything is saved. evaluator: None, no evaluations."""
     start = reached = int(state.step)
+    total = config.total_steps
+    # An argument of the program where the first steps are to tell it, so that no second compilation is needed.
+    schedule = (jnp.int32(total),) if budget else ()
+    if budget and kept_steps(workdir):
+        budget = None
     # Until the first step is through its compilation there is nothing to save; afterwards while the last step is saved.
     preemption.may_leave = lambda: reached == start or checkpoints.is_committed(reached)
     host_index, host_count = batch_share(mesh)
@@ -201,7 +215,7 @@ def _loop(
                 monitor.image(step, "sheet", picture)
 
         def evaluation_due(step: int) -> bool:
-            return step == config.total_steps or (step > 0 and step % config.eval.every == 0)
+            return evaluator is not None and (step == total or (step > 0 and step % config.eval.every == 0))
 
         trace = None
         if profile:
@@ -210,20 +224,28 @@ def _loop(
         # so one looks into the file.
         if evaluation_due(start) and not share.lead("evaluation", lambda: monitor.evaluated(start)):
             evaluate(start)
-        for step in range(start + 1, config.total_steps + 1):
+        step = start
+        while step < total:
+            step += 1
             if trace:
                 trace.before(step)
             batch = put_global_batch(mesh, next(loader))
             assert len(batch["target"]) == config.batch_size, "the processes' rows are not the batch"
-            state, metrics = train_step(state, frozen, batch)
+            state, metrics = train_step(state, frozen, batch, *schedule)
             reached = step
+            if budget and (chosen := budget.steps(step, metrics)):
+                total, rate = min(chosen[0], config.total_steps), chosen[1]
+                budget.keep(workdir, total, rate)
+                monitor.say(f"{rate:.2f} steps/s on this machine: {total:,} steps in the time there is")
+                monitor.last_step(total)
+                schedule, budget = (jnp.int32(total),), None
             checkpoints.check()
             monitor.step(step, metrics, config.batch_size)
             if trace:
                 trace.after(step, state)
 
             stop = preemption.stop(step)
-            if stop or step == config.total_steps or checkpoints.due(step):
+            if stop or step == total or checkpoints.due(step):
                 with monitor.paused():
                     save(step)
             if evaluation_due(step) and not stop:

@@ -51,8 +51,11 @@ class Trainer:
     def packing(self, params: Any) -> Packing:
         return make_packing(self.config.optim.layout, params, self.method.no_decay)
 
-    def optimizer(self, packing: Packing) -> optax.GradientTransformation:
-        return make_optimizer(self.config.optim, self.config.total_steps, packing.decayed)
+    def optimizer(self, packing: Packing, total_steps: jax.Array | None = None) -> optax.GradientTransformation:
+        return make_optimizer(self.config.optim, self._total(total_steps), packing.decayed)
+
+    def _total(self, total_steps: jax.Array | None) -> int | jax.Array:
+        return self.config.total_steps if total_steps is None else total_steps
 
     def trained(self, params: Any) -> Any:
         """The parameters that optim.trainable names, as a tree without the others."""
@@ -81,10 +84,12 @@ class Trainer:
         options = compiler_options(state.step.sharding.mesh)
         return jax.jit(self.step, donate_argnums=0, out_shardings=(shardings, None), compiler_options=options)
 
-    def step(self, state: TrainState, frozen: Frozen, batch: Batch) -> tuple[TrainState, dict[str, jax.Array]]:
+    def step(
+        self, state: TrainState, frozen: Frozen, batch: Batch, total_steps: Int[Array, ""] | None = None
+    ) -> tuple[TrainState, dict[str, jax.Array]]:
         """One update from a batch of any form (input_pipeline.schema.FORMS). Randomness is a function of (seed,
         state.step). Non-finite gradients change nothing but the counters; metrics then hold bad_loss and bad_gradients,
-        the index of the first bad parameter among them."""
+        the index of the first bad parameter among them. total_steps: in place of the config's, for the schedule."""
         batch = as_floats(batch)
         key = rng.key(jax.random.key(self.config.seed), "train", state.step)
         keys = jax.random.split(key, batch["target"].shape[0])
@@ -98,7 +103,7 @@ class Trainer:
         old = (old_params, old_ema, state.opt_state)
 
         def update(params, ema, opt_state):
-            updates, opt_state = self.optimizer(packing).update(grads, opt_state, params)
+            updates, opt_state = self.optimizer(packing, total_steps).update(grads, opt_state, params)
             params = optax.apply_updates(params, updates)
             if ema is not None:
                 ema = ema_update(ema, params, state.step, self.config.optim.ema_decay)
@@ -119,7 +124,7 @@ class Trainer:
         metrics = {
             **metrics,
             "grad_norm": norm,
-            "learning_rate": learning_rate(self.config.optim, self.config.total_steps)(state.step - state.skipped),
+            "learning_rate": learning_rate(self.config.optim, self._total(total_steps))(state.step - state.skipped),
             "valid": jnp.sum(batch["valid"]),
             "skipped": new_state.skipped,
             "skipped_now": skipped_now,
@@ -205,8 +210,9 @@ def _summands(metrics: Mapping[str, Any], share: Any) -> dict[str, Any]:
 
 
 def _of_sums(metrics: Mapping[str, Any]) -> dict[str, Any]:
-    """The metrics from the sum of all parts' summands: those of OF_KEPT are means over the kept samples, of which a part may have none."""
-    return {name: x / jnp.maximum(metrics["kept"], 1.0) if name.startswith(OF_KEPT) else x for name, x in metrics.items()}
+    """The metrics from the sum of all parts' summands: OF_KEPT are means over the kept samples, of which a part may have none."""
+    kept = jnp.maximum(metrics["kept"], 1.0)
+    return {name: x / kept if name.startswith(OF_KEPT) else x for name, x in metrics.items()}
 
 
 def as_floats(batch: Batch) -> Batch:

@@ -16,6 +16,7 @@ from truepose_jax.checkpoint.store import Checkpoints
 from truepose_jax.checkpoint.workdir import (
     check_place,
     check_same_config,
+    has_steps,
     lock_workdir,
     parameter_table,
     read_config,
@@ -34,6 +35,7 @@ __all__ = [
     "check_same_config",
     "check_same_contents",
     "data_digest",
+    "has_steps",
     "lock_workdir",
     "parameter_table",
     "read_config",
