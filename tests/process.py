@@ -29,7 +29,7 @@ class Program(subprocess.Popen):
     next."""
 
     def __init__(self, *words, env: dict[str, str] | None = None):
-        self.files = [tempfile.TemporaryFile() for _ in "oe"]
+        self.files = [tempfile.TemporaryFile() for _ in "oe"]  # noqa: SIM115
         command, (out, errors) = [sys.executable, *map(str, words)], self.files
         super().__init__(command, cwd=ROOT, env=env or environment(), stdout=out, stderr=errors)
 
