@@ -331,7 +331,7 @@ def test_a_save_that_fails_in_the_background_is_told_when_asked(tmp_path):
     resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))
     try:
         saver.save(2, make_state(2, rows=3000), extra={})
-        deadline = time.monotonic() + 30
+        deadline = time.monotonic() + 600
         with pytest.raises(CheckpointError, match="free space there"):
             while time.monotonic() < deadline:
                 saver.check()
@@ -381,7 +381,7 @@ def test_kill_in_the_middle_of_a_save_leaves_the_last_committed_step(tmp_path):
     child = of_code(code, tmp_path)
     folder = tmp_path / "checkpoints"
     child.wait_for("saving 3")
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 600
     while time.monotonic() < deadline:
         child.send_signal(signal.SIGSTOP)  # looked at while it stands still: what is seen is there at the kill
         os.waitpid(child.pid, os.WUNTRACED)
