@@ -203,7 +203,8 @@ def draw_identity(
     *, seed: int, split: str, identity: int, patterns: str = "all", background: str = "all", same_colours: int = 0
 ) -> Identity:
     """The person with this number. patterns: "all" | "solid" | "mixed" (odd numbers solid, even ones all); background:
-    "all" | "plain". same_colours: where it is not 0, so many numbers in a row are one person whose top (or dress) differs in its pattern alone."""
+    "all" | "plain". same_colours: where it is not 0, so many numbers in a row are one person whose top (or dress) differs in
+    its pattern alone."""
     if same_colours:
         one = draw_identity(
             seed=seed, split=split, identity=identity // same_colours, patterns=patterns, background=background

@@ -41,6 +41,6 @@ def share_work(count, work):
     for thread in threads:
         thread.start()
     for thread in threads:
-        thread.join(timeout=120)
+        thread.join(timeout=600)
         assert not thread.is_alive(), "a process waits for ever"
     return ends

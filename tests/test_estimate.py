@@ -1,10 +1,6 @@
 """The memory estimate: by hand on small functions, against XLA's account of a compiled gradient, and as people read it."""
 
-import os
-import pathlib
 import re
-import subprocess
-import sys
 
 import jax
 import jax.numpy as jnp
@@ -12,11 +8,10 @@ import numpy as np
 import pytest
 
 from tests import tiny
+from tests.process import environment, run
 from truepose_jax import estimate as estimates
 from truepose_jax.estimate import GIB, Estimate, Step, estimate, memory_report, peak_bytes, report
 from truepose_jax.schema import ConfigError
-
-ROOT = pathlib.Path(__file__).resolve().parent.parent
 
 KIB = 1024
 X = jax.ShapeDtypeStruct((256,), np.float32)
@@ -216,15 +211,14 @@ run_with_config(main)
 
 def estimated(*words):
     """`train` with these flags, where JAX would start on a GPU that is not there."""
-    env = os.environ | {"JAX_PLATFORMS": "cuda", "PYTHONPATH": str(ROOT)}
-    return subprocess.run([sys.executable, "-c", RUN, *words], capture_output=True, text=True, env=env, cwd=ROOT)
+    return run("-c", RUN, *words, env=environment(JAX_PLATFORMS="cuda"))
 
 
 def test_no_accelerator_is_started(tmp_path):
     (tmp_path / "config.py").write_text(CONFIG)
-    done = estimated(f"--config={tmp_path / 'config.py'}", "--estimate", "--memory=4")
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.splitlines()[-1] == "backends cpu" and "given (gpu)" in done.stdout
+    code, out, errors = estimated(f"--config={tmp_path / 'config.py'}", "--estimate", "--memory=4")
+    assert code == 0, errors
+    assert out.splitlines()[-1] == "backends cpu" and "given (gpu)" in out
 
 
 def test_wrong_flags_are_one_line(monkeypatch):

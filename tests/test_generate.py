@@ -1,25 +1,18 @@
 """The generate program: one picture, lists that survive kills, and one line with exit code 2 for bad input."""
 
 import json
-import os
 import pathlib
 import shutil
-import signal
-import subprocess
-import sys
-import time
 
 import numpy as np
 import pytest
 from PIL import Image
 
+from tests.process import Program, environment
 from tests.shared_data import shared_data
 from tests.tiny_run import SIZE, shared_pipeline, shared_run, write_inputs
 from truepose_jax import generate, pipeline
 from truepose_jax.pipeline import Pipeline
-
-ROOT = pathlib.Path(__file__).resolve().parent.parent
-
 
 pytestmark = pytest.mark.usefixtures("started_quickly")
 
@@ -206,20 +199,12 @@ def test_a_program_killed_and_started_again(inputs, tmp_path, loaded):
     """As a user starts it, on two devices, killed with -9 once a picture is there; then run on to the end."""
     rows = [row.replace("all/", f"{copy}/") for copy in range(40) for row in all_pairs(inputs)]
     listed = write_list(inputs / "many.csv", rows)
-    program = [sys.executable, "-m", "truepose_jax.generate", f"--workdir={shared_run()}", "--batch-size=2"]
+    program = ["-m", "truepose_jax.generate", f"--workdir={shared_run()}", "--batch-size=2"]
     program += ["--labels=atr18", "--pose-frame=40x30", f"--out-dir={tmp_path}"]
-    environment = {
-        **os.environ,
-        "XLA_FLAGS": "--xla_force_host_platform_device_count=2 --xla_backend_optimization_level=0",
-        "JAX_PLATFORMS": "cpu",
-    }
-    with (tmp_path / "log").open("w") as log:
-        started = subprocess.Popen([*program, f"--pairs={listed}"], cwd=ROOT, env=environment, stdout=log, stderr=log)
-        until = time.monotonic() + 300
-        while not any(tmp_path.rglob("*.png")) and started.poll() is None and time.monotonic() < until:
-            time.sleep(0.002)
-        started.send_signal(signal.SIGKILL)
-        assert started.wait(timeout=60) == -signal.SIGKILL, (tmp_path / "log").read_text()
+    started = Program(*program, f"--pairs={listed}", env=environment(devices=2))
+    started.wait_for(lambda: any(tmp_path.rglob("*.png")))
+    started.kill()
+    assert started.finish()[0] == -9
     made = [path for path in tmp_path.rglob("*.png") if not path.name.startswith(".")]
     assert 1 <= len(made) < len(rows)
     fitted = [row.read(loaded.run, 0) for row in rows_of(listed, tmp_path)[:9]]
@@ -230,7 +215,7 @@ def test_a_program_killed_and_started_again(inputs, tmp_path, loaded):
         if path in pictures:
             assert levels_apart(read(path), pictures[path]) <= 1, "as many devices as you like"
     first_nine = write_list(inputs / "nine.csv", rows[:9])
-    assert run(*program[3:], "--batch-size=3", f"--pairs={first_nine}") == 0
+    assert run(*program[2:], "--batch-size=3", f"--pairs={first_nine}") == 0
     for path, picture in pictures.items():
         assert levels_apart(read(path), picture) <= 1
 

@@ -3,13 +3,7 @@
 import argparse
 import contextlib
 import csv
-import os
-import pathlib
 import signal
-import socket
-import subprocess
-import sys
-import time
 
 import numpy as np
 import pytest
@@ -19,9 +13,10 @@ from input_pipeline.builder import build_records
 from input_pipeline.keypoints import canonical_name, patn_name
 from input_pipeline.records import RecordImages
 from input_pipeline.schema import InputError
+from tests.process import Program, environment, free_port
 from tests.records import NoiseItem, RawSet, RawSplit, all_pairs
 from tests.shares import share_work
-from tests.tiny_run import SETTINGS, SIZE, shared_pipeline, shared_run
+from tests.tiny_run import SIZE, shared_pipeline, shared_run
 from truepose_jax import generate
 from truepose_jax.evaluate.pairing import Folder, pair_folders, read_pair_list
 from truepose_jax.pipeline import Pipeline, Request
@@ -29,7 +24,6 @@ from truepose_jax.record_rows import record_rows
 
 STEPS = 100
 """Of sampling, so that a signal to processes with six pictures each comes before the end."""
-ROOT = pathlib.Path(__file__).resolve().parent.parent
 FASHION = [f"WOMEN/Blouses_Shirts/id_0000337{i}/0{i}_{i}_front" for i in range(1, 4)]
 
 
@@ -192,28 +186,20 @@ def test_where_one_cannot_write_all_end(shared, tmp_path, monkeypatch):
 
 def test_a_signal_to_one_process_stops_both_and_another_number_goes_on(records, tmp_path, loaded, capsys):
     """Two real ones, as a user starts them: SIGTERM to the second once there are pictures; then one process goes on."""
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = free.getsockname()[1]
-    with_cache = {name.upper(): str(value) for name, value in SETTINGS.items()}
-    out, program = tmp_path / "out", [sys.executable, "-m", "truepose_jax.generate", f"--workdir={shared_run()}"]
+    out, program = tmp_path / "out", ["-m", "truepose_jax.generate", f"--workdir={shared_run()}"]
     program += [f"--records={records}", f"--out-dir={out}", "--batch-size=1", f"--steps={STEPS}"]
-    program += [f"--coordinator=localhost:{port}", "--processes=2"]
+    program += [f"--coordinator=localhost:{free_port()}", "--processes=2"]
     (row, *_) = record_rows(RecordImages(records, "test"), out, "cfld")
     loaded.sample([row.read(loaded.run, 0)], steps=STEPS, batch_size=1)  # compiled once, for all three
-    pipe = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    started = [
-        subprocess.Popen([*program, f"--process={i}"], cwd=ROOT, env=os.environ | with_cache, **pipe) for i in range(2)
-    ]
-    until = time.monotonic() + 300
-    while len(list(out.rglob("*.png"))) < 2 and all(p.poll() is None for p in started) and time.monotonic() < until:
-        time.sleep(0.01)
+    started = [Program(*program, f"--process={i}", env=environment(cached=True)) for i in range(2)]
+    for each in started:
+        each.wait_for(lambda: len(list(out.rglob("*.png"))) >= 2)
     started[1].send_signal(signal.SIGTERM)
-    ends = [process.communicate(timeout=300) for process in started]
-    assert [process.returncode for process in started] == [143, 143], ends
+    ends = [process.finish() for process in started]
+    assert [code for code, *_ in ends] == [143, 143], ends
     made = {path: path.stat().st_mtime_ns for path in out.rglob("*.png")}
-    assert f"asked to stop: {len(made)} of 12 pairs done" in ends[0][0] and 2 <= len(made) < 12
-    assert "process 1 of 2" in ends[1][0] and "pairs done" not in ends[1][0]
+    assert f"asked to stop: {len(made)} of 12 pairs done" in ends[0][1] and 2 <= len(made) < 12
+    assert "process 1 of 2" in ends[1][1] and "pairs done" not in ends[1][1]
     assert not list(out.rglob(".*")), "nothing in halves"
     assert run(records, out, f"--steps={STEPS}") == 0
     assert f"{len(made)} of them done before" in capsys.readouterr().out

@@ -5,6 +5,8 @@ import pathlib
 
 import pytest
 
+from tests.process import run
+
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 PROGRAMS = {
     "train", "generate", "evaluate", "convert", "prepare", "study", "scaling", "demo", "train_clip",
@@ -127,11 +129,6 @@ def test_no_file_is_over_500_lines():
 
 def test_tensorflow_and_torch_stay_off_the_training_path():
     """Importing the trainer loads neither, and stays quick to start."""
-    import subprocess
-    import sys
-
     heavy = ("torch", "tensorflow", "diffusers", "transformers")
     code = f"import sys, truepose_jax.train; print([m for m in {heavy} if m in sys.modules])"
-    out = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120)
-    assert out.returncode == 0, out.stderr
-    assert out.stdout.strip() == "[]"
+    assert run("-c", code)[:2] == (0, "[]\n")

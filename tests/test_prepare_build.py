@@ -1,11 +1,8 @@
 """`prepare build` and `prepare check`: resuming after kill -9, reports, defects, and one line for bad input."""
 
 import json
-import os
 import pathlib
 import shutil
-import subprocess
-import sys
 import time
 
 import numpy as np
@@ -17,11 +14,10 @@ from input_pipeline.record_check import check_records
 from input_pipeline.records import RecordImages
 from input_pipeline.schema import InputError
 from input_pipeline.synthetic import SyntheticPeople
+from tests.process import run
 from tests.records import IN_RECORD_1, built, noise_set, write_people
 from tests.shared_data import shared_data
 from truepose_jax import prepare
-
-ROOT = pathlib.Path(__file__).resolve().parent.parent
 
 KILLED = """
 import multiprocessing, os, pathlib, signal, sys
@@ -55,11 +51,10 @@ def test_a_build_that_was_killed_goes_on_and_its_workers_end(tmp_path):
     script = tmp_path / "killed.py"
     script.write_text(KILLED)
     out, pids = tmp_path / "r", tmp_path / "pids"
-    env = os.environ | {"PYTHONPATH": str(ROOT)}
-    run = subprocess.run([sys.executable, script, out, pids], cwd=ROOT, env=env, capture_output=True, timeout=120)
-    assert run.returncode == -9, run.stderr.decode()
+    code, _, errors = run(script, out, pids)
+    assert code == -9, errors
     workers = [int(pid) for pid in pids.read_text().split()]
-    deadline = time.monotonic() + 30
+    deadline = time.monotonic() + 600
     while any(alive(pid) for pid in workers) and time.monotonic() < deadline:
         time.sleep(0.1)
     assert len(workers) == 2 and not any(alive(pid) for pid in workers)

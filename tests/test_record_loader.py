@@ -2,8 +2,6 @@
 
 import itertools
 import os
-import subprocess
-import sys
 import zlib
 
 import numpy as np
@@ -19,6 +17,7 @@ from input_pipeline.record_schema import RecordWriter, pack_latents, pack_tokens
 from input_pipeline.records import RecordImages
 from input_pipeline.regions import region_boxes
 from input_pipeline.schema import FORMS, InputError, check_batch
+from tests.process import run
 from tests.records import built
 
 SIZE, WIDTH = (32, 24), 8
@@ -154,16 +153,9 @@ def test_worker_processes_change_nothing(root, tmp_path):
     """And go on when they are asked to end together with the trainer, until the trainer does."""
     program = tmp_path / "program.py"
     program.write_text(PROGRAM)
-    here = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-    made = subprocess.run(
-        [sys.executable, str(program), str(root)],
-        env=os.environ | {"PYTHONPATH": here},
-        capture_output=True,
-        text=True,
-        timeout=900,
-    )
-    assert made.returncode == 0, made.stderr
-    lines = made.stdout.strip().splitlines()
+    code, out, errors = run(program, root)
+    assert code == 0, errors
+    lines = out.splitlines()
     assert len(lines) == 3 and lines[0] == lines[1] and len(set(lines[0].split())) == 15
     assert not any(os.path.exists(f"/proc/{pid}") for pid in lines[2].split())
 

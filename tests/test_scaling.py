@@ -5,9 +5,6 @@ import dataclasses
 import itertools
 import json
 import math
-import pathlib
-import subprocess
-import sys
 import types
 
 import jax
@@ -16,6 +13,7 @@ import pytest
 
 from input_pipeline.schema import InputError
 from tests import tiny
+from tests.process import run
 from tests.test_train_step import FROZEN, Toy, toy_batch
 from tests.tiny_run import quick_starts, tiny_config
 from truepose_jax.scaling import batch, devices, memory
@@ -27,7 +25,6 @@ from truepose_jax.scaling.table import Table
 from truepose_jax.schema import ConfigError
 from truepose_jax.sharding import make_mesh
 
-ROOT = pathlib.Path(__file__).resolve().parent.parent
 BATCHES = np.array([6, 12, 24, 48, 96, 192])
 
 
@@ -380,8 +377,7 @@ def test_devices_plan():
 
 
 def program(*arguments):
-    command = [sys.executable, "-m", "truepose_jax.scaling", *arguments]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    return run("-m", "truepose_jax.scaling", *arguments)
 
 
 def test_memory_report_of_a_cpu_claims_nothing_of_accelerators(tmp_path):
@@ -405,9 +401,9 @@ def test_memory_report_of_a_cpu_claims_nothing_of_accelerators(tmp_path):
 def test_dry_run(tmp_path):
     out = tmp_path / "out"
     flags = ["--config=configs/demo.py", "--study=memory", f"--out={out}", "--memory_gib=1", "--dry-run"]
-    done = program(*flags, "--sizes=64x48,32x24", "--fsdp=1", "--topologies=v5e:4x4")
-    assert done.returncode == 0, done.stderr
-    assert len(done.stdout.splitlines()) == 9 and "8 runs, 8 to do: about" in done.stdout
+    code, said, errors = program(*flags, "--sizes=64x48,32x24", "--fsdp=1", "--topologies=v5e:4x4")
+    assert code == 0, errors
+    assert len(said.splitlines()) == 9 and "8 runs, 8 to do: about" in said
     assert not out.exists()
 
 
@@ -423,6 +419,8 @@ def test_a_folder_that_cannot_be_written_is_one_line(tmp_path):
 
 
 def test_bad_input_is_one_line(tmp_path):
-    done = program("--config=configs/demo.py", "--study=batch", f"--out={tmp_path / 'out'}", "--batches=12,20")
-    assert done.returncode == 2 and done.stdout == ""
-    assert done.stderr.count("\n") == 1 and done.stderr.startswith("error: batch 20 cannot be cut"), done.stderr
+    code, said, errors = program(
+        "--config=configs/demo.py", "--study=batch", f"--out={tmp_path / 'out'}", "--batches=12,20"
+    )
+    assert code == 2 and said == ""
+    assert errors.count("\n") == 1 and errors.startswith("error: batch 20 cannot be cut"), errors

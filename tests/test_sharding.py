@@ -1,10 +1,7 @@
 """Meshes, logical axes and placement: rules in this process, numbers in one process with eight pretended devices."""
 
 import json
-import os
 import re
-import subprocess
-import sys
 from types import SimpleNamespace
 
 import jax
@@ -13,6 +10,7 @@ import pytest
 from jax.sharding import AbstractMesh, PartitionSpec
 
 from tests import tiny
+from tests.process import environment, run
 from tests.sharded import MESHES
 from truepose_jax.sharding import (
     AXES,
@@ -28,10 +26,9 @@ from truepose_jax.sharding import (
 
 @pytest.fixture(scope="module")
 def sharded():
-    env = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=8", "JAX_PLATFORMS": "cpu"}
-    done = subprocess.run([sys.executable, "-m", "tests.sharded"], env=env, capture_output=True, text=True, timeout=600)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return json.loads(done.stdout.splitlines()[-1])
+    code, out, errors = run("-m", "tests.sharded", env=environment(devices=8))
+    assert code == 0, errors[-3000:]
+    return json.loads(out.splitlines()[-1])
 
 
 @pytest.mark.parametrize("mesh", MESHES)

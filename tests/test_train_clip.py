@@ -1,8 +1,6 @@
 """The contrastive trainer of the region encoder: its loss against torch, its pairs, and a small run into transformers."""
 
 import json
-import subprocess
-import sys
 
 import jax
 import numpy as np
@@ -10,6 +8,7 @@ import pytest
 import torch
 import transformers
 
+from tests.process import run
 from truepose_jax.contrastive import Crops, draw_pairs, info_nce, known_again
 
 ROWS, WIDTH = 6, 5
@@ -64,26 +63,24 @@ def test_a_small_run(tmp_path):
     """It learns, and transformers opens what it wrote; a folder that exists is left alone."""
     out = tmp_path / "clip"
     command = [
-        sys.executable, "-m", "truepose_jax.train_clip", "--config=configs/synthetic_clip.py", f"--out={out}",
+        "-m", "truepose_jax.train_clip", "--config=configs/synthetic_clip.py", f"--out={out}",
         "--config.total_steps=12", "--config.identities_per_step=6", "--config.synthetic.identities=8",
         "--config.synthetic.heldout_identities=4", "--config.synthetic.poses_per_identity=2",
         "--config.size=(32, 24)", "--config.width=8", "--config.clip.hidden_size=16", "--config.clip.layers=1",
     ]  # fmt: skip
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
+    code, _, errors = run(*command)
+    assert code == 0, errors
     results = json.loads((out / "training.json").read_text())["results"]
     assert results["last_loss"] < results["first_loss"]
     model = transformers.CLIPVisionModelWithProjection.from_pretrained(out)
     assert model(torch.zeros(1, 3, 32, 32)).image_embeds.shape == (1, 8)
-    again = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert again.returncode == 2 and "exists; name a folder that does not" in again.stderr
+    code, _, errors = run(*command)
+    assert code == 2 and "exists; name a folder that does not" in errors
 
 
 @pytest.mark.parametrize("flag", ["--config", "--out"])
 def test_missing_flags(flag):
     given = {"--config": "configs/synthetic_clip.py", "--out": "nowhere"}
     command = [f"{name}={value}" for name, value in given.items() if name != flag]
-    done = subprocess.run(
-        [sys.executable, "-m", "truepose_jax.train_clip", *command], capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 2 and f"{flag} is missing" in done.stderr
+    code, _, errors = run("-m", "truepose_jax.train_clip", *command)
+    assert code == 2 and f"{flag} is missing" in errors

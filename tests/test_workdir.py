@@ -4,12 +4,7 @@ import fcntl
 import json
 import os
 import signal
-import socket
-import subprocess
-import sys
-import textwrap
 import time
-from pathlib import Path
 from types import SimpleNamespace
 
 import jax
@@ -18,6 +13,7 @@ import numpy as np
 import pytest
 
 from configs import base
+from tests.process import free_port, of_code
 from truepose_jax import schema, sharding, train
 from truepose_jax.checkpoint import (
     CheckpointError,
@@ -33,15 +29,6 @@ from truepose_jax.checkpoint import (
     read_metadata,
     write_metadata,
 )
-
-ROOT = Path(__file__).resolve().parent.parent
-
-
-def run_python(code: str, *args) -> subprocess.Popen:
-    environment = {**os.environ, "JAX_PLATFORMS": "cpu"}
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    command = [sys.executable, "-u", "-c", textwrap.dedent(code), *map(str, args)]
-    return subprocess.Popen(command, cwd=ROOT, env=environment, **pipes)
 
 
 def make_config(**changes) -> schema.Config:
@@ -204,12 +191,12 @@ def test_a_workdir_is_for_one_run_at_a_time(tmp_path):
         print("held", flush=True)
         time.sleep(60)
     """
-    child = run_python(code, tmp_path)
-    assert child.stdout.readline().strip() == "held"
+    child = of_code(code, tmp_path)
+    child.wait_for("held")
     with pytest.raises(CheckpointError, match=r"in use by another run \(process 12 on there\)"):
         lock_workdir(tmp_path)
-    child.send_signal(signal.SIGKILL)
-    child.communicate(timeout=60)
+    child.kill()
+    child.finish()
     lock_workdir(tmp_path)  # kept though nobody keeps what it returns
     assert lock_workdir(tmp_path) is lock_workdir(tmp_path)
     assert f"process {os.getpid()} on " in (tmp_path / "lock").read_text()
@@ -244,14 +231,13 @@ def test_sigterm_in_a_process_and_the_second_one():
             time.sleep(60 * int(sys.argv[1]))
         print("left", flush=True)
     """
-    children = [run_python(code, 0), run_python(code, 1)]
+    children = [of_code(code, 0), of_code(code, 1)]
     for child in children:
-        assert child.stdout.readline().strip() == "ready"
+        child.wait_for("ready")
         child.send_signal(signal.SIGTERM)
-        assert child.stdout.readline().strip() == "saved"
+        child.wait_for("saved")
     children[1].send_signal(signal.SIGTERM)
-    assert [child.communicate(timeout=60)[0].strip() for child in children] == ["left", ""]
-    assert [child.returncode for child in children] == [0, 143]
+    assert [child.finish()[:2] for child in children] == [(0, "ready\nsaved\nleft\n"), (143, "ready\nsaved\n")]
 
 
 def test_a_signal_is_answered_at_once_while_nothing_is_unsaved():
@@ -271,15 +257,14 @@ def test_a_signal_is_answered_at_once_while_nothing_is_unsaved():
     """
     said = []
     for kind in ("nothing unsaved", "being saved"):
-        child = run_python(code, kind)
-        assert child.stdout.readline().strip() == "ready"
-        time.sleep(0.2)
+        child = of_code(code, kind)
+        child.wait_for("ready")
+        time.sleep(0.2)  # it needs longer for the product, and a moment to begin with it
         child.send_signal(signal.SIGTERM)
-        said.append(child.communicate(timeout=120))
-        assert child.returncode == 143
-    assert [out.strip() for out, _ in said] == ["", ""]
-    assert "nothing unsaved" in said[0][1] and "saving, then" not in said[0][1]
-    assert "saving, then" in said[1][1] and "nothing unsaved" in said[1][1]
+        said.append(child.finish())
+    assert [end[:2] for end in said] == [(143, "ready\n")] * 2
+    assert "nothing unsaved" in said[0][2] and "saving, then" not in said[0][2]
+    assert "saving, then" in said[1][2] and "nothing unsaved" in said[1][2]
 
 
 def test_two_processes_stop_together_when_one_gets_the_signal():
@@ -296,12 +281,10 @@ def test_two_processes_stop_together_when_one_gets_the_signal():
         print("stopped", step, flush=True)
         jax.distributed.shutdown()
     """
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = free.getsockname()[1]
-    children = [run_python(code, port, i) for i in range(2)]
+    port = free_port()
+    children = [of_code(code, port, i) for i in range(2)]
     for child in children:
-        assert child.stdout.readline().strip() == "ready", child.communicate(timeout=60)[1][-2000:]
+        child.wait_for("ready")
     children[1].send_signal(signal.SIGINT)  # goes on to JAX as SIGTERM
-    said = [child.communicate(timeout=60)[0].strip() for child in children]
+    said = [child.finish()[1].splitlines()[-1] for child in children]
     assert said[0] == said[1] and said[0].startswith("stopped") and said[0] != "stopped 2999", said

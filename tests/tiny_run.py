@@ -108,9 +108,7 @@ def shared_pipeline() -> Pipeline:
 
 
 SETTINGS = {
-    "jax_disable_most_optimizations": True,
     "jax_enable_compilation_cache": True,
-    "jax_compilation_cache_dir": f"{_folder.name}/programs",
     "jax_persistent_cache_min_compile_time_secs": 0.0,
     "jax_persistent_cache_min_entry_size_bytes": -1,
 }
@@ -118,8 +116,8 @@ SETTINGS = {
 
 @contextlib.contextmanager
 def quick_starts():
-    """While this holds, a start of `generate` costs 3 s and not 12: XLA compiles in a hurry and keeps its programs on
-    disk, and the untrained CLIP is made once."""
+    """While this holds, a start of `generate` costs 3 s and not 12: XLA keeps its programs in the folder of
+    this run of the tests, and the untrained CLIP is made once."""
     before = {name: jax.config.values[name] for name in SETTINGS}
     with unittest.mock.patch.object(pipeline, "make_encoder", functools.cache(make_encoder)):
         for settings in (SETTINGS, before):

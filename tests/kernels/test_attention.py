@@ -3,9 +3,6 @@
 import functools
 import json
 import logging
-import os
-import subprocess
-import sys
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +12,7 @@ from jax.sharding import AbstractMesh, AxisType, PartitionSpec
 
 from tests.kernels import oracle64
 from tests.kernels.oracle64 import Case
+from tests.process import environment, run
 from truepose_jax.kernels.attention import api, cudnn, pallas_gpu, pallas_tpu, xla
 from truepose_jax.kernels.attention.reference import Slopes
 from truepose_jax.sharding import AXES
@@ -380,12 +378,9 @@ def test_other_mask_axes_agree_with_reference(axis):
 
 @pytest.fixture(scope="module")
 def sharded():
-    flags = "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
-    env = os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"}
-    command = [sys.executable, "-m", "tests.kernels.sharded_attention"]
-    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return json.loads(done.stdout.splitlines()[-1])
+    code, out, errors = run("-m", "tests.kernels.sharded_attention", env=environment(devices=8))
+    assert code == 0, errors[-3000:]
+    return json.loads(out.splitlines()[-1])
 
 
 def test_eight_devices_give_the_same(sharded):

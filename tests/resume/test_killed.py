@@ -1,20 +1,16 @@
 """A run killed with -9 on its way and started again equals the run that was left alone, bit for bit."""
 
 import json
-import os
-import pathlib
 import signal
-import subprocess
-import sys
 import time
 
 import numpy as np
 import pytest
 
+from tests import process
 from tests.test_checkpoint import damage
 from truepose_jax.checkpoint import Checkpoints
 
-ROOT = pathlib.Path(__file__).resolve().parents[2]
 STEPS, EVERY = 40, 8
 TINY = [
     "--config=configs/demo.py",
@@ -28,8 +24,8 @@ TINY = [
     "--config.batch_size=6",
     "--config.model.size=(32, 24)",
     "--config.model.unet.block_out_channels=(8,)",
-    "--config.model.unet.down_block_types=('CrossAttnDownBlock2D',)",
-    "--config.model.unet.up_block_types=('CrossAttnUpBlock2D',)",
+    "--config.model.unet.down_block_types=('DownBlock2D',)",
+    "--config.model.unet.up_block_types=('UpBlock2D',)",
     "--config.model.unet.layers_per_block=0",
     "--config.model.unet.attention_head_dim=(2,)",
     "--config.model.unet.norm_num_groups=4",
@@ -38,27 +34,14 @@ TINY = [
 ]
 
 
-def command(workdir, *more):
-    return [sys.executable, "-m", "truepose_jax.train", f"--workdir={workdir}", *TINY, *more]
+def start(workdir, *more, cached=True, **variables):
+    """A run; one compilation for all of this file."""
+    words = [f"--workdir={workdir}", *TINY, *more]
+    return process.Program("-m", "truepose_jax.train", *words, env=process.environment(cached=cached, **variables))
 
 
-@pytest.fixture(scope="module")
-def environment(tmp_path_factory):
-    """One compilation for all runs of this file."""
-    cache = tmp_path_factory.mktemp("compiled")
-    return os.environ | {
-        "JAX_ENABLE_COMPILATION_CACHE": "true",
-        "JAX_COMPILATION_CACHE_DIR": str(cache),
-        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-        "JAX_PLATFORMS": "cpu",
-    }
-
-
-def run(workdir, environment, *more):
-    done = subprocess.run(
-        command(workdir, *more), cwd=ROOT, env=environment, capture_output=True, text=True, timeout=400
-    )
-    return done.returncode, done.stdout, done.stderr
+def run(workdir, *more):
+    return start(workdir, *more).finish()
 
 
 def steps_of(workdir):
@@ -68,21 +51,15 @@ def steps_of(workdir):
     return [json.loads(line) for line in path.read_text().splitlines() if line.endswith("}")]
 
 
-def wait_for_step(process, workdir, step):
-    deadline = time.monotonic() + 300
-    while time.monotonic() < deadline:
-        if any(record["step"] >= step for record in steps_of(workdir)):
-            return
-        assert process.poll() is None, f"the run ended before step {step}"
-        time.sleep(0.02)
-    raise AssertionError(f"step {step} was never reached")
+def wait_for_step(started, workdir, step):
+    started.wait_for(lambda: any(r["step"] >= step for r in steps_of(workdir)))
 
 
 @pytest.fixture(scope="module")
-def straight(tmp_path_factory, environment):
+def straight(tmp_path_factory):
     """The run that nobody disturbs."""
     workdir = tmp_path_factory.mktemp("straight")
-    code, _, errors = run(workdir, environment)
+    code, _, errors = run(workdir)
     assert code == 0, errors
     return workdir
 
@@ -115,30 +92,25 @@ def test_straight_run_leaves_what_it_promises(straight):
     assert any(name.startswith("hpfa_rms/") for name in results)
 
 
-def wait_for_checkpoint(process, workdir, step):
-    deadline = time.monotonic() + 300
-    while not any(p.name.isdigit() and int(p.name) >= step for p in (workdir / "checkpoints").iterdir()):
-        assert process.poll() is None and time.monotonic() < deadline, f"step {step} was never saved"
-        time.sleep(0.02)
+def saved_steps(workdir):
+    return [int(p.name) for p in workdir.glob("checkpoints/*") if p.name.isdigit()]
 
 
-def test_killed_and_started_again_equals_straight(tmp_path, environment, straight):
+def test_killed_and_started_again_equals_straight(tmp_path, straight):
     """And the newest checkpoint damaged: refused, or with checkpoint.allow_fallback the one before it is taken."""
-    process = subprocess.Popen(
-        command(tmp_path), cwd=ROOT, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-    )
-    wait_for_step(process, tmp_path, 2 * EVERY + 3)
-    wait_for_checkpoint(process, tmp_path, 2 * EVERY)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    newest = max(int(p.name) for p in (tmp_path / "checkpoints").iterdir() if p.name.isdigit())
+    killed = start(tmp_path)
+    wait_for_step(killed, tmp_path, 2 * EVERY + 3)
+    killed.wait_for(lambda: max(saved_steps(tmp_path), default=0) >= 2 * EVERY)
+    killed.kill()
+    killed.finish()
+    newest = max(saved_steps(tmp_path))
     # The optimizer's moments are one array; a bit in a file of many may lie between them and do no harm.
     damage(tmp_path / "checkpoints", newest, "flipped", "rest")
-    code, _, errors = run(tmp_path, environment)
+    code, _, errors = run(tmp_path)
     assert code == 2 and f"cannot read step {newest}" in errors.splitlines()[-1]
     assert "--config.checkpoint.allow_fallback=true" in errors.splitlines()[-1] and "Traceback" not in errors
     no_sheets = "--config.eval.sheet_rows=0"
-    code, out, errors = run(tmp_path, environment, "--config.checkpoint.allow_fallback=true", no_sheets)
+    code, out, errors = run(tmp_path, "--config.checkpoint.allow_fallback=true", no_sheets)
     assert code == 0, errors
     assert (tmp_path / "eval.jsonl").exists() and not (tmp_path / "samples").exists()
     assert f"resuming from step {newest - EVERY}" in out
@@ -146,35 +118,30 @@ def test_killed_and_started_again_equals_straight(tmp_path, environment, straigh
     assert_same_run(tmp_path, straight)
 
 
-def test_asked_to_stop_while_compiling_ends_at_once(tmp_path, environment):
-    uncached = environment | {"JAX_ENABLE_COMPILATION_CACHE": "false"}
-    process = subprocess.Popen(
-        command(tmp_path), cwd=ROOT, env=uncached, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
-    assert any(line.startswith("parameters:") for line in process.stdout)
-    time.sleep(2)
-    process.send_signal(signal.SIGTERM)
-    _, errors = process.communicate(timeout=30)  # compilation alone takes longer
-    assert process.returncode == 143 and "nothing unsaved" in errors
+def test_asked_to_stop_while_compiling_ends_at_once(tmp_path):
+    asked = start(tmp_path, cached=False, XLA_FLAGS="")  # optimised: it takes much longer
+    asked.wait_for("parameters:")
+    time.sleep(1)
+    asked.send_signal(signal.SIGTERM)
+    code, _, errors = asked.finish()
+    assert code == 143 and "nothing unsaved" in errors
     assert steps_of(tmp_path) == [] and not list(tmp_path.glob("checkpoints/*"))
 
 
 @pytest.mark.slow
-def test_asked_to_stop_saves_and_says_143(tmp_path, environment, straight):
-    process = subprocess.Popen(
-        command(tmp_path), cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
-    )
-    wait_for_step(process, tmp_path, EVERY + 2)
-    process.send_signal(signal.SIGTERM)
-    out, _ = process.communicate(timeout=300)
-    assert process.returncode == 143
+def test_asked_to_stop_saves_and_says_143(tmp_path, straight):
+    asked = start(tmp_path)
+    wait_for_step(asked, tmp_path, EVERY + 2)
+    asked.send_signal(signal.SIGTERM)
+    code, out, _ = asked.finish()
+    assert code == 143
     assert "run the same command again" in out
-    code, _, errors = run(tmp_path, environment)
+    code, _, errors = run(tmp_path)
     assert code == 0, errors
     assert_same_run(tmp_path, straight)
 
 
-def test_another_configuration_is_refused(environment, straight):
-    code, _, errors = run(straight, environment, "--config.optim.learning_rate=0.5")
+def test_another_configuration_is_refused(straight):
+    code, _, errors = run(straight, "--config.optim.learning_rate=0.5")
     assert code == 2
     assert "learning_rate" in errors and len(errors.strip().splitlines()) == 1

@@ -1,7 +1,5 @@
 """Settings that cannot be run: one line on stderr and exit code 2, before any long work."""
 
-import os
-
 import pytest
 
 from tests.resume.test_killed import run
@@ -19,6 +17,6 @@ from tests.resume.test_killed import run
     ],
 )
 def test_bad_settings_get_one_line_and_code_2(tmp_path, flag, word):
-    code, _, errors = run(tmp_path, os.environ | {"JAX_PLATFORMS": "cpu"}, flag)
+    code, _, errors = run(tmp_path, flag)
     assert code == 2, errors
     assert word in errors and len(errors.strip().splitlines()) == 1
