@@ -72,7 +72,9 @@ BATCH_FIELDS: Mapping[str, Field] = {
     "target_joints": Field(("b", NUM_JOINTS, 3), "float32", "x, y in pixels, visible"),
     "target_pose": Field(("b", "h", "w", 3), "float32", "skeleton picture of the target pose, [0, 1]"),
     "source_parsing": Field(("s", "h", "w"), "uint8", "label of each source pixel, in the set's own ids"),
-    "target_parsing": Field(("b", "h", "w"), "uint8", "the same of the target: for metrics and losses, never for the model"),
+    "target_parsing": Field(
+        ("b", "h", "w"), "uint8", "the same of the target: for metrics and losses, never for the model"
+    ),
     "class_on": Field(("b", MAX_CLASSES), "bool", "classes the target pose switches on (methods.md 1.5)"),
     "region_tokens": Field(
         ("s", MAX_CLASSES + 1, "e"),

@@ -33,7 +33,8 @@ def run(params, features, x, mask, keep=None, *, config):
     """(update, k_h, v_h) of the two halves of our HPFA."""
     source, undropped = HPFASource(SITE, config).apply({"params": params["source"]}, features, mask, keep)
     del undropped
-    return HPFA(SITE, config).apply({"params": params["target"]}, x, source), source.k, source.v
+    update, _ = HPFA(SITE, config).apply({"params": params["target"]}, x, source)
+    return update, source.k, source.v
 
 
 @functools.cache

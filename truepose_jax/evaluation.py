@@ -74,6 +74,11 @@ class Pairs:
         """One key per pair, the same in every evaluation."""
         return jax.random.split(rng.key(jax.random.key(seed), "evaluation"), len(self))
 
+    def first(self, rows: int) -> Pairs:
+        """The first rows alone."""
+        batch = {name: array[:rows] for name, array in self.batch.items()}
+        return dataclasses.replace(self, batch=batch, identities=self.identities[:rows])
+
     def sample(self, sample: Sample, seed: int, batch_size: int, poll: Poll = lambda: None) -> np.ndarray:
         """Generated images [n h w 3], in batches of one size; `poll` is called between them (preemption)."""
         found = []
@@ -119,6 +124,12 @@ def swap_scores(
     return scores, intact
 
 
+def carried_sources(pairs: Pairs, images: np.ndarray, carried: Sample, seed: int, batch_size: int) -> np.ndarray:
+    """The sources as the attention carried them [n h w 3], where the samples of the pairs are `images`. carried: Method.carried
+    of batches whose targets are those."""
+    return dataclasses.replace(pairs, batch={**pairs.batch, "target": images}).sample(carried, seed, batch_size)
+
+
 def other_people(identities: Sequence[str]) -> np.ndarray:
     """int [n]: for every row the next one, cyclically, that shows somebody else; where nobody else is there, the next. An
     identity "" is nobody."""
@@ -155,6 +166,7 @@ class Evaluator:
         whole = NamedSharding(mesh, PartitionSpec())
         self._sample = jax.jit(self.sampler.sample, out_shardings=whole, compiler_options=compiler_options())
         self._loss = jax.jit(method.loss, out_shardings=whole)
+        self._carried = jax.jit(method.carried, out_shardings=whole) if method.carries else None
 
     def run(
         self, params: Params, frozen: Frozen, poll: Poll = lambda: None
@@ -168,10 +180,15 @@ class Evaluator:
         scores, images = swap_scores(self.pairs, sample, self.config.seed, self.batch_size, poll)
         results |= {f"psnr_{region}": value for region, value in scores["intact"].items()}
         results |= {f"swap_cost_{swap}": cost for swap, cost in swap_costs(scores).items()}
-        return results | norms, self.sheet(images)
+        return results | norms, self.sheet(images, self._carried_with(params, frozen))
 
     def sample_with(self, params: Params, frozen: Frozen) -> Sample:
         return lambda batch, keys: np.asarray(self._sample(params, frozen, put_whole_batch(self.mesh, batch), keys))
+
+    def _carried_with(self, params: Params, frozen: Frozen) -> Sample | None:
+        if self._carried is None:
+            return None
+        return lambda batch, keys: np.asarray(self._carried(params, frozen, put_whole_batch(self.mesh, batch)))
 
     def _losses(self, params: Params, frozen: Frozen, poll: Poll) -> tuple[float, dict[str, float]]:
         total, weight, norms = 0.0, 0.0, []
@@ -185,22 +202,28 @@ class Evaluator:
         means = {part: np.mean([n[part] for n in norms], axis=0) for part in norms[0]}
         found = {}
         for part, mean in means.items():  # one number a site, or one of the half-cell head
-            found |= {f"{part}/{site}": float(v) for site, v in zip(names, mean, strict=True)} if mean.ndim else {part: float(mean)}
+            found |= (
+                {f"{part}/{site}": float(v) for site, v in zip(names, mean, strict=True)}
+                if mean.ndim
+                else {part: float(mean)}
+            )
         return total / max(weight, 1.0), found
 
-    def sheet(self, images: np.ndarray) -> np.ndarray | None:
-        """source | pose | generated | truth of the first `sheet_rows` pairs; None for 0."""
-        rows, batch = self.config.eval.sheet_rows, self.pairs.batch
-        if not rows:
-            return None
-        return sheet(
-            {
-                "source": to_uint8(batch["source"][:rows]),
-                "pose": to_uint8(batch["target_pose"][:rows] * 2 - 1),
-                "generated": to_uint8(images[:rows]),
-                "truth": to_uint8(batch["target"][:rows]),
-            }
-        )
+    def sheet(self, images: np.ndarray, carried: Sample | None = None) -> np.ndarray:
+        """source | pose | carried | generated | truth of the first `sheet_rows` pairs. carried: makes the third column."""
+        rows = self.config.eval.sheet_rows
+        shown = self.pairs.first(rows)
+        columns = {
+            "source": to_uint8(shown.batch["source"]),
+            "pose": to_uint8(shown.batch["target_pose"] * 2 - 1),
+            "generated": to_uint8(images[:rows]),
+            "truth": to_uint8(shown.batch["target"]),
+        }
+        if carried is not None and rows:
+            seen = carried_sources(shown, images[:rows], carried, self.config.seed, self.batch_size)
+            names = ("source", "pose", "carried", "generated", "truth")
+            columns = {name: to_uint8(seen) if name == "carried" else columns[name] for name in names}
+        return sheet(columns)
 
 
 def make_sampler(config: Config, method: Method, *, steps: int, guidance: float) -> Sampler:

@@ -71,10 +71,10 @@ class ClipConfig:
 class ModelConfig:
     """size: (height, width) in pixels. autoencoder "sd15": AutoencoderKL from the diffusers folder `vae`; "pixels":
     space-to-depth by `pixel_factor`, no weights; "patches": `patch_channels` principal components of 4x4 pixels, of the
-    file `vae` or, where that is "", of the one that comes along (models/patch_codec.py). positions "sincos": fixed 2-D sinusoids after both networks' conv_in,
-    for training from nothing (SD1.5's networks have learned places and take "none"). source_parsing "coverage": the
-    source's parsing map is added there too, in SourceNet (not in the paper; "none"). dtype: compute dtype; parameters
-    are float32."""
+    file `vae` or, where that is "", of the one that comes along (models/patch_codec.py). positions "sincos": fixed 2-D
+    sinusoids after both networks' conv_in, for training from nothing (SD1.5's networks have learned places and take
+    "none"). source_parsing "coverage": the source's parsing map is added there too, in SourceNet (not in the paper;
+    "none"). dtype: compute dtype; parameters are float32."""
 
     method: Literal["truepose"] = "truepose"
     size: tuple[int, int] = (512, 352)

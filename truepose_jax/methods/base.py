@@ -68,9 +68,12 @@ class Method(Protocol):
         """Latents to images in [-1, 1] (clipped)."""
         ...
 
-    def carried(self, params: Params, frozen: Frozen, batch: Batch, latents: Float[Array, "b h w c"]) -> Array | None:
-        """The source seen through the last attention that reads it, as images [b H W 3], where the sample is `latents`: what
-        a sheet shows beside the picture. None for a network that has no such attention."""
+    carries: bool
+    """Whether there is an attention over the source's cells that `carried` can show."""
+
+    def carried(self, params: Params, frozen: Frozen, batch: Batch) -> Float[Array, "b H W 3"]:
+        """The source as images, seen through the last attention that reads it, when the sample is batch["target"]: what a sheet
+        shows beside the picture. Only where `carries`."""
         ...
 
     def loss(

@@ -145,7 +145,9 @@ class TruePose:
             params["carry_source"] = made["params"]
             hidden = jnp.zeros((*latents.shape[:3], self.model.unet.block_out_channels[0]))
             net = self.carry_target(batch["class_on"].shape[1])
-            params["carry_target"] = net.init(rng.key(key, "carry_target"), hidden, half_cells(latents), carry)["params"]
+            params["carry_target"] = net.init(rng.key(key, "carry_target"), hidden, half_cells(latents), carry)[
+                "params"
+            ]
         return params
 
     def condition(self, params, frozen, batch, *, keep=None, shown=False) -> Conditioning:
@@ -225,16 +227,23 @@ class TruePose:
     def decode(self, frozen, latents):
         return jnp.clip(self.autoencoder.decode(frozen.get("autoencoder"), latents), -1.0, 1.0)
 
-    def carried(self, params, frozen, batch, latents):
+    @property
+    def _full_sites(self) -> list[str]:
+        """Sites at the latent's own size."""
+        return [site.name for site in self.model.unet.sites if site.level == 0]
+
+    @property
+    def carries(self) -> bool:
+        return self.model.carry.head or (self.model.fusion.texture == "hpfa" and bool(self._full_sites))
+
+    def carried(self, params, frozen, batch):
         """See Method. Of the half-cell head, else of the last HPFA at the latent's own size."""
-        sites = [site for site in self.model.unet.sites if site.level == 0]
-        if not self.model.carry.head and (self.model.fusion.texture != "hpfa" or not sites):
-            return None
         conditioning = self.condition(params, frozen, batch, shown=True)
+        latents = self.autoencoder.encode_mean(frozen.get("autoencoder"), batch["target"])
         _, signs, carried = self._target(params, latents, jnp.zeros((len(latents),), jnp.int32), conditioning)
         if carried is not None:
             return self.decode(frozen, whole_cells(carried.warp))
-        return self.decode(frozen, signs[sites[-1].name]["carried"].reshape(latents.shape))
+        return self.decode(frozen, signs[self._full_sites[-1]]["carried"].reshape(latents.shape))
 
     def loss(self, params, frozen, batch, keys):
         """Eq. 2 / 10 with the schedule's prediction, mean over the valid samples of the global batch; plus, where their weights
@@ -272,9 +281,8 @@ class TruePose:
             shown = self.autoencoder.decode(frozen.get("autoencoder"), x0)
             more["pixels"] = losses.charbonnier(self.autoencoder.decode(frozen.get("autoencoder"), output), shown)
         if weighs.flow:
-            at_full = [signs[site.name].get("carried") for site in self.model.unet.sites if site.level == 0]
-            at_full = [x for x in at_full if x is not None]
-            flows = [losses.squared_error(x.reshape(x0.shape), x0) for x in at_full]
+            at_full = self._full_sites if self.model.fusion.carry_latents else []
+            flows = [losses.squared_error(signs[name]["carried"].reshape(x0.shape), x0) for name in at_full]
             more["flow"] = sum(flows, start=jnp.zeros(len(x0))) * keep
         if carried is not None:
             of_head = carry_losses(carried, half_cells(x0), batch["target_parsing"], self._coverage(batch, "target"))

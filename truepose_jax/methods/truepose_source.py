@@ -50,9 +50,7 @@ class SourceReader:
     @functools.cached_property
     def source_net(self):
         model = self.model
-        return source_net(
-            model.unet, model.fusion, remat=model.remat, tap_hidden=model.carry.head, dtype=self.dtype
-        )
+        return source_net(model.unet, model.fusion, remat=model.remat, tap_hidden=model.carry.head, dtype=self.dtype)
 
     @functools.cached_property
     def parsing_encoder(self):

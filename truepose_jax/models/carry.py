@@ -40,7 +40,7 @@ CONTENT_LOGIT, LIMB_LOGIT, PARSING_LOGIT = 7.4, 13.5, 6.05
 """Logits of full agreement at birth."""
 
 STUDIO_BLURS = ((1.0, 1.2, 4.0), (1e-3, 3.0, 12.0), (1e-6, 15.0, 15.0))
-"""(weight, rows, columns) of the Gaussians, in half cells, that fill in the studio; wider ones count where no narrower reaches."""
+"""(weight, rows, columns) of the Gaussians, in half cells, that fill in the studio; wider ones count where no other reaches."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -186,7 +186,10 @@ class CarryTarget(nn.Module):
 
 
 def compose(
-    codec: PatchAutoencoder, person: Float[Array, "b h w c"], behind: Float[Array, "b h w c"], alpha: Float[Array, "b h w 16"]
+    codec: PatchAutoencoder,
+    person: Float[Array, "b h w c"],
+    behind: Float[Array, "b h w c"],
+    alpha: Float[Array, "b h w 16"],
 ) -> Float[Array, "b h w c"]:
     """alpha person + (1 - alpha) behind, in the pixels of each half cell, and back to latents."""
 

@@ -53,9 +53,7 @@ class Limbs(NamedTuple):
     context: Array
 
 
-def limb_coordinates(
-    joints: Float[Array, "b 18 3"], *, image_hw: tuple[int, int], cells_hw: tuple[int, int]
-) -> Limbs:
+def limb_coordinates(joints: Float[Array, "b 18 3"], *, image_hw: tuple[int, int], cells_hw: tuple[int, int]) -> Limbs:
     """joints: x, y in pixels of the picture, visible. n: the cells row by row. Any joints may be missing."""
     joints = joints.astype(jnp.float32)
     height, width = image_hw

@@ -58,7 +58,7 @@ def parsing_mask(coverage: Float[Array, "b h w p"], class_on: Bool[Array, "b p"]
 
 
 def mean_levels(cells: Float[Array, "b h w c"], levels: int) -> list[Float[Array, "b n c"]]:
-    """The cells and their means over 2 x 2, 4 x 4, ... for `levels` UNet levels, row by row; at an edge the mean of what is there."""
+    """The cells and their means over 2 x 2, 4 x 4, ... for `levels` UNet levels; at an edge the mean of what is there."""
     sums, counts, found = cells, jnp.ones((1, *cells.shape[1:3], 1)), []
     for level in range(levels):
         if level:

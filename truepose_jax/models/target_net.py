@@ -32,9 +32,9 @@ class SiteFeatures(NamedTuple):
 class SourceSide(NamedTuple):
     """What the fusion modules are given: F' [b n c] by site; A' by site where SourceNet's own attention serves for it
     (None: HPFA makes it); masks M [b n] and coverages [b n p] by UNet level; the regions' tokens [b p e], which of them
-    are present [b p], and the whole image's token [b e]. Where they are carried or shown, the source's latents [b n c]; where
-    limbs guide the attention, coordinates of the source's and the target's cells (both by UNet level). One row per target, but for hidden [s h w d],
-    SourceNet's last hidden state, where the half-cell head reads it."""
+    are present [b p], and the whole image's token [b e]. By UNet level too: the source's latents [b n c], where they are
+    carried or shown, and coordinates of the source's and the target's cells, where limbs guide the attention. One row per
+    target, but for hidden [s h w d], SourceNet's last hidden state, where the half-cell head reads it."""
 
     features: dict[str, Array]
     attention: dict[str, SourceAttention] | None
