@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
 
-from truepose_jax.kernels.attention.key_rows import FLOOR, TINY, logits, refused_arrays
+from truepose_jax.kernels.attention.key_rows import FLOOR, refused_arrays, slopes
 
 DTYPES = (jnp.dtype(jnp.float32), jnp.dtype(jnp.bfloat16), jnp.dtype(jnp.float16))
 
@@ -34,9 +34,12 @@ def attend(
     @jax.checkpoint
     def one(q, k, v, rows):
         a = jnp.matmul(q, k.T, preferred_element_type=jnp.float32)
-        s = logits(a, None if rows is None else tuple(row[None] for row in rows), d**-0.5)
-        weights = jnp.exp(s - jnp.maximum(jnp.max(s, axis=-1, keepdims=True), FLOOR))
-        total = jnp.maximum(jnp.sum(weights, axis=-1, keepdims=True), TINY)
+        # As logits(a, rows, ...), with the gradient that slopes has where a is 0.
+        rows = None if rows is None else tuple(row[None] for row in rows)
+        s = a * slopes(a, rows, d**-0.5) + (0.0 if rows is None else rows[2])
+        weights = jnp.exp(s - lax.stop_gradient(jnp.maximum(jnp.max(s, axis=-1, keepdims=True), FLOOR)))
+        total = jnp.sum(weights, axis=-1, keepdims=True)
+        total = jnp.where(total > 0, total, 1.0)  # no key at all: 0, and no gradient
         return (jnp.matmul(weights.astype(v.dtype), v, preferred_element_type=jnp.float32) / total).astype(v.dtype)
 
     _, out = lax.scan(lambda _, each: (None, one(*each)), None, (*heads_first, rows))
