@@ -374,6 +374,10 @@ def test_devices_plan():
         devices.config_of(runs[0], config)
     with pytest.raises(ConfigError, match="must be a multiple of 4"):
         devices.config_of(devices.Run("weak", 4, 6), tiny.config())
+    with pytest.raises(ConfigError, match=r"config\.batch_size is -8; it must be above 0"):
+        devices.config_of(devices.Run("weak", 4, -8), tiny.config())
+    with pytest.raises(ConfigError, match=r"config\.model\.dtype is 'float16'; choose one of"):
+        memory.config_of(memory.Run((64, 48), "float16", True, 1), tiny.config(), 1)
 
 
 def program(*arguments):

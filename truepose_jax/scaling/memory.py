@@ -14,7 +14,7 @@ from truepose_jax.scaling.devices import PREDICTION
 from truepose_jax.scaling.hardware import Topology
 from truepose_jax.scaling.report import origin, table
 from truepose_jax.scaling.table import Row, Table
-from truepose_jax.schema import Config, ConfigError
+from truepose_jax.schema import Config, ConfigError, checked
 
 MOST = 1 << 20
 """Examples per device beyond which nobody looks."""
@@ -63,13 +63,14 @@ def config_of(run: Run, config: Config, per_device: int) -> Config:
     optim = dataclasses.replace(config.optim, accumulation=1, noise_scale="off")
     if run.fsdp > 1:
         optim = dataclasses.replace(optim, layout="tree")
-    return dataclasses.replace(
+    changed = dataclasses.replace(
         config,
         model=dataclasses.replace(config.model, size=run.size, dtype=run.dtype, remat=run.remat),
         mesh=dataclasses.replace(config.mesh, data=chips // run.fsdp, fsdp=run.fsdp, tensor=1),
         optim=optim,
         batch_size=per_device * chips,
     )
+    return checked(changed)
 
 
 def largest(bytes_at: Callable[[int], float], budget: float, *, unit: int, resolution: float) -> int:
