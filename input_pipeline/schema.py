@@ -73,7 +73,7 @@ BATCH_FIELDS: Mapping[str, Field] = {
     "target_pose": Field(("b", "h", "w", 3), "float32", "skeleton picture of the target pose, [0, 1]"),
     "source_parsing": Field(("s", "h", "w"), "uint8", "label of each source pixel, in the set's own ids"),
     "target_parsing": Field(("b", "h", "w"), "uint8", "the same of the target: for metrics, never for the model"),
-    "class_on": Field(("b", MAX_CLASSES), "bool", "classes the target pose switches on (methods.md 1.5)"),
+    "class_on": Field(("b", MAX_CLASSES), "bool", "classes the target pose switches on (docs/paper.md 4)"),
     "region_tokens": Field(
         ("s", MAX_CLASSES + 1, "e"),
         "float32",
