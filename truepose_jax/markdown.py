@@ -81,6 +81,8 @@ def fill(text: str, width: int = WIDTH, indent: str = "") -> list[str]:
 def _command(line: str, width: int) -> list[str]:
     if len(line) <= width:
         return [line]
+    if remark := re.match(r"(.*\S)\s+(# .*)$", line):
+        return [remark[2], *_command(remark[1], width)]
     lines = [""]
     for word in SHELL_WORD.findall(line):
         if lines[-1].strip() and len(lines[-1]) + len(word) + 3 > width:
