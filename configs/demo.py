@@ -2,7 +2,7 @@
 
     make demo            (or: python -m truepose_jax.demo --workdir=runs/demo)
 
-Not a row of the paper. What differs from it, and why, is in BUILD_NOTES.md ("The demo"): pixels as latents, x0
+Not a row of the paper. What differs from it, and why, is in docs/paper.md 12: pixels as latents, x0
 prediction with more of the noisy timesteps; positions after conv_in, the parsing map into SourceNet and HPFA's square
 projections starting as identities (they stand in for what SD1.5's weights know); an untrained CLIP; a quarter of the
 pairs with the source as its own target; clothes of one colour. HPFA, CAA (K = 2) and the equations are the paper's.
