@@ -66,7 +66,9 @@ def fill(text: str, width: int = WIDTH, indent: str = "") -> list[str]:
     """One paragraph or list item as lines of at most `width`; short pieces of code stay in one line."""
     item = ITEM.match(text)
     text = CODE.sub(lambda code: code[0].replace(" ", GLUE), text)
-    text = LOOKS_LIKE_A_BLOCK.sub(GLUE, text) if not item else item[0] + LOOKS_LIKE_A_BLOCK.sub(GLUE, text[item.end() :])
+    text = (
+        LOOKS_LIKE_A_BLOCK.sub(GLUE, text) if not item else item[0] + LOOKS_LIKE_A_BLOCK.sub(GLUE, text[item.end() :])
+    )
     lines = textwrap.wrap(
         text,
         width,
@@ -109,9 +111,7 @@ def _table(block: list[str], width: int) -> list[str]:
             used = 0
         parts[-1].append(i)
         used += sizes[i]
-    found = [
-        ["| " + " | ".join(line[i] for i in [*range(keys), *part]) + " |" for line in lines] for part in parts
-    ]
+    found = [["| " + " | ".join(line[i] for i in [*range(keys), *part]) + " |" for line in lines] for part in parts]
     return list(itertools.chain(*([*part, ""] for part in found[:-1]), found[-1]))
 
 
