@@ -13,7 +13,9 @@ ITEM = re.compile(r"^(\s*)([-*+]|\d+\.)\s+")
 SHELL_WORD = re.compile(r"(?:'[^']*'|\"[^\"]*\"|\S)+")
 LOOKS_LIKE_A_BLOCK = re.compile(r" (?=(?:[-+*>#=|]+|\d+[.)])(?: |$))")
 """Before a word that would start a list, heading or table, were it first in its line."""
-CODE = re.compile(r"`[^`\n]{1,100}`")
+CODE = re.compile(r"`[^`]+`")
+ONE_LINE = 100
+"""Pieces of code up to this long are not broken."""
 GLUE = "\x00"
 """A space at which no line may end."""
 
@@ -65,7 +67,7 @@ def _narrow(block: list[str], width: int) -> list[str]:
 def fill(text: str, width: int = WIDTH, indent: str = "") -> list[str]:
     """One paragraph or list item as lines of at most `width`; short pieces of code stay in one line."""
     item = ITEM.match(text)
-    text = CODE.sub(lambda code: code[0].replace(" ", GLUE), text)
+    text = CODE.sub(lambda code: code[0].replace(" ", GLUE) if len(code[0]) <= ONE_LINE else code[0], text)
     text = (
         LOOKS_LIKE_A_BLOCK.sub(GLUE, text) if not item else item[0] + LOOKS_LIKE_A_BLOCK.sub(GLUE, text[item.end() :])
     )
@@ -104,15 +106,20 @@ def _table(block: list[str], width: int) -> list[str]:
     room = width - 1 - sum(sizes[:keys])
     if max(sizes[keys:], default=0) > room:
         return _listed(head, rows, width)
-    parts, used = [[]], 0
-    for i in range(keys, columns):
-        if used + sizes[i] > room:
-            parts.append([])
-            used = 0
-        parts[-1].append(i)
-        used += sizes[i]
+    parts = _cut(sizes, keys, room, columns)
+    parts = _cut(sizes, keys, room, -(-(columns - keys) // len(parts)))
     found = [["| " + " | ".join(line[i] for i in [*range(keys), *part]) + " |" for line in lines] for part in parts]
     return list(itertools.chain(*([*part, ""] for part in found[:-1]), found[-1]))
+
+
+def _cut(sizes: Sequence[int], first: int, room: int, most: int) -> list[list[int]]:
+    """Columns from `first` on as runs of at most `most` that fit into `room`."""
+    parts: list[list[int]] = [[]]
+    for i in range(first, len(sizes)):
+        if sum(sizes[j] for j in [*parts[-1], i]) > room or len(parts[-1]) == most:
+            parts.append([])
+        parts[-1].append(i)
+    return parts
 
 
 def _listed(head: Sequence[str], rows: Sequence[Sequence[str]], width: int) -> list[str]:
