@@ -15,21 +15,8 @@ ELSEWHERE = re.compile(
     r"\b(methods|stack|house|house_next|more_methods|picture_recipe|readings)\.md\b|(?<![\w.])/(work|home|root|Users|farm)/\w"
 )
 NAMED = re.compile(r"(?<![\w/.-])((?:[\w.-]+/)+[\w-]+\.(?:py|md|json|png|sh|sbatch|npz))(?![\w/])")
-MADE_BY_USERS = (
-    "runs/",
-    "out/",
-    "photos/",
-    "mine/",
-    "records/",
-    "parsing/",
-    "keypoints/",
-    "RAW/",
-    "a/",
-    "anna/",
-    "bob/",
-    "image/",
-)
-"""Where files lie that commands in the pages make or read."""
+MADE_BY_USERS = re.compile(r"(runs|out|photos|mine|records|parsing|keypoints|image|anna|bob|RAW)/|.*/[A-Z]+\.\w+$")
+"""Files that commands in the pages make or read, and placeholders."""
 
 
 def _files() -> list[pathlib.Path]:
@@ -106,6 +93,9 @@ def test_narrow_fills_paragraphs_and_cuts_tables():
     assert made.split() == page.split() and "`some short code that stays in one line`" in made
     assert not re.search(r"^ *- 3", made, re.M), "a dash in a text is no list"
     assert narrow(made) == made
+
+    front = f"---\nname: {word}\n---\n"
+    assert narrow(front + page) == front + made
 
     cells = [f"{'value' * 5}{i}" for i in range(9)]
     table = "\n".join(

@@ -8,6 +8,7 @@ import textwrap
 from collections.abc import Iterator, Sequence
 
 WIDTH = 130
+FRONT = re.compile(r"(?:---\n.*?\n---\n)?", re.DOTALL)
 FENCE = re.compile(r"^\s*(```|~~~)(.*)$")
 ITEM = re.compile(r"^(\s*)([-*+]|\d+\.)\s+")
 SHELL_WORD = re.compile(r"(?:'[^']*'|\"[^\"]*\"|\S)+")
@@ -23,8 +24,9 @@ GLUE = "\x00"
 def narrow(text: str, width: int = WIDTH) -> str:
     """The same page with no line over `width`: paragraphs and list items with such a line are filled anew, shell commands go
     on after a backslash, tables are cut by columns, each part with the leading columns that name its rows; a table with a
-    cell that no part could hold becomes a list. Code that is not shell, and words wider than a line, stay."""
-    return "\n".join(line for block in _blocks(text.split("\n")) for line in _narrow(block, width))
+    cell that no part could hold becomes a list. Front matter, code that is not shell, and words wider than a line stay."""
+    front, text = FRONT.match(text)[0], FRONT.sub("", text, count=1)
+    return front + "\n".join(line for block in _blocks(text.split("\n")) for line in _narrow(block, width))
 
 
 def _blocks(lines: Sequence[str]) -> Iterator[list[str]]:
