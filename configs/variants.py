@@ -6,7 +6,7 @@ B1  CLIP's patches through an MLP in SourceNet's place, then HPFA and CAA as in 
 B2  AnimateAnyone's fusion: F' beside TargetNet's own tokens in its self-attention; attn2 reads the whole image's token
 B3  without CAA: HPFA, and attn2 reads the whole image's token
 B4  without HPFA: B2's fusion with CAA, whose scores come from SourceNet's own attention
-The others change one decision that we took by reading (docs/readings.md A1, A5, A17, A23; zero-initialised HPFA output).
+The others change one decision that we took by reading (docs/paper.md A1, A5, A17, A23; zero-initialised HPFA output).
 """
 
 ABLATIONS = {

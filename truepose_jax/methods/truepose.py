@@ -1,4 +1,4 @@
-"""TruePose: SourceNet, HPFA, CAA, TargetNet and the pose encoder wired as methods.md section 1 reads the paper."""
+"""TruePose: SourceNet, HPFA, CAA, TargetNet and the pose encoder wired as docs/paper.md reads the paper."""
 
 from __future__ import annotations
 

@@ -7,6 +7,7 @@ import pathlib
 from collections.abc import Mapping, Sequence
 
 from truepose_jax import atomic
+from truepose_jax.markdown import narrow
 from truepose_jax.scaling import plots, worker
 from truepose_jax.scaling.hardware import Topology, predicted
 from truepose_jax.scaling.report import number, origin, table
@@ -106,7 +107,7 @@ def write_report(found: Table, config: Config, settings: Settings, command: str,
     if plans:
         lines += _planned(found.folder, plans, config)
     path = found.folder / "report.md"
-    atomic.write_text(path, "\n".join(lines) + "\n")
+    atomic.write_text(path, narrow("\n".join(lines) + "\n"))
     return path
 
 

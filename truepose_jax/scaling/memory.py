@@ -9,6 +9,7 @@ import sys
 from collections.abc import Callable, Sequence
 
 from truepose_jax import atomic
+from truepose_jax.markdown import narrow
 from truepose_jax.scaling import plots, worker
 from truepose_jax.scaling.devices import PREDICTION
 from truepose_jax.scaling.hardware import Topology
@@ -198,7 +199,7 @@ def write_report(
         _figure(found.folder / "largest_batch.png", rows)
         lines += ["", "![largest batch per device](largest_batch.png)"]
     path = found.folder / "report.md"
-    atomic.write_text(path, "\n".join(lines) + "\n")
+    atomic.write_text(path, narrow("\n".join(lines) + "\n"))
     return path
 
 
