@@ -113,6 +113,8 @@ class FusionConfig:
             raise ValueError("features 'clip' needs texture 'hpfa': no self-attention of theirs could be joined")
         if (self.carry_latents or self.cosine or self.residual) and self.texture != "hpfa":
             raise ValueError("carry_latents, cosine and residual are settings of HPFA; texture 'concat' has none")
+        if self.residual and self.source_attention == "inplace":
+            raise ValueError("residual adds F' to H'; source_attention 'inplace' keeps H' alone")
 
     @property
     def is_paper(self) -> bool:
