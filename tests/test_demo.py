@@ -122,6 +122,7 @@ def test_the_whole_demo(tmp_path, painted, monkeypatch, capsys):
     verdict = dataclasses.replace(judged["plain"].verdict, retrieval=0.5)
     worse = judged | {"plain": dataclasses.replace(judged["plain"], verdict=verdict)}
     monkeypatch.setattr(judge, "judge", lambda pipe: worse)
+    monkeypatch.setattr(judge, "carrying", lambda pipe: None)
     assert run(f"--workdir={workdir}") == 1
     told = capsys.readouterr().out
     assert told.count("no pictures of the shipped model") == 1 and told.endswith(
