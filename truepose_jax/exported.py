@@ -23,7 +23,7 @@ from truepose_jax.conversion.origins import read_json
 from truepose_jax.conversion.plan import Shapes
 from truepose_jax.conversion.readers import truepose_export
 from truepose_jax.conversion.truepose_names import SETTINGS_FILE
-from truepose_jax.conversion.weights_folder import PARAMS_FILE
+from truepose_jax.conversion.weights_folder import CODEC_FILE, PARAMS_FILE
 from truepose_jax.frozen import KINDS
 from truepose_jax.initial import batch_spec
 from truepose_jax.schema import Config, ConfigError, from_config_dict, with_defaults
@@ -57,10 +57,11 @@ class Exported:
                 f"{folder / SETTINGS_FILE} does not say which step and weights it holds: an older version wrote it; export "
                 "the run again"
             )
-        clip = config.model.clip
+        clip, codec = config.model.clip, folder / CODEC_FILE
         if (folder / KINDS["clip"].inside / "config.json").is_file():
             clip = dataclasses.replace(clip, path=str(folder))
-        model = dataclasses.replace(config.model, clip=clip)
+        vae = str(codec) if codec.is_file() else config.model.vae
+        model = dataclasses.replace(config.model, clip=clip, vae=vae)
         return cls(folder, dataclasses.replace(config, model=model), run["step"], run["weights"], run["frozen"])
 
     def restore_part(self, name: str, step: int | None = None, *, place: Sharding | None = None) -> Any:

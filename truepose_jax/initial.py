@@ -21,7 +21,7 @@ from input_pipeline.schema import batch_shapes
 from truepose_jax.checkpoint import CheckpointError, Checkpoints, read_config, read_metadata
 from truepose_jax.conversion.key_maps import leaves, nest
 from truepose_jax.conversion.safetensors_io import ConversionError, TensorInfo
-from truepose_jax.conversion.weights_folder import WEIGHTS_FILE, WeightsFolder, open_weights
+from truepose_jax.conversion.weights_folder import CODEC_FILE, WEIGHTS_FILE, WeightsFolder, open_weights
 from truepose_jax.frozen import KINDS
 from truepose_jax.schema import Config, ConfigError, to_dict
 from truepose_jax.sharding import like_params, param_specs
@@ -31,8 +31,9 @@ SCRATCH = ("parsing_encoder", "clip_source")
 """Networks that no UNet has anything for, beside what a weights folder itself calls fresh."""
 
 SETTINGS = ("autoencoder", "positions", "source_parsing")
-FUSION_SETTINGS = ("reading", "mask_axis", "delta", "sigma", "regions")
-"""Of config.model and config.model.fusion: what no tensor's shape tells, and trained parameters depend on."""
+FUSION_SETTINGS = ("reading", "mask_axis", "delta", "sigma", "regions", "carry_latents", "cosine", "residual")
+CARRY_SETTINGS = ("head",)
+"""Of config.model, its fusion and its carry: what no tensor's shape tells well, and trained parameters depend on."""
 HARMLESS = ("fusion.regions",)
 """CAA reads any number of region tokens; only how well it does depends on the number."""
 
@@ -55,6 +56,8 @@ def resolve_init_from(config: Config) -> Config:
                     folder, dict(weights.schedule), ours,
                 )  # fmt: skip
         inside = {kind: str(folder) for kind, of in KINDS.items() if (folder / of.inside / "config.json").is_file()}
+        if model.autoencoder == "patches":
+            inside["vae"] = str(folder / CODEC_FILE) if (folder / CODEC_FILE).is_file() else ""
     elif (folder / "checkpoints").is_dir():
         try:
             other = read_config(folder)
@@ -68,7 +71,7 @@ def resolve_init_from(config: Config) -> Config:
             f"config.init_from={folder} is neither a folder that `python -m truepose_jax.convert from-torch` wrote "
             f"(no {WEIGHTS_FILE}) nor the workdir of a run (no checkpoints/)"
         )
-    vae = model.vae or (inside.get("vae", "") if model.autoencoder == "sd15" else "")
+    vae = model.vae or ("" if model.autoencoder == "pixels" else inside.get("vae", ""))
     clip = dataclasses.replace(model.clip, path=model.clip.path or inside.get("clip", ""))
     return dataclasses.replace(config, model=dataclasses.replace(model, vae=vae, clip=clip))
 
@@ -148,7 +151,7 @@ def _converted(config: Config, trainer: Trainer, key: jax.Array, abstract: Mappi
     without = {*weights.fresh, *(SCRATCH if weights.fresh else ())}
     fresh = [name for name in abstract if name in without]
     # The ablations' networks are smaller than the method's own.
-    surplus = set() if config.model.fusion.is_paper else weights.infos.keys() - wanted.keys()
+    surplus = set() if config.model.fusion.is_whole else weights.infos.keys() - wanted.keys()
     taken = {path: info for path, info in weights.infos.items() if path not in surplus}
     _check_fits(config, taken, {p: leaf for p, leaf in wanted.items() if p.split("/", 1)[0] not in fresh})
     params: dict[str, jax.Array] = {}
@@ -222,11 +225,12 @@ def _same_settings(config: Config, told: Mapping[str, Any]) -> None:
 
 def _differences(config: Config, told: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
     """{setting: (theirs, ours)} of those that `told` has and this configuration has otherwise."""
-    fusion = told.get("fusion", {})
     theirs = {name: told[name] for name in SETTINGS if name in told}
-    theirs |= {f"fusion.{name}": fusion[name] for name in FUSION_SETTINGS if name in fusion}
     ours = {name: getattr(config.model, name) for name in SETTINGS}
-    ours |= {f"fusion.{name}": getattr(config.model.fusion, name) for name in FUSION_SETTINGS}
+    for group, names in (("fusion", FUSION_SETTINGS), ("carry", CARRY_SETTINGS)):
+        found = told.get(group, {})
+        theirs |= {f"{group}.{name}": found[name] for name in names if name in found}
+        ours |= {f"{group}.{name}": getattr(getattr(config.model, group), name) for name in names}
     return {name: (value, ours[name]) for name, value in theirs.items() if value != ours[name]}
 
 
