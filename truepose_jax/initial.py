@@ -30,6 +30,9 @@ from truepose_jax.train_step import Trainer, TrainState
 SCRATCH = ("parsing_encoder", "clip_source")
 """Networks that no UNet has anything for, beside what a weights folder itself calls fresh."""
 
+HPFA_OUT, COSINE_SCALE = "/hpfa/to_out_0/kernel", "/hpfa/cosine_scale"
+"""Of ours, what a plain UNet's folder lacks: rows of the first that read carried latents, which are zero then, and the second."""
+
 SETTINGS = ("autoencoder", "positions", "source_parsing")
 FUSION_SETTINGS = ("reading", "mask_axis", "delta", "sigma", "regions", "carry_latents", "cosine", "residual")
 CARRY_SETTINGS = ("head",)
@@ -150,19 +153,22 @@ def _converted(config: Config, trainer: Trainer, key: jax.Array, abstract: Mappi
     # A folder made of a plain UNet (it says so by what is fresh) has nothing for the networks that only we have.
     without = {*weights.fresh, *(SCRATCH if weights.fresh else ())}
     fresh = [name for name in abstract if name in without]
+    begun = {p for p in wanted if p.split("/", 1)[0] in without or (weights.fresh and p.endswith(COSINE_SCALE))}
     # The ablations' networks are smaller than the method's own.
     surplus = set() if config.model.fusion.is_whole else weights.infos.keys() - wanted.keys()
     taken = {path: info for path, info in weights.infos.items() if path not in surplus}
-    _check_fits(config, taken, {p: leaf for p, leaf in wanted.items() if p.split("/", 1)[0] not in fresh})
+    if weights.fresh and config.model.fusion.carry_latents:
+        widened = {path for path in taken if path in wanted and path.endswith(HPFA_OUT)}
+        taken |= {path: taken[path]._replace(shape=wanted[path].shape) for path in widened}
+    _check_fits(config, taken, {p: leaf for p, leaf in wanted.items() if p not in begun})
     params: dict[str, jax.Array] = {}
-    if fresh:
-        places = {name: jax.tree.map(lambda x: x.sharding, abstract[name]) for name in fresh}
+    if begun:
 
         def make(key):  # under jit nothing else is computed
-            whole = trainer.method.init(key, batch_spec(config))
-            return {name: whole[name] for name in fresh}
+            whole = dict(leaves(trainer.method.init(key, batch_spec(config))))
+            return {path: whole[path] for path in begun}
 
-        params |= dict(leaves(jax.jit(make, out_shardings=places)(key)))
+        params |= jax.jit(make, out_shardings={path: wanted[path].sharding for path in begun})(key)
     for path in taken:
         params[path] = _put(weights.read(path), wanted[path])
     origin = weights.origin.get("name", config.init_from)
@@ -172,7 +178,10 @@ def _converted(config: Config, trainer: Trainer, key: jax.Array, abstract: Mappi
 
 
 def _put(array: np.ndarray, leaf: jax.ShapeDtypeStruct) -> jax.Array:
-    """On its devices, widened there slice by slice. Copied: an array that shares NumPy's memory cannot be donated."""
+    """On its devices, made float32 there slice by slice; zeros in the rows that it lacks. Copied: an array that shares NumPy's
+    memory cannot be donated."""
+    if array.shape != leaf.shape:
+        array = np.pad(array, [(0, leaf.shape[0] - len(array))] + [(0, 0)] * (array.ndim - 1))
     placed = jax.make_array_from_callback(
         leaf.shape, leaf.sharding, lambda index: np.array(array[index], dtype=leaf.dtype, order="C")
     )
