@@ -129,7 +129,14 @@ def to_torch(flags: argparse.Namespace) -> None:
     about = {"step": run.step, "weights": run.weights, "frozen": metadata.get("frozen", {})}
     about["records"] = _about_records(run.config)
     written = write_export(
-        flags.dst, params, config=run.config, dtype=flags.dtype, origin=metadata.get("origin"), run=about, clip=clip, codec=codec
+        flags.dst,
+        params,
+        config=run.config,
+        dtype=flags.dtype,
+        origin=metadata.get("origin"),
+        run=about,
+        clip=clip,
+        codec=codec,
     )
     print(f"{flags.workdir}: step {run.step}, {run.weights} weights\n{written}")
 

@@ -30,8 +30,8 @@ class Shapes(NamedTuple):
     """What our networks want, as trees of shapes; made where JAX may be imported. The functions raise ValueError for
     configurations of other models.
 
-    truepose(unet, settings): the Method's parameters, by an export's truepose.json as far as it is there. autoencoder: of a diffusers config. clip: of a transformers
-    config.
+    truepose(unet, settings): the Method's parameters, by an export's truepose.json as far as it is there. autoencoder: of a
+    diffusers config. clip: of a transformers config.
     """
 
     truepose: Callable[[UNetConfig, Mapping[str, Any]], Tree]
