@@ -32,14 +32,13 @@ import tqdm
 from jax.sharding import SingleDeviceSharding
 
 from configs.base import get_config
-from input_pipeline.records import open_build
-from input_pipeline.schema import InputError
 from truepose_jax.checkpoint import read_metadata
 from truepose_jax.conversion import readers, report, weights_folder
 from truepose_jax.conversion.export import write_export
 from truepose_jax.conversion.plan import Plan, Shapes, Tree
 from truepose_jax.conversion.safetensors_io import STEMS, ArraySource, ConversionError, open_source
 from truepose_jax.conversion.to_torch import DTYPES
+from truepose_jax.datasets import about_records
 from truepose_jax.exported import Exported
 from truepose_jax.frozen import folder_of, load_autoencoder
 from truepose_jax.initial import batch_spec
@@ -127,7 +126,7 @@ def to_torch(flags: argparse.Namespace) -> None:
     codec = _codec_file(run.config, metadata.get("frozen", {}).get("autoencoder"))
     params = run.checkpoints.restore_part(WEIGHTS[run.weights], run.step, place=on_host)
     about = {"step": run.step, "weights": run.weights, "frozen": metadata.get("frozen", {})}
-    about["records"] = _about_records(run.config)
+    about["records"] = about_records(run.config)
     written = write_export(
         flags.dst,
         params,
@@ -162,17 +161,6 @@ def _codec_file(config: Config, recorded: str | None) -> pathlib.Path | None:
             f"then {recorded}); put that file there again"
         )
     return pathlib.Path(config.model.vae)
-
-
-def _about_records(config: Config) -> dict[str, str]:
-    """{"name", "labels"} of the records that a run was trained on; {} where they are not where its config says."""
-    if config.data.dataset != "records":
-        return {}
-    try:
-        info = open_build(pathlib.Path(config.data.root)).info
-    except InputError:
-        return {}
-    return {"name": info.name, "labels": info.metadata["labels"]}
 
 
 def make_plan(flags: argparse.Namespace) -> Plan:
