@@ -14,6 +14,7 @@ from PIL import Image
 
 from benchmarks.ablation_runs import PAIRS, PATTERNS, SHOWN, STEPS, TRAIN_PAIRS, Bench
 from configs.variants import ABLATIONS, READINGS
+from truepose_jax.markdown import narrow
 from truepose_jax.pictures import sheet
 
 METRICS = ("psnr", "ssim", "psnr_person", "psnr_clothes", "psnr_face", "psnr_background")
@@ -240,7 +241,7 @@ def write(bench: Bench, out: pathlib.Path) -> list[pathlib.Path]:
     found = summary(rows) | about | {"machine": platform.machine(), "python": platform.python_version()}
     paths = [out / f"{stem(bench)}.{end}" for end in ("json", "md", "png")]
     paths[0].write_text(json.dumps(found, indent=1) + "\n")
-    paths[1].write_text(markdown(found, bench))
+    paths[1].write_text(narrow(markdown(found, bench)))
     first = next(iter(rows.values()))
     columns = {"source": first["source"][0], "pose": first["pose"][0], "truth": first["target"][0]}
     columns |= {name: rows[name]["shown"][0] for name in PAPER_ORDER if name in rows}

@@ -50,6 +50,7 @@ from tpu_train_step_report import NOT_RECORDED  # noqa: E402
 
 from input_pipeline.schema import InputError  # noqa: E402
 from truepose_jax import atomic  # noqa: E402
+from truepose_jax.markdown import narrow  # noqa: E402
 from truepose_jax.programs import Parser, run_program  # noqa: E402
 
 TOPOLOGIES = {"v5e": "v5e:2x2", "v5p": "v5p:2x2x1", "v6e": "v6e:2x2"}
@@ -359,7 +360,7 @@ def _main(argv: Sequence[str]) -> int:
     found = merged(before, now)
     flags.out.mkdir(parents=True, exist_ok=True)
     atomic.write_text(path, json.dumps(found, indent=1) + "\n")
-    atomic.write_text(path.with_suffix(".md"), report(found))
+    atomic.write_text(path.with_suffix(".md"), narrow(report(found)))
     print(report(found))
     return 0
 

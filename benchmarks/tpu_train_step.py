@@ -46,6 +46,7 @@ os.environ["ALLOW_MULTIPLE_LIBTPU_LOAD"] = "1"  # nothing here holds a TPU that 
 import tpu_aot  # noqa: E402
 from tpu_train_step_report import NOT_RECORDED, merged, read_rows, report  # noqa: E402
 
+from truepose_jax.markdown import narrow  # noqa: E402
 from truepose_jax.programs import Parser, run_program  # noqa: E402
 
 GIB = 1 << 30
@@ -449,7 +450,7 @@ def _main(argv: Sequence[str]) -> int:
             found = measure(row, flags.work, most, flags.verify, bar.set_description) | {"about": about}
             rows = merged(rows, found, list(by_name))
             atomic.write_text(path, json.dumps({"about": about, "rows": rows}, indent=1) + "\n")
-            atomic.write_text(path.with_suffix(".md"), report(rows, list(by_name)))
+            atomic.write_text(path.with_suffix(".md"), narrow(report(rows, list(by_name))))
     print(path.with_suffix(".md").read_text())
     return 0
 

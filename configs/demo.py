@@ -2,7 +2,7 @@
 
     make demo            (or: python -m truepose_jax.demo --workdir=runs/demo)
 
-Not a row of the paper. Ours beside it (docs/paper.md, "What is ours"): carried latents with the flow loss, cosine logits,
+Not a row of the paper. Ours beside it (docs/paper.md 12.1): carried latents with the flow loss, cosine logits,
 H = F' + H', the half-cell head with limb coordinates, the pixel loss. For training from nothing: a linear patch codec as
 autoencoder, x0 prediction with more of the noisy timesteps, positions after conv_in, the parsing map into SourceNet, HPFA's
 square projections starting as identities, an untrained CLIP, a tenth of the pairs with the source as its own target. HPFA,

@@ -198,7 +198,7 @@ def pairs_within(identities: Sequence[str], usable: np.ndarray) -> np.ndarray:
     """All ordered pairs of different usable images of one identity: int32 [n 2], grouped by identity.
 
     With `usable` = both shoulders and both hips seen (joints 2, 5, 8, 11) this is the rule behind
-    DeepFashion's published lists (PATN; methods.md 4.1).
+    DeepFashion's published lists (PATN; docs/paper.md 8.1).
     """
     groups: dict[str, list[int]] = defaultdict(list)
     for index in np.flatnonzero(usable):

@@ -44,7 +44,7 @@ FROM_COCO = np.array([0, -1, 6, 8, 10, 5, 7, 9, 12, 14, 16, 11, 13, 15, 2, 1, 4,
 
 DEEPFASHION_HW = (256, 176)
 DEEPFASHION_PADDING = 40
-"""Columns of white left and right that make the 256x176 frame 256x256 (methods.md 4.2)."""
+"""Columns of white left and right that make the 256x176 frame 256x256 (docs/paper.md 8.2)."""
 MARKET_HW = (128, 64)
 
 DEEPFASHION_NAME = re.compile(r"(WOMEN|MEN)([A-Z][A-Za-z]*?)id(\d{8})(\d{2})(\d)([a-z]+)(\.\w+)?$")

@@ -1,4 +1,4 @@
-"""Parsing maps: label sets, which classes a pose switches on (methods.md 1.5), reading, flipping, areas.
+"""Parsing maps: label sets, which classes a pose switches on (docs/paper.md 4), reading, flipping, areas.
 
 Left and right are the person's own, as in OpenPose. A map is converted into another label set only for a network that predicts
 that set's classes (convert_parsing).
@@ -61,7 +61,7 @@ JOINTS_OF_CLASS: Mapping[str, tuple[int, ...]] = {
     # A photo without a map
     "Person": tuple(range(NUM_JOINTS)),
 }
-"""Any of these joints in the target switches the class on (methods.md 1.5, A3 `any`). Background: never."""
+"""Any of these joints in the target switches the class on (docs/paper.md 4, A3 `any`). Background: never."""
 
 COLOUR_OF_CLASS: Mapping[str, tuple[int, int, int]] = {
     "Background": (0, 0, 0), "Hat": (128, 0, 128), "Hair": (139, 69, 19), "Face": (255, 160, 122),
@@ -158,7 +158,7 @@ LABEL_SETS: Mapping[str, LabelSet] = {
     "pascal7": _label_set("pascal7", _PASCAL),
     "whole": _label_set("whole", ("Background", "Person")),
 }
-"""methods.md 4.6. "whole" serves photos without a map: one foreground class that every joint switches on."""
+"""docs/paper.md 8.4. "whole" serves photos without a map: one foreground class that every joint switches on."""
 
 WHOLE_PHOTO = 1
 """The one foreground id of "whole"."""

@@ -15,7 +15,7 @@ from PIL import Image, ImageOps
 
 from input_pipeline.schema import InputError
 
-try:  # Three times Pillow's speed and bit-identical to it (stack.md 9); without it Pillow serves.
+try:  # Three times Pillow's speed and bit-identical to it (docs/paper.md 11); without it Pillow serves.
     import simplejpeg
 except ImportError:
     simplejpeg = None

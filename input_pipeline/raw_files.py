@@ -18,7 +18,7 @@ from input_pipeline.schema import InputError
 POSE_FOLDERS = ("keypoints", "pose")
 PARSING_FOLDERS = ("parsing",)
 PAIR_JOINTS = [2, 5, 8, 11]
-"""Both shoulders and both hips: whom PATN's lists pair (methods.md 4.1)."""
+"""Both shoulders and both hips: whom PATN's lists pair (docs/paper.md 8.1)."""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""What CLIP sees of the source: a rectangle per parsing class, and the whole image (methods.md A16, A18)."""
+"""What CLIP sees of the source: a rectangle per parsing class, and the whole image (docs/paper.md A16, A18)."""
 
 from __future__ import annotations
 

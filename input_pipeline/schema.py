@@ -75,7 +75,7 @@ BATCH_FIELDS: Mapping[str, Field] = {
     "target_parsing": Field(
         ("b", "h", "w"), "uint8", "the same of the target: for metrics and losses, never for the model"
     ),
-    "class_on": Field(("b", MAX_CLASSES), "bool", "classes the target pose switches on (methods.md 1.5)"),
+    "class_on": Field(("b", MAX_CLASSES), "bool", "classes the target pose switches on (docs/paper.md 4)"),
     "region_tokens": Field(
         ("s", MAX_CLASSES + 1, "e"),
         "float32",

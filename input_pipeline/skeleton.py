@@ -1,4 +1,4 @@
-"""Skeleton pictures: what the pose encoder sees (methods.md 4.3), drawn as CFLD draws them.
+"""Skeleton pictures: what the pose encoder sees (docs/paper.md 8.3), drawn as CFLD draws them.
 
 From 192 pixels of height on, the drawing is CFLD's own, bit for bit: coordinates truncated to whole pixels,
 anti-aliased limbs 2 pixels wide in 0.6 of a joint colour, then anti-aliased discs of radius 3. Smaller

@@ -148,7 +148,7 @@ def trajectory_of_diffusers(noise, w, *, steps, **changes):
 @pytest.mark.parametrize("prediction,name", [("eps", "epsilon"), ("v", "v_prediction"), ("x0", "sample")])
 @pytest.mark.parametrize("steps,spacing", [(35, "leading"), (50, "leading"), (50, "trailing"), (20, "trailing")])
 def test_ddim_equals_diffusers(prediction, name, steps, spacing):
-    """The whole trajectory, its last step to abar[0] included. Trailing: only where steps divides 1000 (methods.md 6)."""
+    """The whole trajectory, its last step to abar[0] included. Trailing: only where steps divides 1000 (docs/paper.md 6)."""
     w, network = linear_network(7)
     noise = normal(8, *SHAPE)
     schedule = dataclasses.replace(SD15, prediction=prediction)

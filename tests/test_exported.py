@@ -87,7 +87,7 @@ def test_its_clip_comes_along(tmp_path):
     pipe = Pipeline.load(tmp_path / "model")
     assert pipe.encoder.trained and pipe.encoder.fingerprint == pipe.run.frozen["clip"] and pipe.run.weights == "raw"
     assert all(np.isfinite(x).all() for x in jax.tree.leaves(pipe.params))
-    card = (tmp_path / "model" / "README.md").read_text()
+    card = " ".join((tmp_path / "model" / "README.md").read_text().split())
     assert "`image_encoder/`" in card and "fingerprint `" not in card and "--workdir=FOLDER" in card
 
 

@@ -153,7 +153,7 @@ def test_oracle_gradient_is_its_finite_difference():
 @pytest.mark.parametrize("inside", [True, False])
 def test_eq6_moves_every_logit_as_the_paper_says(reading, inside):
     """delta 0.6, sigma 0.3: in-mask logits become 1.6a or 0.6a and rise; printed, out-of-mask ones 0.3a or 1.3a, and
-    fall (methods.md 1.1a). Monotone and continuous in a."""
+    fall (docs/paper.md 1). Monotone and continuous in a."""
     a = np.linspace(-4, 4, 81)
     a = a[a != 0]
     sides = reference.eq6_slopes(0.6, 0.3, reading)

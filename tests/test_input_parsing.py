@@ -21,7 +21,7 @@ from tests.shared_data import shared_data, standing_joints
 
 HW = (100, 60)
 
-# methods.md 1.5, written out by hand for LIP, joint by joint.
+# docs/paper.md 4, written out by hand for LIP, joint by joint.
 LIP_TABLE = {
     "head": ({0, 14, 15}, "Face Sunglasses Hair Hat"),
     "ears": ({16, 17}, "Hair Hat"),

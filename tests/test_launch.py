@@ -259,15 +259,17 @@ def test_tpu_setup_says_which_python_it_needs_and_can_be_run_again(tmp_path):
 
 
 def printed_runs():
-    """(where, devices, the words after it) of each line in the launchers and their README that names a configuration."""
-    table = [line.split("|") for line in (LAUNCH / "README.md").read_text().splitlines() if "--config=configs/" in line]
-    for cells in table:
-        (command,) = re.findall(r"`([^`]*--config=configs/[^`]*)`", cells[3])
-        yield f"README, {cells[1].strip()}", int(cells[2]), command.split()
+    """(where, devices, the words after it) of each line in the launchers and their README that names a configuration: there it is
+    the first block of code under a heading that says for how many devices."""
+    text = (LAUNCH / "README.md").read_text()
+    for title, devices, rest in re.findall(r"^### ([^\n]+): (\d+) devices?$(.*?)(?=^#|\Z)", text, re.M | re.S):
+        commands = re.search(r"```sh\n(.*?)```", rest, re.S)[1].replace("\\\n", " ").splitlines()
+        (command,) = (line for line in commands if "--config=configs/" in line)
+        yield f"README, {title}", int(devices), command.split()
         shown = re.search(r"local\.sh (\d+)|(\d+)x(\d+) --|gpu NAME IMAGE (\d+) (\d+)", command)
         if shown:
             numbers = [int(n) for n in shown.groups() if n]
-            assert numbers[0] * (numbers[1:] or [1])[0] == int(cells[2]), command
+            assert numbers[0] * (numbers[1:] or [1])[0] == int(devices), command
     batch = (LAUNCH / "slurm.sbatch").read_text()
     tasks = [int(re.search(rf"^#SBATCH --{name}=(\d+)", batch, re.M)[1]) for name in ("nodes", "ntasks-per-node")]
     for script in SCRIPTS:

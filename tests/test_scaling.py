@@ -352,6 +352,7 @@ def test_devices_report(tmp_path):
     text = devices.write_report(
         table, tiny.config(), devices.Settings(4, 16, 3), "command", ["Left out: x."]
     ).read_text()
+    text = " ".join(text.split())
     for part in (
         devices.FAKE,
         devices.PREDICTION,
@@ -374,6 +375,10 @@ def test_devices_plan():
         devices.config_of(runs[0], config)
     with pytest.raises(ConfigError, match="must be a multiple of 4"):
         devices.config_of(devices.Run("weak", 4, 6), tiny.config())
+    with pytest.raises(ConfigError, match=r"config\.batch_size is -8; it must be above 0"):
+        devices.config_of(devices.Run("weak", 4, -8), tiny.config())
+    with pytest.raises(ConfigError, match=r"config\.model\.dtype is 'float16'; choose one of"):
+        memory.config_of(memory.Run((64, 48), "float16", True, 1), tiny.config(), 1)
 
 
 def program(*arguments):
@@ -393,6 +398,7 @@ def test_memory_report_of_a_cpu_claims_nothing_of_accelerators(tmp_path):
             row |= {"dtype": "float32", "remat": remat, "budget_bytes": 1 << 30, "largest_batch": most, "compiled": 1}
             found.add(row | facts)
     text = memory.write_report(found, tiny.config(), settings, "command", [], on_cpu=True).read_text()
+    text = " ".join(text.split())
     assert memory.CPU_ROWS in text and "remat off to on: x 2.00 (1 pair)" in text and "x 1.00" not in text
     text = memory.write_report(found, tiny.config(), settings, "command", [], on_cpu=False).read_text()
     assert memory.CPU_ROWS not in text and "remat off to on: x 1.41 (2 pairs)" in text

@@ -26,7 +26,7 @@ from configs.demo import get_config
 from truepose_jax import judge, train
 from truepose_jax.checkpoint import CheckpointError
 from truepose_jax.conversion.safetensors_io import ConversionError
-from truepose_jax.evaluation import Pairs
+from truepose_jax.evaluation import Pairs, carried_sources
 from truepose_jax.files import check_new_file, whole
 from truepose_jax.judge import KINDS, PEOPLE, POSES, SHIPPED, Gates, Judged
 from truepose_jax.pictures import sheet, to_uint8
@@ -109,9 +109,11 @@ def _show_and_train(config: Config, workdir: pathlib.Path) -> int:
     found = judge.judge(pipe)
     verdicts = {kind: each.verdict for kind, each in found.items()}
     pairs = shown_pairs({kind: each.pairs for kind, each in found.items()})
-    columns = {"from nothing": np.stack([found[kind].images[_row(pose, who)] for kind, pose, who in SHOWN])}
-    if (carried := carried_sources(pipe, pairs)) is not None:
-        columns = {"carried": carried, **columns}
+    images = np.stack([found[kind].images[_row(pose, who)] for kind, pose, who in SHOWN])
+    columns = {"from nothing": images}
+    if (carried := judge.carrying(pipe)) is not None:
+        rows = judge.batch_size(pipe, len(pairs))
+        columns = {"carried": carried_sources(pairs, images, carried, config.seed, rows)} | columns
     if shipped is not None:
         columns["shipped"] = shipped
     _write_png(workdir / "demo.png", shown_sheet(pairs, columns))
@@ -153,15 +155,6 @@ def shown_pairs(pairs: Mapping[str, Pairs]) -> Pairs:
     chosen = [(pairs[kind], _row(pose, person)) for kind, pose, person in SHOWN]
     batch = {name: np.stack([each.batch[name][row] for each, row in chosen]) for name in chosen[0][0].batch}
     return Pairs(batch, chosen[0][0].groups, [each.identities[row] for each, row in chosen])
-
-
-def carried_sources(pipe: Pipeline, pairs: Pairs) -> np.ndarray | None:
-    """What the model's attention carries from the source into the target's pose, [n h w 3]; None of a method that does not
-    tell."""
-    carried = getattr(pipe.method, "carried", None)
-    if carried is None:
-        return None
-    return np.asarray(carried(pipe.params, pipe.frozen, pairs.batch, pairs.keys(pipe.run.config.seed)))
 
 
 def shown_sheet(pairs: Pairs, columns: Mapping[str, np.ndarray]) -> np.ndarray:

@@ -2,7 +2,7 @@
 
 The source is the photo whose style is wanted, the pose is the reference's own. At every noise level the latent outside the
 region is replaced by the reference's, noised to that level (the rule of PIDM, whose application the paper's is; the paper's
-text blends "predicted noise", methods.md 1.6). The reference is noised with the very noise that the picture begins with: DDIM
+text blends "predicted noise", docs/paper.md 5). The reference is noised with the very noise that the picture begins with: DDIM
 with eta 0 keeps one noise on its whole way, so what stands outside is at every level what DDIM itself would have there had
 it predicted the reference, and a picture needs no further random numbers. The last level is the clean reference.
 

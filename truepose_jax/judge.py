@@ -25,6 +25,7 @@ from truepose_jax.metrics.outlines import outline_error, sharpness
 from truepose_jax.metrics.regions import retrieval
 from truepose_jax.pipeline import Pipeline
 from truepose_jax.region_tokens import RegionEncoder, token_table
+from truepose_jax.sampling import compiler_options
 from truepose_jax.schema import Config
 from truepose_jax.sharding import batch_parts, put_whole_batch
 
@@ -117,6 +118,20 @@ def sampling(pipe: Pipeline) -> Sample:
         with jax.set_mesh(pipe.mesh):
             images = sampler(pipe.params, pipe.frozen, put_whole_batch(pipe.mesh, batch), keys)
         return np.clip(np.asarray(images), -1, 1)
+
+    return sample
+
+
+def carrying(pipe: Pipeline) -> Sample | None:
+    """For evaluation.carried_sources; None of a method whose attention carries nothing that could be shown."""
+    if not pipe.method.carries:
+        return None
+    carried = jax.jit(pipe.method.carried, compiler_options=compiler_options())
+
+    def sample(batch: Mapping[str, np.ndarray], keys: jax.Array) -> np.ndarray:
+        del keys
+        with jax.set_mesh(pipe.mesh):
+            return np.asarray(carried(pipe.params, pipe.frozen, put_whole_batch(pipe.mesh, batch)))
 
     return sample
 

@@ -405,3 +405,8 @@ def _filled(values: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str,
 def to_dict(config: Any) -> dict[str, Any]:
     """The plain nested dict of a config, ready for JSON; from_config_dict reads it back."""
     return dataclasses.asdict(config)
+
+
+def checked(config: Any) -> Any:
+    """The same config, read again: dataclasses.replace checks neither types nor ranges. Raises ConfigError."""
+    return from_config_dict(type(config), to_dict(config))

@@ -24,7 +24,7 @@ LOGICAL_AXES: Mapping[str, tuple[str, ...] | None] = {
     "heads": ("tensor",),
     "classes": None,
 }
-"""Logical activation axis -> mesh axes. A name that is not here is an error, never a silent copy (stack.md 4)."""
+"""Logical activation axis -> mesh axes. A name that is not here is an error, never a silent copy (docs/paper.md 11)."""
 
 
 ABOVE_ALL_MIB = 1_000_000

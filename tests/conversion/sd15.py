@@ -1,6 +1,6 @@
 """A tiny Stable Diffusion by diffusers' and transformers' own classes, and what TruePose's parameters should be of it.
 
-`starting_point` says methods.md A24 once more, on the torch modules: layouts come from their types, not from a rule on names.
+`starting_point` says docs/paper.md A24 once more, on the torch modules: layouts come from their types, not from a rule on names.
 """
 
 import copy

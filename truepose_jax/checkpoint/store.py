@@ -395,7 +395,7 @@ class Checkpoints:
 
 def _settle(part: str, leaves: dict[str, jax.Array], saved: Mapping[str, Any]) -> dict[str, jax.Array]:
     """Checks the bits, then passes every array through an identity jit: what comes from a restore is not donatable before
-    (stack.md 10). Raises ValueError."""
+    (docs/paper.md 11). Raises ValueError."""
     for path, found in bit_sums(leaves).items():
         if found != saved[path]["bit_sum"]:
             raise ValueError(f"the bits of {part}/{path} are not those that were saved: damaged on disk")

@@ -46,6 +46,7 @@ from truepose_jax.conversion.weights_folder import (
     told,
     write_texts,
 )
+from truepose_jax.markdown import narrow
 
 FILES = {
     SOURCE_NET: f"{SOURCE_NET}/{STEMS[0]}.safetensors",
@@ -212,4 +213,4 @@ def _texts(
         CONFIG_FILE: schema.to_dict(config),
     }
     texts = {file: json.dumps(values, indent=2, allow_nan=False) + "\n" for file, values in found.items()}
-    return texts | {"README.md": model_card(config, origin, run, copied=copied)}
+    return texts | {"README.md": narrow(model_card(config, origin, run, copied=copied))}

@@ -1,4 +1,4 @@
-"""TruePose's starting point out of one pretrained UNet (methods.md A24).
+"""TruePose's starting point out of one pretrained UNet (docs/paper.md A24).
 
 SourceNet and TargetNet are both that UNet, and CAA is TargetNet's attn2. HPFA begins as the self-attention of its block:
 its projections are attn1's, its norm is norm1, and its output projection is zero, so that the network starts as if HPFA

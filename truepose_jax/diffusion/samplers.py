@@ -62,7 +62,7 @@ def ddim_levels(schedule: Schedule, *, steps: int, spacing: str) -> tuple[np.nda
     """(timesteps int32 [steps], abar float32 [steps + 1] of every x on the way).
 
     Each step goes to the next timestep of the list; the last one to abar[0], not to 1 (SD1.5's
-    set_alpha_to_one = false, methods.md 6).
+    set_alpha_to_one = false, docs/paper.md 6).
     """
     timesteps = ddim_timesteps(steps, total=schedule.steps, spacing=spacing)
     abar = schedule.alphas_cumprod

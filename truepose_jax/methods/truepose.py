@@ -1,4 +1,4 @@
-"""TruePose: SourceNet, HPFA, CAA, TargetNet and the pose encoder wired as methods.md section 1 reads the paper."""
+"""TruePose: SourceNet, HPFA, CAA, TargetNet and the pose encoder wired as docs/paper.md reads the paper."""
 
 from __future__ import annotations
 
@@ -307,7 +307,8 @@ def _zero_invalid(batch):
     """Zeros in the rows of weight 0: NaN there would reach every gradient (0 x NaN)."""
     valid = batch["valid"] > 0
     of_source = jnp.any(valid.reshape(batch["source"].shape[0], -1), axis=1)
-    rows = {"target": valid, "target_pose": valid, "source": of_source, "region_tokens": of_source}
+    of_target = dict.fromkeys(("target", "target_pose", "target_joints"), valid)
+    rows = of_target | dict.fromkeys(("source", "source_joints", "region_tokens"), of_source)
     shown = {
         name: jnp.where(row[(..., *[None] * (batch[name].ndim - 1))], batch[name], 0) for name, row in rows.items()
     }

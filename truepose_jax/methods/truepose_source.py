@@ -116,6 +116,9 @@ class SourceReader:
                 masks=self._by_site(masks),
             )
             hidden = taps.pop(HIDDEN, None)
+            hidden = (
+                None if hidden is None else hidden[:: b // s]
+            )  # the head reads one row a source: its first target's
             features = {name: tap.fused for name, tap in taps.items()}
             attention = {name: tap.attention for name, tap in taps.items()}
         else:

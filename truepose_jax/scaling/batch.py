@@ -35,7 +35,7 @@ from truepose_jax.region_tokens import LazyEncoder
 from truepose_jax.scaling.compiled import mesh_of
 from truepose_jax.scaling.fits import noise_estimate, steps_to
 from truepose_jax.scaling.table import Row
-from truepose_jax.schema import Config, ConfigError
+from truepose_jax.schema import Config, ConfigError, checked
 from truepose_jax.sharding import batch_parts, put_global_batch, put_whole_batch, replicate
 from truepose_jax.stored import training_method
 from truepose_jax.train_step import Trainer, TrainState
@@ -126,13 +126,14 @@ def config_of(run: Run, config: Config, settings: Settings) -> Config:
         noise_scale="on",
         ema_decay=0.0,
     )
-    return dataclasses.replace(
+    changed = dataclasses.replace(
         config,
         optim=optim,
         seed=config.seed + run.seed,
         batch_size=run.batch,
         total_steps=max(settings.examples // run.batch, 1),
     )
+    return checked(changed)
 
 
 def again(run: Run, row: Row, config: Config, settings: Settings) -> bool:

@@ -22,7 +22,7 @@ LITTLE_EFFORT = {
     "tpu": {"exec_time_optimization_effort": -1.0},
 }
 """Compiler options for programs that are not run: on CPU the buffers are the same and it takes half the time; on TPU
-minutes instead of tens of minutes (stack.md 16), with fusions that a full compilation would improve."""
+minutes instead of tens of minutes (docs/paper.md 11), with fusions that a full compilation would improve."""
 
 
 def mesh_of(config: Config, devices: Sequence[Any]) -> Mesh:

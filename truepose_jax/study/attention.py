@@ -22,6 +22,7 @@ from PIL import Image
 
 from input_pipeline.parsing import LABEL_SETS, LabelSet, label_set
 from input_pipeline.schema import MAX_CLASSES, InputError
+from truepose_jax.markdown import narrow
 from truepose_jax.models.masks import coverage_levels
 from truepose_jax.pipeline import WEIGHTS, Fitted, Run
 from truepose_jax.programs import keep_programs, parse_size, refuse_unheeded
@@ -212,7 +213,8 @@ def write(out: pathlib.Path, measured: Measured, rows: Sequence[Row], about: dic
         drawing.layers(out / "layers.png", rows, sites, title)
         drawing.over_t(out / "over_t.png", rows, measured.seen.timesteps.tolist(), title)
         Image.fromarray(_sheet(measured, about, shown)).save(out / "overlays.png", optimize=True)
-        (out / "report.md").write_text(report(rows, marked, sites, measured.seen.timesteps.tolist(), about))
+        text = report(rows, marked, sites, measured.seen.timesteps.tolist(), about)
+        (out / "report.md").write_text(narrow(text))
         values = about | {"rows": [dataclasses.asdict(row) for row in rows]}
         (out / JSON_FILE).write_text(json.dumps(values, indent=1) + "\n")
     except OSError as error:

@@ -88,7 +88,7 @@ def reweighted_attention(
 ) -> Float[Array, "b n g d"]:
     """HPFA's attention, Eq. 6 and 7 of TruePose. key_mask: True = inside M; no gradient reaches it.
 
-    mask_axis (methods.md A1): what M_ij indexes. "query" and "outer" want n == m (source self-attention) and always run on
+    mask_axis (docs/paper.md A1): what M_ij indexes. "query" and "outer" want n == m (source self-attention) and always run on
     `reference`.
     """
     if mask_axis not in MASK_AXES:

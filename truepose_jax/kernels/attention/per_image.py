@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
 
-from truepose_jax.kernels.attention.key_rows import FLOOR, TINY, logits, refused_arrays
+from truepose_jax.kernels.attention.key_rows import FLOOR, TINY, logits, refused_arrays, slopes
 
 DTYPES = (jnp.dtype(jnp.float32), jnp.dtype(jnp.bfloat16), jnp.dtype(jnp.float16))
 
@@ -34,7 +34,9 @@ def attend(
     @jax.checkpoint
     def one(q, k, v, rows):
         a = jnp.matmul(q, k.T, preferred_element_type=jnp.float32)
-        s = logits(a, None if rows is None else tuple(row[None] for row in rows), d**-0.5)
+        each = None if rows is None else tuple(row[None] for row in rows)
+        # The slope apart, so that its gradient at the kink is that of the other implementations.
+        s = logits(a, each, d**-0.5) if each is None else a * slopes(a, each, d**-0.5) + each[2]
         weights = jnp.exp(s - jnp.maximum(jnp.max(s, axis=-1, keepdims=True), FLOOR))
         total = jnp.maximum(jnp.sum(weights, axis=-1, keepdims=True), TINY)
         return (jnp.matmul(weights.astype(v.dtype), v, preferred_element_type=jnp.float32) / total).astype(v.dtype)

@@ -20,7 +20,7 @@ def eq6_slopes(delta: float, sigma: float, reading: str = "printed") -> tuple[Sl
     """Eq. 6 of TruePose as (inside, outside) slopes.
 
     Inside the mask a positive logit is scaled by 1 + delta and a negative one by delta. Outside, `printed` scales
-    them by sigma and 1 + sigma, `prose` the other way round (methods.md, A23).
+    them by sigma and 1 + sigma, `prose` the other way round (docs/paper.md A23).
     """
     inside = Slopes(delta, 1.0)
     if reading == "printed":
@@ -94,7 +94,7 @@ def reweighted_attention(
 
 
 def mask_sides(mask_axis: str, mask: Bool[Array, "b m"]) -> tuple[Bool[Array, "b m"], Bool[Array, "b n"] | None]:
-    """(key_mask, query_mask) of Eq. 6 where M_ij is read by its "key", its "query" or both ("outer"; methods.md A1)."""
+    """(key_mask, query_mask) of Eq. 6 where M_ij is read by its "key", its "query" or both ("outer"; docs/paper.md A1)."""
     return (mask | True if mask_axis == "query" else mask), (None if mask_axis == "key" else mask)
 
 
