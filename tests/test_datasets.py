@@ -31,6 +31,7 @@ def write_folder(root, count=3):
 def test_folder_gets_tokens_of_both_sides_and_keeps_them(tmp_path):
     write_folder(tmp_path / "photos")
     values = get_config()
+    values.model.size = (64, 48)
     values.data.dataset, values.data.root, values.data.flip = "folder", str(tmp_path / "photos"), True
     config = from_config_dict(Config, values)
     encoder = make_encoder(config.model.clip, config.token_width)

@@ -191,7 +191,8 @@ def test_dropped_is_the_output_bias():
     whole = run(params(), features, x, mask, config=config)
     for dropped, kept in zip((out, k, v), whole, strict=True):
         np.testing.assert_array_equal(dropped[np.array([0, 2])], kept[np.array([0, 2])])
-    none = HPFA(SITE, config).apply({"params": params()["target"]}, x, None)
+    none, account = HPFA(SITE, config).apply({"params": params()["target"]}, x, None)
+    assert not account
     np.testing.assert_array_equal(none[0, 0], bias)
     zero = run(params(), np.zeros_like(features), x, mask, config=config)[0]
     np.testing.assert_array_equal(zero, np.broadcast_to(bias, zero.shape))

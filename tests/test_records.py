@@ -207,6 +207,7 @@ class NoEncoder:
 
 def config_for(root, **data):
     values = get_config()
+    values.model.size = (64, 48)
     values.data.dataset, values.data.root, values.data.labels = "records", str(root), ""
     values.data.update(data)
     return from_config_dict(Config, values)

@@ -221,7 +221,7 @@ def test_loss_is_the_squared_error_of_the_prediction(prediction):
             def _target(self, params, x_t, t, conditioning):
                 seen.append((x_t, t))
                 one = jnp.ones(3)
-                return output, {site.name: {"hpfa": one, "caa": one} for site in self.model.unet.sites}
+                return output, {site.name: {"hpfa_rms": one, "caa_rms": one} for site in self.model.unet.sites}, None
 
         return *Fake(cfg.model, cfg.diffusion, PixelAutoencoder(2)).loss({}, {}, cfg_batch, KEYS()[:3]), *seen
 

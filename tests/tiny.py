@@ -14,8 +14,9 @@ from ml_collections import ConfigDict
 
 from configs.base import get_config
 from input_pipeline.schema import MAX_CLASSES, WHOLE_IMAGE, batch_shapes, check_batch
+from tests.shared_data import standing_joints
+from truepose_jax.frozen import load_autoencoder
 from truepose_jax.methods.truepose import TruePose
-from truepose_jax.models.vae import PixelAutoencoder
 from truepose_jax.schema import Config, from_config_dict
 from truepose_jax.sharding import path_of
 
@@ -53,6 +54,22 @@ MIDDLE_ONLY = {
 }
 """Change to a single transformer block, where a test compiles the whole method several times."""
 
+HEAD = {
+    "model": {
+        "size": (32, 24),
+        "autoencoder": "patches",
+        "patch_channels": 4,
+        "unet": {"in_channels": 16, "out_channels": 16, **MIDDLE_ONLY["model"]["unet"]},
+        "fusion": {"carry_latents": True, "cosine": True, "residual": True},
+        "carry": {"head": True, "width": 8},
+    },
+    "diffusion": {
+        "schedule": {"prediction": "x0"},
+        "losses": {"latents": 0.5, "flow": 0.3, "pixels": 2.0, "parsing": 0.3},
+    },
+}
+"""Change to 4x3 cells with all that is ours: one HPFA that carries latents, the half-cell head at 8x6, every loss."""
+
 
 def settings(*changes: Mapping[str, Any]) -> ConfigDict:
     """configs/base.py made tiny, then changed by nested dicts."""
@@ -76,7 +93,7 @@ def config(*changes: Mapping[str, Any]) -> Config:
 
 
 def method(cfg: Config) -> TruePose:
-    return TruePose(cfg.model, cfg.diffusion, PixelAutoencoder(cfg.model.pixel_factor))
+    return TruePose(cfg.model, cfg.diffusion, load_autoencoder(cfg.model)[0])
 
 
 def spec(cfg: Config, *, targets: int = 1, sources: int = 1) -> dict[str, jax.ShapeDtypeStruct]:
@@ -90,7 +107,8 @@ def spec(cfg: Config, *, targets: int = 1, sources: int = 1) -> dict[str, jax.Sh
 
 
 def batch(cfg: Config, seed: int, *, targets: int, sources: int | None = None) -> dict[str, np.ndarray]:
-    """Noise photos; parsing maps of a dozen rectangles; every region that is there is valid."""
+    """Noise photos; parsing maps of a dozen rectangles; every region that is there is valid. Skeletons of the same person moved
+    about, with a joint in ten missing."""
     rng = np.random.default_rng(seed)
     made = {}
     for name, field in spec(cfg, targets=targets, sources=sources or targets).items():
@@ -104,6 +122,9 @@ def batch(cfg: Config, seed: int, *, targets: int, sources: int | None = None) -
             for label in rng.integers(0, LAST_CLASS + 1, 12):
                 top, left = rng.integers(0, h - 3), rng.integers(0, w - 3)
                 each[top : top + rng.integers(3, h), left : left + rng.integers(3, w)] = label
+    for name in ("source_joints", "target_joints"):
+        joints = standing_joints(h, w) + 0.1 * h * made[name] * (1, 1, 0)
+        made[name] = (joints * (made[name][..., 2:] < 0.8)).astype(np.float32)
     made["target_pose"] = np.abs(made["target_pose"])
     made["region_tokens"] *= 2
     made["valid"][:] = 1

@@ -13,7 +13,7 @@ import pytest
 import torch
 from diffusers import DDIMScheduler, UNet2DConditionModel
 
-from configs import demo
+from configs import synthetic_ablation
 from tests import tiny
 from tests.records import built, noise_set
 from truepose_jax import convert
@@ -39,9 +39,9 @@ NUMPY = {"float32": np.float32, "float16": np.float16, "bfloat16": ml_dtypes.bfl
 
 @functools.cache
 def case(name: str):
-    """(config, parameters as NumPy arrays) at small widths: the demo's UNet and one of SD2's kind."""
-    if name == "demo":
-        settings = demo.get_config()
+    """(config, parameters as NumPy arrays) at small widths: the ablations' UNet and one of SD2's kind."""
+    if name == "sincos":
+        settings = synthetic_ablation.get_config()
         settings.model.unet.block_out_channels = (16, 24)
         cfg = from_config_dict(Config, settings)
     else:
@@ -76,7 +76,7 @@ def written(folder) -> dict[str, np.ndarray]:
     return found
 
 
-@pytest.mark.parametrize("name", ["linear", "demo"])
+@pytest.mark.parametrize("name", ["linear", "sincos"])
 def test_diffusers_opens_both_unets(name, tmp_path):
     """No key missing or left over, every tensor equal, the shape of the network as our configuration has it."""
     cfg, params = case(name)
@@ -106,7 +106,7 @@ def test_diffusers_opens_both_unets(name, tmp_path):
 @pytest.mark.parametrize("wide", [False, True], ids=["own dtype", "held as float32"])
 def test_round_trip_is_bit_equal(dtype, wide, tmp_path):
     """Tensors of a dtype -> parameters of that dtype or of float32 -> tensors of that dtype."""
-    cfg, params = case("demo")
+    cfg, params = case("sincos")
     narrow = jax.tree.map(lambda x: x.astype(NUMPY[dtype]), params)
     held = jax.tree.map(lambda x: x.astype(np.float32), narrow) if wide else narrow
     write_export(tmp_path / "one", held, config=cfg, dtype=dtype if wide else None, run=RUN)
@@ -171,7 +171,7 @@ def test_diffusers_opens_the_schedule(betas, prediction, theirs, tmp_path):
 
 
 def test_settings_beside_the_unets(tmp_path):
-    cfg, params = case("demo")
+    cfg, params = case("sincos")
     write_export(tmp_path / "out", params, config=cfg, run=RUN)
     settings = json.loads((tmp_path / "out/truepose.json").read_text())
     assert settings["fusion"] == {"regions": 2, "delta": 0.6, "sigma": 0.3, "reading": "printed", "mask_axis": "key"}
@@ -299,7 +299,7 @@ def test_what_is_wrong_is_said_before_anything_is_written(change, settings, mess
 
 def test_another_configurations_parameters_are_an_error(tmp_path):
     with pytest.raises(ConversionError, match="not the whole of this configuration's TruePose"):
-        write_export(tmp_path / "out", case("demo")[1], config=case("linear")[0], run=RUN)
+        write_export(tmp_path / "out", case("sincos")[1], config=case("linear")[0], run=RUN)
     wider = tiny.config({"model": {"unet": {**to_dict(case("linear")[0].model.unet), "block_out_channels": (16, 16)}}})
     with pytest.raises(ConversionError, match=r"conv_in has the shape \(8, 12, 3, 3\)"):
         write_export(tmp_path / "out", case("linear")[1], config=wider, run=RUN)

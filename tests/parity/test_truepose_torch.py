@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from benchmarks.torch_truepose import SOURCE_MODES, Inputs, TargetBlock, TruePose, coverage_and_masks
-from configs import demo
+from configs import synthetic_ablation
 from input_pipeline.schema import MAX_CLASSES
 from tests import tiny
 from tests.parity.compare import difference, torch_epsilons
@@ -272,10 +272,10 @@ def report(measured):
     print("".join(f"\nparity TruePose: {part}: {value:.1e}" for part, value in measured.items()))
 
 
-def test_the_demo_samples_alike(tmp_path):
+def test_a_network_from_nothing_samples_alike(tmp_path):
     """Pixels as latents, positions, the parsing map in SourceNet, x0 prediction, clipping: DDIM with guidance, and the
     source's side computed once or at every step."""
-    settings = demo.get_config()
+    settings = synthetic_ablation.get_config()
     settings.model.unet.block_out_channels = (16, 32)
     cfg = from_config_dict(Config, settings)
     made, schedule = tiny.method(cfg), cfg.diffusion.schedule
@@ -302,7 +302,7 @@ def test_the_demo_samples_alike(tmp_path):
     for mode in SOURCE_MODES:
         found = model.sample(inputs_of(batch, source), nchw(noise), steps=4, guidance=2.0, source=mode)
         measured = difference(expected, found.numpy().transpose(0, 2, 3, 1))
-        print(f"\nparity TruePose: four steps of the demo, {mode}: {measured:.1e}")
+        print(f"\nparity TruePose: four steps from nothing, {mode}: {measured:.1e}")
         assert 0.1 < np.abs(expected).max() < 1.1
         assert measured < SAMPLING
 
