@@ -47,7 +47,9 @@ def codec(flags: argparse.Namespace) -> None:
     chosen = [files[i] for i in np.unique(np.linspace(0, len(files) - 1, min(flags.count, len(files))).astype(int))]
     patches = np.concatenate([_patches(file, flags.size) for file in chosen])
     if len(patches) < LEAST:
-        raise InputError(f"{flags.images}: {len(patches)} patches in {len(chosen)} photos; {LEAST} are needed, so give more")
+        raise InputError(
+            f"{flags.images}: {len(patches)} patches in {len(chosen)} photos; {LEAST} are needed, so give more"
+        )
     # Here and not above: JAX takes a second, and the other sub-commands start without.
     from safetensors.numpy import save
 
