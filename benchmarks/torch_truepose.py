@@ -1,9 +1,10 @@
 """TruePose in PyTorch, on diffusers' UNet blocks: what the JAX model is compared with, in numbers and in speed.
 
-Opens the folder that `convert to-torch` writes. Written from the paper's equations and the readings A1 to A24 of them;
-it shares no code with truepose_jax, and agreed with it at its first run; what changed since is what it computes when, and ties
-(BUILD_NOTES.md). NCHW, latents in and out: the autoencoder is not part of it. Eq. 6 is an eager masked attention, all others
-are scaled_dot_product_attention.
+Opens the folder that `convert to-torch` writes, with or without carried latents, cosine logits and H = F' + H'; a half-cell
+head it refuses. Its loss is Eq. 2 / 10 alone. Written from the paper's equations and the readings A1 to A24 of them; it shares
+no code with truepose_jax, and agreed with it at its first run; what changed since is what it computes when, ties, and what
+HPFA carries (BUILD_NOTES.md). NCHW, latents in and out: the autoencoder is not part of it. Eq. 6 is an eager masked
+attention, all others are scaled_dot_product_attention.
 
     model = TruePose.from_pretrained("exported", torch_dtype=torch.bfloat16).to("cuda")
     model.denoise = torch.compile(model.denoise)
@@ -27,6 +28,7 @@ from torch import Tensor, nn
 
 POSE_WIDTHS = (16, 32, 96)
 SOURCE_MODES = ("cached", "recompute")
+OURS = ("carry_latents", "cosine", "residual")
 
 
 class Inputs(NamedTuple):
@@ -46,7 +48,8 @@ class Inputs(NamedTuple):
 
 
 class SiteFeatures(NamedTuple):
-    """What one block of TargetNet reads of the source: Eq. 8's and Eq. 9's keys and values, each [b g m d]."""
+    """What one block of TargetNet reads of the source: Eq. 8's and Eq. 9's keys and values, each [b g m d]. Where latents are
+    carried, hpfa_v holds the source's [b g m c] behind the features."""
 
     hpfa_k: Tensor
     hpfa_v: Tensor
@@ -86,22 +89,33 @@ def reweighted_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, settings
     return torch.softmax(logits * weights, dim=-1).to(v.dtype) @ v
 
 
-class HPFA(nn.Module):
-    """Eq. 6 to 8 of one block: `source` once per image, `forward` at every step."""
+def unit(x: Tensor) -> Tensor:
+    return x * torch.rsqrt(x.square().sum(dim=-1, keepdim=True) + 1e-6)
 
-    def __init__(self, width: int, heads: int):
+
+class HPFA(nn.Module):
+    """Eq. 8 of one block, and the projections of Eq. 6 to 8. channels: of latents that it carries, 0 for none."""
+
+    def __init__(self, width: int, heads: int, channels: int, cosine: bool):
         super().__init__()
-        self.heads = heads
+        self.heads, self.channels = heads, channels
+        self.cosine_scale = nn.Parameter(torch.empty(heads, 1)) if cosine else None
         for name in ("source_to_q", "source_to_k", "source_to_v", "to_q", "to_k", "to_v"):
             self.add_module(name, nn.Linear(width, width, bias=False))
         self.norm = nn.LayerNorm(width)
-        self.to_out = nn.ModuleList([nn.Linear(width, width)])
+        self.to_out = nn.ModuleList([nn.Linear(width + heads * channels, width)])
 
     def forward(self, hidden: Tensor, site: SiteFeatures | None) -> Tensor:
         if site is None:  # zero keys and values leave the bias alone (A15)
             return self.to_out[0].bias
-        q = split_heads(self.to_q(self.norm(hidden)), self.heads)
-        return self.to_out[0](merge_heads(F.scaled_dot_product_attention(q, site.hpfa_k, site.hpfa_v)))
+        q, scale = split_heads(self.to_q(self.norm(hidden)), self.heads), None
+        if self.cosine_scale is not None:
+            q, scale = unit(q) * self.cosine_scale.exp()[:, None], 1.0
+        found = F.scaled_dot_product_attention(q, site.hpfa_k, site.hpfa_v, scale=scale)
+        if not self.channels:
+            return self.to_out[0](merge_heads(found))
+        features, latents = found.split([q.shape[-1], self.channels], dim=-1)
+        return self.to_out[0](torch.cat([merge_heads(features), merge_heads(latents)], dim=-1))
 
 
 class SourceBlock(nn.Module):
@@ -140,12 +154,13 @@ class TargetBlock(nn.Module):
     """attn1, HPFA, CAA in the place of attn2, feed-forward, each added (A7 to A9); `encoder_hidden_states` is a tuple
     with every block's SiteFeatures, or None."""
 
-    def __init__(self, block: nn.Module, index: int, settings: dict[str, Any]):
+    def __init__(self, block: nn.Module, index: int, settings: dict[str, Any], channels: int):
         super().__init__()
         self.index, self.settings = index, settings
         for name, child in block.named_children():
             self.add_module(name, child)
-        self.hpfa = HPFA(self.norm1.normalized_shape[0], self.attn1.heads)
+        carried = channels if settings["carry_latents"] else 0
+        self.hpfa = HPFA(self.norm1.normalized_shape[0], self.attn1.heads, carried, settings["cosine"])
 
     def forward(
         self,
@@ -172,21 +187,39 @@ class TargetBlock(nn.Module):
         return self.attn2.to_out[0](merge_heads(read))
 
     def source_side(
-        self, features: Tensor, mask: Tensor, coverage: Tensor, tokens: Tensor, present: Tensor, keep: Tensor
+        self,
+        features: Tensor,
+        mask: Tensor,
+        coverage: Tensor,
+        tokens: Tensor,
+        present: Tensor,
+        keep: Tensor,
+        latents: Tensor,
     ) -> SiteFeatures:
-        """features: F' [b n c]. mask: M [b n]. coverage [b n p]. tokens [b p e], present [b p]. keep [b]: 0 or 1."""
+        """features: F' [b n c]. mask: M [b n]. coverage [b n p]. tokens [b p e], present [b p]. keep [b]: 0 or 1. latents: of
+        the source [b n c]."""
         hpfa, heads = self.hpfa, self.attn2.heads
-        q, k, v = (split_heads(to(features), heads) for to in (hpfa.source_to_q, hpfa.source_to_k, hpfa.source_to_v))
+        source_q, source_k, v = (
+            split_heads(to(features), heads) for to in (hpfa.source_to_q, hpfa.source_to_k, hpfa.source_to_v)
+        )
+        kept = keep.to(v.dtype)[:, None, None]
         # Of a dropped sample V' = 0 is enough: H' is zero, and nothing reaches Q' and K' in the backward pass.
-        fused = merge_heads(reweighted_attention(q, k, v * keep.to(v.dtype)[:, None, None, None], mask, self.settings))
-        index, chosen = self.least_attended(q.detach(), k.detach(), coverage, present)
+        fused = merge_heads(reweighted_attention(source_q, source_k, v * kept[..., None], mask, self.settings))
+        if self.settings["residual"]:
+            fused = fused + features * kept
+        k, v = (split_heads(to(fused), heads) for to in (hpfa.to_k, hpfa.to_v))
+        if self.settings["cosine"]:
+            k = unit(k)
+        if self.settings["carry_latents"]:
+            v = torch.cat([v, (latents.to(v.dtype) * kept)[:, None].expand(-1, heads, -1, -1)], dim=-1)
+        index, chosen = self.least_attended(source_q.detach(), source_k.detach(), coverage, present)
         regions = torch.take_along_dim(tokens, index[..., None], dim=1) * keep[:, None, None]
         # A sample without any region reads zeros, since no softmax is over nothing (A19).
         some = chosen.any(dim=1, keepdim=True)
         caa_v = split_heads(self.attn2.to_v(regions), heads) * some[:, :, None, None]
         return SiteFeatures(
-            split_heads(hpfa.to_k(fused), heads),
-            split_heads(hpfa.to_v(fused), heads),
+            k,
+            v,
             split_heads(self.attn2.to_k(regions), heads),
             caa_v,
             (chosen | ~some)[:, None, None, :],
@@ -323,7 +356,7 @@ class TruePose(nn.Module):
             parent, k = name.rsplit(".", 1)
             of_source, of_target = source_net.get_submodule(parent), target_net.get_submodule(parent)
             of_source[int(k)] = SourceBlock(of_source[int(k)], last=index == len(self.sites) - 1)
-            of_target[int(k)] = TargetBlock(of_target[int(k)], index, settings["fusion"])
+            of_target[int(k)] = TargetBlock(of_target[int(k)], index, settings["fusion"], target_net.config.in_channels)
         width = target_net.config.block_out_channels[0]
         self.pose_encoder = PoseEncoder(width, settings["pose_encoder"]["stride"])
         self.parsing_encoder = None
@@ -334,8 +367,14 @@ class TruePose(nn.Module):
 
     @classmethod
     def from_pretrained(cls, folder: str | Path, torch_dtype: torch.dtype = torch.float32) -> "TruePose":
-        """RuntimeError where the folder's tensors are not exactly the model's."""
+        """RuntimeError where the folder's tensors are not exactly the model's, and for a model with a half-cell head."""
         folder = Path(folder)
+        settings = json.loads((folder / "truepose.json").read_text())
+        settings["fusion"] = dict.fromkeys(OURS, False) | settings["fusion"]  # older exports do not say them
+        if settings.get("carry", {}).get("head"):
+            raise RuntimeError(
+                f"{folder}: carry.head is on, and this program has no half-cell head; truepose_jax runs it"
+            )
         nets = []
         for name in ("source_net", "target_net"):
             net, info = UNet2DConditionModel.from_pretrained(
@@ -345,7 +384,6 @@ class TruePose(nn.Module):
             if wrong:
                 raise RuntimeError(f"{folder / name}: {wrong}")
             nets.append(net)
-        settings = json.loads((folder / "truepose.json").read_text())
         model = cls(*nets, DDIMScheduler.from_pretrained(folder / "scheduler"), settings)
         tensors = {
             re.sub(r"^hpfa\.(.*\.transformer_blocks\.\d+)\.", r"target_net.\1.hpfa.", name): tensor
@@ -394,9 +432,14 @@ class TruePose(nn.Module):
 
         regions, present = each(tokens[:, :-1]), each(inputs.present[:, :-1])
         coverages = [each(coverage) for coverage in coverages]
+        # At an odd edge the mean of the cells that are there.
+        latents = [
+            each(F.avg_pool2d(inputs.source, 2**i, ceil_mode=True).flatten(2).transpose(1, 2))
+            for i in range(len(coverages))
+        ]
         return tuple(
             self.target_net.get_submodule(name).source_side(
-                each(tap), masks[level], coverages[level], regions, present, keep.to(dtype)
+                each(tap), masks[level], coverages[level], regions, present, keep.to(dtype), latents[level]
             )
             for (name, level), tap in zip(self.sites, taps, strict=True)
         )

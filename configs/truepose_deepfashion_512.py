@@ -1,4 +1,5 @@
 """TruePose, Table 1, DeepFashion 512x352 (LPIPS .180, SSIM .744, PSNR 17.627, FID 7.05); `:B1` to `:B4`: Table 2.
+`:flow` is no row of the paper: latents carried by HPFA's softmax, with their loss (configs/variants.py).
 
     python -m truepose_jax.train --config=configs/truepose_deepfashion_512.py --workdir=DIR \
         --config.data.root=DEEPFASHION --config.init_from=WEIGHTS

@@ -6,7 +6,14 @@ B1  CLIP's patches through an MLP in SourceNet's place, then HPFA and CAA as in 
 B2  AnimateAnyone's fusion: F' beside TargetNet's own tokens in its self-attention; attn2 reads the whole image's token
 B3  without CAA: HPFA, and attn2 reads the whole image's token
 B4  without HPFA: B2's fusion with CAA, whose scores come from SourceNet's own attention
+<<<<<<< HEAD
+The others change one decision that we took by reading (docs/readings.md A1, A5, A17, A23; zero-initialised HPFA output).
+
+flow  not the paper's: HPFA's softmax also carries the source's latents, with a loss that what it carries lie near the target's;
+      cosine logits; keys and values from H = F' + H'. HPFA's output still starts at zero, so SD1.5's start is untouched
+=======
 The others change one decision that we took by reading (docs/paper.md A1, A5, A17, A23; zero-initialised HPFA output).
+>>>>>>> origin/carry
 """
 
 ABLATIONS = {
@@ -27,12 +34,17 @@ READINGS = {
     "zero_init": {"out_init": "zeros"},
 }
 VARIANTS = ABLATIONS | READINGS
+OURS = {"flow": {"carry_latents": True, "cosine": True, "residual": True}}
+FLOW_WEIGHT = 0.3
 
 
 def vary(config, name: str):
     """`config` as the named variant. Raises KeyError with the known names."""
-    if name not in VARIANTS:
-        raise KeyError(f"unknown variant {name!r}; known: {', '.join(VARIANTS)}")
-    for key, value in VARIANTS[name].items():
+    known = VARIANTS | OURS
+    if name not in known:
+        raise KeyError(f"unknown variant {name!r}; known: {', '.join(known)}")
+    for key, value in known[name].items():
         config.model.fusion[key] = value
+    if name == "flow":
+        config.diffusion.losses.flow = FLOW_WEIGHT
     return config

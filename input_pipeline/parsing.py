@@ -1,6 +1,7 @@
 """Parsing maps: label sets, which classes a pose switches on (docs/paper.md 4), reading, flipping, areas.
 
-Left and right are the person's own, as in OpenPose. Label sets are never converted into one another.
+Left and right are the person's own, as in OpenPose. A map is converted into another label set only for a network that predicts
+that set's classes (convert_parsing).
 """
 
 from __future__ import annotations
@@ -77,6 +78,12 @@ COLOUR_OF_CLASS: Mapping[str, tuple[int, int, int]] = {
 }  # fmt: skip
 """RGB for drawing; one class looks the same in every set."""
 
+
+SIMILAR: Mapping[str, str] = {
+    "Coat": "Upper-clothes", "Jumpsuits": "Dress", "Torso-skin": "Face", "Glove": "Upper-clothes", "Socks": "Pants",
+    "Belt": "Pants", "Bag": "Upper-clothes",
+}  # fmt: skip
+"""What a class becomes in a set without it: what covers the same part of the body. ATR counts the neck's skin to the face."""
 
 FACE = ("Face", "Head")
 CLOTHES = (
@@ -245,6 +252,25 @@ def check_parsing(parsing: np.ndarray, labels: LabelSet, image_hw: tuple[int, in
             f"{name}: label {shown} is outside {labels.name}'s 0 to {len(labels) - 1}; is it another set's?"
         )
     return parsing
+
+
+def convert_parsing(parsing: np.ndarray, labels: LabelSet, wanted: LabelSet, *, name: str) -> np.ndarray:
+    """The map in the ids of another set: classes of the same name, else SIMILAR ones; in "whole" all that is person.
+
+    Raises InputError where the sets are too different.
+    """
+    if wanted.name == "whole":
+        return np.where(parsing > 0, WHOLE_PHOTO, 0).astype(np.uint8)
+    table = np.zeros(MAX_CLASSES, np.uint8)
+    for index, label in enumerate(labels.classes):
+        found = wanted.id_of(label if label in wanted.classes else SIMILAR.get(label, ""))
+        if found is None:
+            raise InputError(
+                f"{name}: the map's labels are {labels.name}, and the model's {wanted.name} have nothing for its {label}; give a "
+                f"map of {wanted.name}"
+            )
+        table[index] = found
+    return table[parsing]
 
 
 def flip_parsing(parsing: np.ndarray, labels: LabelSet) -> np.ndarray:

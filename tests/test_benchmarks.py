@@ -252,7 +252,8 @@ def block():
     from benchmarks.torch_truepose import TargetBlock
 
     settings = {"mask_axis": "key", "delta": 0.6, "sigma": 0.3, "reading": "printed", "regions": 20}
-    return TargetBlock(BasicTransformerBlock(32, 2, 16, cross_attention_dim=32), 0, settings)
+    settings |= {"carry_latents": False, "cosine": False, "residual": False}
+    return TargetBlock(BasicTransformerBlock(32, 2, 16, cross_attention_dim=32), 0, settings, 4)
 
 
 def test_what_recomputes_runs_each_block_twice(block, monkeypatch):

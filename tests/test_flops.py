@@ -15,7 +15,7 @@ from configs.base import get_config
 from tests import tiny
 from tests.parity.test_truepose_torch import SD15_LIKE, exported, inputs_of, nchw
 from truepose_jax import flops
-from truepose_jax.schema import Config, from_config_dict
+from truepose_jax.schema import Config, ConfigError, from_config_dict
 
 IN_PARSING = {"model": {"source_parsing": "coverage"}}
 
@@ -53,9 +53,11 @@ def multiplications(jaxpr) -> int:
         elif eqn.primitive.name == "conv_general_dilated":
             kernel, order = eqn.invars[1].aval.shape, eqn.params["dimension_numbers"].rhs_spec
             found += 2 * math.prod(out.shape) * math.prod(kernel[i] for i in order[1:])
+        times = eqn.params["length"] if eqn.primitive.name == "scan" else 1
         for value in eqn.params.values():
-            if hasattr(value, "jaxpr"):
-                found += multiplications(value.jaxpr)
+            inner = getattr(value, "jaxpr", value)
+            if hasattr(inner, "eqns"):
+                found += times * multiplications(inner)
     return found
 
 
@@ -77,6 +79,28 @@ def test_forward_is_what_is_traced():
     # Of a dropped source two rows of zeros go through HPFA's and CAA's output layers.
     biases = sum(2 * 2 * site.channels**2 for site in cfg.model.unet.sites)
     assert count(lambda p, c: output_of(made, p, made.null(c)), params, conditioning) == expected.null + biases
+
+
+def test_carried_latents_are_counted():
+    cfg = tiny.config({"model": {"fusion": {"carry_latents": True, "cosine": True, "residual": True}}})
+    made = tiny.method(cfg)
+    params, batch = jax.eval_shape(lambda: made.init(jax.random.key(0), tiny.spec(cfg))), tiny.batch(cfg, 1, targets=1)
+    conditioning = jax.eval_shape(lambda p, b: conditioning_of(made, p, b), params, batch)
+    traced = multiplications(jax.make_jaxpr(lambda p, c: output_of(made, p, c))(params, conditioning).jaxpr)
+    found, plain = flops.model_flops(cfg), flops.model_flops(tiny.config())
+    h, w, channels = made.latent_spec(cfg.model.size)
+    padded = more = 0
+    for site in cfg.model.unet.sites:
+        n, carried = -(-h // 2**site.level) * -(-w // 2**site.level), site.heads * channels
+        padded += 2 * n * n * carried  # queries and keys, to the width of the values
+        more += 2 * n * n * carried + 2 * n * carried * site.channels
+    assert traced == found.conditional + padded and found.conditional == plain.conditional + more
+    assert found.source == plain.source and found.null == plain.null
+    assert plain.train + 2 * more < found.train < plain.train + 3 * more
+    head = tiny.config(tiny.HEAD)
+    assert flops.mfu_per_image_rate(head, "NVIDIA H200", 1) is None
+    with pytest.raises(ConfigError, match="half-cell head"):
+        flops.model_flops(head)
 
 
 def test_forward_against_xla():

@@ -5,6 +5,7 @@ import pathlib
 import re
 
 import jax
+import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
@@ -15,7 +16,7 @@ from truepose_jax.checkpoint import Checkpoints
 from truepose_jax.conversion.key_maps import leaves
 from truepose_jax.conversion.safetensors_io import TensorInfo, write_safetensors
 from truepose_jax.conversion.weights_folder import FORMAT, VERSION
-from truepose_jax.initial import abstract_state, first_state, resolve_init_from
+from truepose_jax.initial import HPFA_OUT, abstract_state, first_state, resolve_init_from
 from truepose_jax.methods import make_method
 from truepose_jax.models.vae import PixelAutoencoder
 from truepose_jax.schema import Config, ConfigError, to_dict
@@ -101,6 +102,37 @@ def test_an_ablation_takes_what_it_has_use_for(tmp_path, given, capsys):
         begin(tiny_config(init_from=str(less), **b4), tmp_path / "other")
 
 
+def test_carried_latents_leave_a_plain_unets_start_untouched(tmp_path, given):
+    """HPFA's update is exactly 0 at birth, so the network predicts to the bit what it does without carrying."""
+    zeros = {p: np.zeros_like(a) if "/hpfa/to_out_0/" in p else a for p, a in given.items()}
+    folder = write_folder(tmp_path / "weights", zeros, tiny_config())
+    flow = {f"model__fusion__{name}": True for name in ("carry_latents", "cosine", "residual")}
+    made = {}
+    for name, changes in (("paper", {}), ("flow", flow)):
+        config = tiny_config(init_from=str(folder), diffusion__losses__flow=0.3 * bool(changes), **changes)
+        state, _ = begin(config, tmp_path / name)
+        made[name] = config, state.params
+    shared, flat = dict(leaves(made["paper"][1])), dict(leaves(made["flow"][1]))
+    (out,) = {path for path in shared if path.endswith(HPFA_OUT)} - {
+        p for p, a in shared.items() if a.shape == flat[p].shape
+    }
+    assert flat[out].shape == (8 + 2 * 48, 8) and not np.any(flat[out])
+    assert {path.rsplit("/", 1)[-1] for path in flat.keys() - shared.keys()} == {"cosine_scale"}
+    assert all(np.array_equal(flat[path], array) for path, array in shared.items() if path != out)
+
+    batch = tiny.batch(made["paper"][0], 1, targets=2)
+
+    def predict(config, params):
+        method = trainer_of(config).method
+        conditioning = method.condition(params, {}, batch)
+        x = jnp.ones((2, *method.latent_spec(config.model.size)))
+        output, signs, _ = method._target(params, x, jnp.array([3, 700]), conditioning)
+        return output, [each["hpfa_rms"] for each in signs.values()]
+
+    (plain, _), (carrying, updates) = (tiny.jit(lambda p, c=c: predict(c, p))(params) for c, params in made.values())
+    assert not np.any(updates) and np.array_equal(plain, carrying) and np.std(plain) > 0.1
+
+
 def test_another_run(tmp_path):
     """Its EMA weights; with its raw ones where it keeps no EMA. A run that has a checkpoint of its own takes that."""
     config = tiny_config(init_from=str(shared_run()))
@@ -175,6 +207,8 @@ SETTINGS = {
         ({"fusion": {"reading": "prose"}}, "--config.model.fusion.reading=prose"),
         ({"fusion": {"mask_axis": "none"}}, "--config.model.fusion.mask_axis=none"),
         ({"fusion": {"delta": 0.5, "sigma": 0.2}}, "--config.model.fusion.delta=0.5 --config.model.fusion.sigma=0.2"),
+        ({"fusion": {"carry_latents": True}}, "--config.model.fusion.carry_latents=True"),
+        ({"fusion": {"cosine": True}}, "--config.model.fusion.cosine=True"),
         ({"autoencoder": {"kind": "sd15", "factor": 8}}, "--config.model.autoencoder=sd15"),
     ],
 )

@@ -11,6 +11,7 @@ from input_pipeline.parsing import (
     LABEL_SETS,
     class_areas,
     class_on,
+    convert_parsing,
     flip_parsing,
     label_set,
     read_parsing,
@@ -169,6 +170,27 @@ def test_joints_of_real_photos_lie_in_their_own_side(mirrored):
             own += label.startswith(side)
             other += label.startswith("Left" if side == "Right" else "Right") if joint else 0
     assert faces == 13 and other == 0 and own > 60
+
+
+def test_maps_in_the_ids_of_another_set():
+    """By name, else by what covers the same part of the body; nothing that is person becomes background."""
+
+    def names(of, to):
+        labels, wanted = LABEL_SETS[of], LABEL_SETS[to]
+        found = convert_parsing(np.arange(len(labels), dtype=np.uint8)[None], labels, wanted, name="a")[0]
+        assert found.dtype == np.uint8 and found[0] == 0 and found[1:].all()
+        return {label: wanted.classes[i] for label, i in zip(labels.classes, found, strict=True)}
+
+    others = {"Coat": "Upper-clothes", "Torso-skin": "Face", "Glove": "Upper-clothes", "Socks": "Pants"}
+    assert {k: v for k, v in names("cihp20", "atr18").items() if k != v} == others
+    assert {k: v for k, v in names("atr18", "lip20").items() if k != v} == {"Belt": "Pants", "Bag": "Upper-clothes"}
+    assert {k: v for k, v in names("lip20", "cihp20").items() if k != v} == {"Jumpsuits": "Dress"}
+    assert set(names("atr18", "whole").values()) == {"Background", "Person"}
+    for of, to in (("pascal7", "atr18"), ("atr18", "pascal7")):
+        with pytest.raises(
+            InputError, match=f"photo: the map's labels are {of}, and the model's {to} have nothing for its H"
+        ):
+            convert_parsing(np.zeros((1, 1), np.uint8), LABEL_SETS[of], LABEL_SETS[to], name="photo")
 
 
 def test_regions_of_a_simple_map():

@@ -82,6 +82,15 @@ def test_every_variant_loads(variant):
     assert variant in ("full", "zero_init") or fusion != from_config_dict(Config, get_config()).model.fusion
 
 
+@pytest.mark.parametrize("module", [truepose_deepfashion_512, truepose_deepfashion_256])
+def test_the_variant_that_carries_latents(module):
+    plain, flow = (from_config_dict(Config, module.get_config(name)) for name in ("full", "flow"))
+    assert flow.diffusion.losses.flow == 0.3 and flow.model.fusion.out_init == "zeros"
+    ours = dict(carry_latents=True, cosine=True, residual=True)
+    assert flow.model.fusion == dataclasses.replace(plain.model.fusion, **ours)
+    assert dataclasses.replace(flow, model=plain.model, diffusion=plain.diffusion) == plain
+
+
 def test_unknown_variant():
     with pytest.raises(KeyError, match="unknown variant 'B5'; known: full, B1"):
         synthetic_ablation.get_config("B5")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import pathlib
 from collections.abc import Iterator
 
 import numpy as np
@@ -14,7 +15,7 @@ from input_pipeline.loader import RecordCache, make_loader
 from input_pipeline.parsing import label_set
 from input_pipeline.poses import load_real_poses
 from input_pipeline.readers import RecordTokens
-from input_pipeline.records import RecordImages, split_names
+from input_pipeline.records import RecordImages, open_build, split_names
 from input_pipeline.schema import ImageSet, InputError
 from input_pipeline.shares import ALONE, Share
 from input_pipeline.synthetic import SyntheticPeople
@@ -45,6 +46,17 @@ class Dataset:
     pairs: np.ndarray
     heldout: bool
     clip: str = ""
+
+
+def about_records(config: Config) -> dict[str, str]:
+    """{"name", "labels"} of the records that a run was trained on; {} where they are not where its config says."""
+    if config.data.dataset != "records":
+        return {}
+    try:
+        info = open_build(pathlib.Path(config.data.root)).info
+    except InputError:
+        return {}
+    return {"name": info.name, "labels": info.metadata["labels"]}
 
 
 def training_set(config: Config, encoder: Encoder, cache: str | None, share: Share = ALONE) -> Dataset:

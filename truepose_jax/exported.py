@@ -23,7 +23,7 @@ from truepose_jax.conversion.origins import read_json
 from truepose_jax.conversion.plan import Shapes
 from truepose_jax.conversion.readers import truepose_export
 from truepose_jax.conversion.truepose_names import SETTINGS_FILE
-from truepose_jax.conversion.weights_folder import PARAMS_FILE
+from truepose_jax.conversion.weights_folder import CODEC_FILE, PARAMS_FILE
 from truepose_jax.frozen import KINDS
 from truepose_jax.initial import batch_spec
 from truepose_jax.schema import Config, ConfigError, from_config_dict, with_defaults
@@ -32,13 +32,14 @@ from truepose_jax.schema import Config, ConfigError, from_config_dict, with_defa
 @dataclasses.dataclass(frozen=True)
 class Exported:
     """In the place of a run's Checkpoints. step, weights: which ones were exported ("ema" or "raw"). frozen: fingerprints of
-    the networks that the run was trained with."""
+    the networks that the run was trained with. labels: label set of its parsing maps, "" where it is not known."""
 
     folder: pathlib.Path
     config: Config
     step: int
     weights: str
     frozen: Mapping[str, str]
+    labels: str
 
     @classmethod
     def is_one(cls, folder: pathlib.Path) -> bool:
@@ -51,17 +52,20 @@ class Exported:
             config = from_config_dict(Config, with_defaults(Config, read_json(folder / CONFIG_FILE)))
         except ConfigError as error:
             raise CheckpointError(f"{folder / CONFIG_FILE}: {error}") from error
-        run = read_json(folder / SETTINGS_FILE).get("run")
+        settings = read_json(folder / SETTINGS_FILE)
+        run = settings.get("run")
         if not isinstance(run, dict) or run.keys() != {"step", "weights", "frozen"}:
             raise CheckpointError(
                 f"{folder / SETTINGS_FILE} does not say which step and weights it holds: an older version wrote it; export "
                 "the run again"
             )
-        clip = config.model.clip
+        clip, codec = config.model.clip, folder / CODEC_FILE
         if (folder / KINDS["clip"].inside / "config.json").is_file():
             clip = dataclasses.replace(clip, path=str(folder))
-        model = dataclasses.replace(config.model, clip=clip)
-        return cls(folder, dataclasses.replace(config, model=model), run["step"], run["weights"], run["frozen"])
+        vae = str(codec) if codec.is_file() else config.model.vae
+        model = dataclasses.replace(config.model, clip=clip, vae=vae)
+        config = dataclasses.replace(config, model=model)
+        return cls(folder, config, run["step"], run["weights"], run["frozen"], settings.get("labels") or "")
 
     def restore_part(self, name: str, step: int | None = None, *, place: Sharding | None = None) -> Any:
         """As Checkpoints.restore_part, of the one part and step that there are; every tensor is checked. Raises

@@ -13,16 +13,17 @@ from input_pipeline.parsing import LABEL_SETS, label_set, read_parsing
 from input_pipeline.photo import one_line, read_photo
 from input_pipeline.schema import InputError
 from truepose_jax.editing import Edit
-from truepose_jax.pipeline import Fitted, Request, Run, fit_request
+from truepose_jax.pipeline import Fitted, Request, Run
 from truepose_jax.programs import parse_size
 
 COLUMNS = ("source", "parsing", "pose", "out")
-OPTIONAL_COLUMNS = ("labels", "pose_frame")
+OPTIONAL_COLUMNS = ("labels", "pose_frame", "source_pose", "source_pose_frame")
 
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """A picture to make: the files, as FILE or FILE#NAME, and where it goes. line: in the CSV."""
+    """A picture to make: the files, as FILE or FILE#NAME, and where it goes. line: in the CSV. source_pose: of the source's
+    person, in pixels of the photo unless the file or source_pose_frame says otherwise."""
 
     line: int
     source: str
@@ -31,6 +32,8 @@ class Row:
     labels: str | None
     pose_frame: tuple[int, int] | None
     out: pathlib.Path
+    source_pose: str | None = None
+    source_pose_frame: tuple[int, int] | None = None
 
     @property
     def name(self) -> str:
@@ -53,7 +56,10 @@ class Row:
         if frame is None:
             raise InputError(f"{self.pose}: the file does not say how large its image was; add --pose-frame=HxW")
         request = Request(photo, pose.joints, parsing, labels, frame, self.name, seed, edit)
-        return fit_request(request, run.config.model.size)
+        if self.source_pose:
+            own = load_pose(self.source_pose, frame_hw=self.source_pose_frame)
+            request = dataclasses.replace(request, source_joints=own.joints, source_frame_hw=own.frame_hw)
+        return run.fit(request)
 
 
 def _short_name(spec: str) -> str:
@@ -63,9 +69,16 @@ def _short_name(spec: str) -> str:
 
 
 def read_rows(
-    path: str, out_dir: pathlib.Path, *, labels: str | None, pose_frame: tuple[int, int] | None
+    path: str,
+    out_dir: pathlib.Path,
+    *,
+    labels: str | None,
+    pose_frame: tuple[int, int] | None,
+    source_pose_frame: tuple[int, int] | None = None,
+    source_poses: bool = False,
 ) -> tuple[list[Row], list[tuple[int, str]]]:
-    """(rows, [(line, what is wrong with it)]) of a list; labels and pose_frame serve rows without their own.
+    """(rows, [(line, what is wrong with it)]) of a list; labels and the frames serve rows without their own. source_poses:
+    every row must have one.
 
     Raises InputError where the file cannot be read, lacks columns or holds no pairs.
     """
@@ -77,6 +90,11 @@ def read_rows(
         raise InputError(f"{path}: cannot read the list ({one_line(error)}); give a CSV") from error
     header = [cell.lower() for cell in lines[0][1]] if lines else []
     missing = [name for name in COLUMNS if name not in header]
+    if source_poses and not missing and "source_pose" not in header:
+        raise InputError(
+            f"{path}: lacks the column source_pose; this model carries the source's pixels by its pose, so name every "
+            "photo's own"
+        )
     if missing:
         raise InputError(f"{path}: lacks columns {', '.join(missing)}; its first line must be {','.join(COLUMNS)}")
     unknown = [name for name in header if name and name not in COLUMNS + OPTIONAL_COLUMNS]
@@ -88,7 +106,9 @@ def read_rows(
             continue
         values = dict(zip(header, cells, strict=False))
         try:
-            row = _row(line, values, pathlib.Path(path).parent, out_dir, labels, pose_frame)
+            if source_poses and not values.get("source_pose"):
+                raise InputError("source_pose is empty; this model needs the photo's own pose")
+            row = _row(line, values, pathlib.Path(path).parent, out_dir, labels, pose_frame, source_pose_frame)
             if row.out in taken:
                 raise InputError(f"out '{values['out']}' is that of line {taken[row.out]} already")
         except InputError as error:
@@ -108,6 +128,7 @@ def _row(
     out_dir: pathlib.Path,
     labels: str | None,
     pose_frame: tuple[int, int] | None,
+    source_pose_frame: tuple[int, int] | None,
 ) -> Row:
     empty = [name for name in COLUMNS if not values.get(name)]
     if empty:
@@ -117,18 +138,22 @@ def _row(
         raise InputError(f"out '{values['out']}' leaves the folder {out_dir}")
     if out.suffix.lower() != ".png" or out.is_dir():
         raise InputError(f"out '{values['out']}' is no file name that ends in .png")
-    if values.get("pose_frame"):
-        try:
-            pose_frame = parse_size(values["pose_frame"])
-        except argparse.ArgumentTypeError as error:
-            raise InputError(f"pose_frame {error}") from error
-    parsing = values["parsing"]
+    frames = {"pose_frame": pose_frame, "source_pose_frame": source_pose_frame}
+    for name in frames:
+        if values.get(name):
+            try:
+                frames[name] = parse_size(values[name])
+            except argparse.ArgumentTypeError as error:
+                raise InputError(f"{name} {error}") from error
+    parsing, source_pose = values["parsing"], values.get("source_pose")
     return Row(
         line,
         str(base / values["source"]),
         parsing if parsing == "none" else str(base / parsing),
         str(base / values["pose"]),
         label_set(values["labels"]).name if values.get("labels") else labels,
-        pose_frame,
+        frames["pose_frame"],
         out,
+        str(base / source_pose) if source_pose else None,
+        frames["source_pose_frame"],
     )

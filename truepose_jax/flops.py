@@ -1,11 +1,11 @@
 """How many floating-point operations TruePose takes, from the configuration alone, and what share of a chip's peak that is.
 
 Model FLOPs: two per multiplication of every convolution (padding multiplied too), dense layer and attention product, heads at
-their true width; sums, norms, activations and softmaxes are left out, and rematerialisation is not counted.
+their true width; sums, norms, activations, softmaxes and what is only logged are left out, and rematerialisation is not counted.
 
 Of a training step with every parameter trained, a part takes, in units of its forward pass:
   3  as a rule: forward, gradient by its input, gradient by its weights (an attention's two products: four in the backward pass)
-  2  where the input needs no gradient: what reads latents, timesteps, tokens, skeletons or coverages
+  2  where the input needs no gradient: what reads latents (carried ones too), timesteps, tokens, skeletons or coverages
   1  queries and keys of SourceNet's attn2, which meets one token alone: its softmax is 1 whatever they are
   0  SourceNet after its last tap: nothing reads it
 The autoencoder and CLIP are frozen, run before the step or once per picture, and are no part of these numbers.
@@ -66,12 +66,13 @@ class Flops:
 def model_flops(config: Config) -> Flops:
     """Of a configuration, by its UNet, its fusion and its size. Training counts data.targets_per_source targets per source.
 
-    Raises ConfigError for the ablations of fusion, whose modules are others.
+    Raises ConfigError where `is_counted` is false.
     """
     model = config.model
-    if not model.fusion.is_paper:
+    if not is_counted(config):
         raise ConfigError(
-            "FLOPs are counted for the paper's HPFA and CAA; config.model.fusion has one of their ablations"
+            "FLOPs are counted for HPFA and CAA alone; config.model has one of their ablations (fusion) or a half-cell "
+            "head (carry.head)"
         )
     factor, h, w = _latents(config)
     source = source_parts(config)
@@ -92,6 +93,11 @@ def model_flops(config: Config) -> Flops:
     )
 
 
+def is_counted(config: Config) -> bool:
+    """Whether `model_flops` knows the modules: not the ablations', whose modules are others, nor the half-cell head."""
+    return config.model.fusion.is_whole and not config.model.carry.head
+
+
 def peak_flops(device_kind: str) -> float | None:
     """The dense bf16 peak of a chip by jax.Device.device_kind; None where it is not in the table (a CPU)."""
     return next((peak for pattern, peak in PEAKS if re.search(pattern, device_kind)), None)
@@ -106,10 +112,10 @@ def utilisation(flops: float, seconds: float, device_kind: str, *, devices: int 
 def mfu_per_image_rate(config: Config, device_kind: str, devices: int) -> float | None:
     """What a training run's images a second are multiplied by to give its MFU on `devices` chips.
 
-    None where it is not known: a chip without a peak in the table (a CPU), an ablation, or an optim.trainable other than
-    ".*", with which some gradients are not computed.
+    None where it is not known: a chip without a peak in the table (a CPU), a network that is not counted, or an
+    optim.trainable other than ".*", with which some gradients are not computed.
     """
-    if config.optim.trainable != ".*" or not config.model.fusion.is_paper or peak_flops(device_kind) is None:
+    if config.optim.trainable != ".*" or not is_counted(config) or peak_flops(device_kind) is None:
         return None
     return utilisation(model_flops(config).train, 1.0, device_kind, devices=devices)
 
@@ -132,7 +138,7 @@ def _products(queries: int, keys: int, width: int) -> int:
 
 
 def _unet(c: UNetConfig, h: int, w: int, block) -> Iterator[Part]:
-    """Parts in the order in which they run; block(cells, width) gives those of a transformer block."""
+    """Parts in the order in which they run; block(cells, width, heads) gives those of a transformer block."""
     levels, widths = len(c.block_out_channels), c.block_out_channels
     cells = [-(-h // 2**i) * -(-w // 2**i) for i in range(levels)]
     time = 4 * widths[0]
@@ -153,7 +159,7 @@ def _unet(c: UNetConfig, h: int, w: int, block) -> Iterator[Part]:
         yield Part(f"{name}.proj_in", projection)
         for _ in range(c.transformer_layers_per_block):
             yield Part(f"{name}.tap", 0)
-            yield from block(cells[level], widths[level])
+            yield from block(cells[level], widths[level], c.heads[level])
         yield Part(f"{name}.proj_out", projection)
 
     x, skips = widths[0], [widths[0]]
@@ -193,9 +199,8 @@ def _feed_forward(n: int, c: int) -> Iterator[Part]:
 
 def _latents(config: Config) -> tuple[int, int, int]:
     """Pixels per cell and side, and the cells of a picture's latent."""
-    model = config.model
-    factor = model.pixel_factor if model.autoencoder == "pixels" else 8
-    return factor, model.size[0] // factor, model.size[1] // factor
+    factor, (height, width) = config.model.latent_factor, config.model.size
+    return factor, height // factor, width // factor
 
 
 def source_parts(config: Config) -> list[Part]:
@@ -203,7 +208,7 @@ def source_parts(config: Config) -> list[Part]:
     unet = config.model.unet
     _, h, w = _latents(config)
 
-    def block(n: int, c: int) -> Iterator[Part]:
+    def block(n: int, c: int, heads: int) -> Iterator[Part]:
         yield from _self_attention(n, c)
         yield Part("attn2.to_q", _dense(n, c, c), 1)
         yield Part("attn2.to_k", _dense(1, unet.cross_attention_dim, c), 1)
@@ -221,11 +226,16 @@ def source_parts(config: Config) -> list[Part]:
 
 
 def _target_block(config: Config):
-    regions = config.model.fusion.regions
+    fusion, unet = config.model.fusion, config.model.unet
+    regions = fusion.regions
 
-    def block(n: int, c: int) -> Iterator[Part]:
+    def block(n: int, c: int, heads: int) -> Iterator[Part]:
         yield from _self_attention(n, c)
         yield Part("hpfa", 2 * _dense(n, c, c) + _products(n, n, c))
+        if fusion.carry_latents:
+            carried = heads * unet.in_channels
+            yield Part("hpfa latents", 2 * n * n * carried, 2)
+            yield Part("hpfa latents to_out", _dense(n, carried, c))
         yield Part("caa", 2 * _dense(n, c, c) + _products(n, regions, c))
         yield from _feed_forward(n, c)
 
@@ -236,7 +246,7 @@ def _null_block(config: Config):
     """HPFA and CAA of a dropped source are the biases of their last layers."""
     del config
 
-    def block(n: int, c: int) -> Iterator[Part]:
+    def block(n: int, c: int, heads: int) -> Iterator[Part]:
         yield from _self_attention(n, c)
         yield from _feed_forward(n, c)
 

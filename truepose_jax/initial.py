@@ -21,7 +21,7 @@ from input_pipeline.schema import batch_shapes
 from truepose_jax.checkpoint import CheckpointError, Checkpoints, read_config, read_metadata
 from truepose_jax.conversion.key_maps import leaves, nest
 from truepose_jax.conversion.safetensors_io import ConversionError, TensorInfo
-from truepose_jax.conversion.weights_folder import WEIGHTS_FILE, WeightsFolder, open_weights
+from truepose_jax.conversion.weights_folder import CODEC_FILE, WEIGHTS_FILE, WeightsFolder, open_weights
 from truepose_jax.frozen import KINDS
 from truepose_jax.schema import Config, ConfigError, to_dict
 from truepose_jax.sharding import like_params, param_specs
@@ -30,9 +30,13 @@ from truepose_jax.train_step import Trainer, TrainState
 SCRATCH = ("parsing_encoder", "clip_source")
 """Networks that no UNet has anything for, beside what a weights folder itself calls fresh."""
 
+HPFA_OUT, COSINE_SCALE = "/hpfa/to_out_0/kernel", "/hpfa/cosine_scale"
+"""Of ours, what a plain UNet's folder lacks: rows of the first that read carried latents, which are zero then, and the second."""
+
 SETTINGS = ("autoencoder", "positions", "source_parsing")
-FUSION_SETTINGS = ("reading", "mask_axis", "delta", "sigma", "regions")
-"""Of config.model and config.model.fusion: what no tensor's shape tells, and trained parameters depend on."""
+FUSION_SETTINGS = ("reading", "mask_axis", "delta", "sigma", "regions", "carry_latents", "cosine", "residual")
+CARRY_SETTINGS = ("head",)
+"""Of config.model, its fusion and its carry: what no tensor's shape tells well, and trained parameters depend on."""
 HARMLESS = ("fusion.regions",)
 """CAA reads any number of region tokens; only how well it does depends on the number."""
 
@@ -55,6 +59,8 @@ def resolve_init_from(config: Config) -> Config:
                     folder, dict(weights.schedule), ours,
                 )  # fmt: skip
         inside = {kind: str(folder) for kind, of in KINDS.items() if (folder / of.inside / "config.json").is_file()}
+        if model.autoencoder == "patches":
+            inside["vae"] = str(folder / CODEC_FILE) if (folder / CODEC_FILE).is_file() else ""
     elif (folder / "checkpoints").is_dir():
         try:
             other = read_config(folder)
@@ -68,7 +74,7 @@ def resolve_init_from(config: Config) -> Config:
             f"config.init_from={folder} is neither a folder that `python -m truepose_jax.convert from-torch` wrote "
             f"(no {WEIGHTS_FILE}) nor the workdir of a run (no checkpoints/)"
         )
-    vae = model.vae or (inside.get("vae", "") if model.autoencoder == "sd15" else "")
+    vae = model.vae or ("" if model.autoencoder == "pixels" else inside.get("vae", ""))
     clip = dataclasses.replace(model.clip, path=model.clip.path or inside.get("clip", ""))
     return dataclasses.replace(config, model=dataclasses.replace(model, vae=vae, clip=clip))
 
@@ -147,19 +153,22 @@ def _converted(config: Config, trainer: Trainer, key: jax.Array, abstract: Mappi
     # A folder made of a plain UNet (it says so by what is fresh) has nothing for the networks that only we have.
     without = {*weights.fresh, *(SCRATCH if weights.fresh else ())}
     fresh = [name for name in abstract if name in without]
+    begun = {p for p in wanted if p.split("/", 1)[0] in without or (weights.fresh and p.endswith(COSINE_SCALE))}
     # The ablations' networks are smaller than the method's own.
-    surplus = set() if config.model.fusion.is_paper else weights.infos.keys() - wanted.keys()
+    surplus = set() if config.model.fusion.is_whole else weights.infos.keys() - wanted.keys()
     taken = {path: info for path, info in weights.infos.items() if path not in surplus}
-    _check_fits(config, taken, {p: leaf for p, leaf in wanted.items() if p.split("/", 1)[0] not in fresh})
+    if weights.fresh and config.model.fusion.carry_latents:
+        widened = {path for path in taken if path in wanted and path.endswith(HPFA_OUT)}
+        taken |= {path: taken[path]._replace(shape=wanted[path].shape) for path in widened}
+    _check_fits(config, taken, {p: leaf for p, leaf in wanted.items() if p not in begun})
     params: dict[str, jax.Array] = {}
-    if fresh:
-        places = {name: jax.tree.map(lambda x: x.sharding, abstract[name]) for name in fresh}
+    if begun:
 
         def make(key):  # under jit nothing else is computed
-            whole = trainer.method.init(key, batch_spec(config))
-            return {name: whole[name] for name in fresh}
+            whole = dict(leaves(trainer.method.init(key, batch_spec(config))))
+            return {path: whole[path] for path in begun}
 
-        params |= dict(leaves(jax.jit(make, out_shardings=places)(key)))
+        params |= jax.jit(make, out_shardings={path: wanted[path].sharding for path in begun})(key)
     for path in taken:
         params[path] = _put(weights.read(path), wanted[path])
     origin = weights.origin.get("name", config.init_from)
@@ -169,7 +178,10 @@ def _converted(config: Config, trainer: Trainer, key: jax.Array, abstract: Mappi
 
 
 def _put(array: np.ndarray, leaf: jax.ShapeDtypeStruct) -> jax.Array:
-    """On its devices, widened there slice by slice. Copied: an array that shares NumPy's memory cannot be donated."""
+    """On its devices, made float32 there slice by slice; zeros in the rows that it lacks. Copied: an array that shares NumPy's
+    memory cannot be donated."""
+    if array.shape != leaf.shape:
+        array = np.pad(array, [(0, leaf.shape[0] - len(array))] + [(0, 0)] * (array.ndim - 1))
     placed = jax.make_array_from_callback(
         leaf.shape, leaf.sharding, lambda index: np.array(array[index], dtype=leaf.dtype, order="C")
     )
@@ -222,11 +234,12 @@ def _same_settings(config: Config, told: Mapping[str, Any]) -> None:
 
 def _differences(config: Config, told: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
     """{setting: (theirs, ours)} of those that `told` has and this configuration has otherwise."""
-    fusion = told.get("fusion", {})
     theirs = {name: told[name] for name in SETTINGS if name in told}
-    theirs |= {f"fusion.{name}": fusion[name] for name in FUSION_SETTINGS if name in fusion}
     ours = {name: getattr(config.model, name) for name in SETTINGS}
-    ours |= {f"fusion.{name}": getattr(config.model.fusion, name) for name in FUSION_SETTINGS}
+    for group, names in (("fusion", FUSION_SETTINGS), ("carry", CARRY_SETTINGS)):
+        found = told.get(group, {})
+        theirs |= {f"{group}.{name}": found[name] for name in names if name in found}
+        ours |= {f"{group}.{name}": getattr(getattr(config.model, group), name) for name in names}
     return {name: (value, ours[name]) for name, value in theirs.items() if value != ours[name]}
 
 

@@ -3,6 +3,7 @@
     pipe = Pipeline.load("runs/demo")                                  # or what `convert to-torch` wrote
     picture = pipe(photo, parsing, joints, labels="atr18", seed=0)     # uint8 [h w 3]
     edited = pipe(photo, parsing, joints_of_reference, edit=Edit(reference, mask))     # style transfer, editing.py
+    picture = pipe(photo, parsing, joints, source_joints=joints_of_photo)              # a model with the half-cell head
 
 A photo of any size is fitted to the model's (stretched under 2 %, else padded with white) and the padding is
 taken off the result. The pose's frame is fitted into the part that is photo, so no joint falls into the padding.
@@ -26,21 +27,22 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from input_pipeline.keypoints import inside
-from input_pipeline.parsing import LabelSet, check_parsing, label_set, whole_photo
+from input_pipeline.parsing import LabelSet, check_parsing, convert_parsing, label_set, whole_photo
 from input_pipeline.photo import Framing, fit_photo
 from input_pipeline.schema import NUM_JOINTS, ImageRecord, InputError
 from input_pipeline.skeleton import draw_skeleton_uint8
-from input_pipeline.transforms import empty_batch, write_source, write_target
+from input_pipeline.transforms import empty_batch, write_picture, write_source, write_target
 from truepose_jax import rng
 from truepose_jax.assembly import assemble
 from truepose_jax.checkpoint import CheckpointError, Checkpoints, read_config, read_metadata
+from truepose_jax.datasets import about_records
 from truepose_jax.editing import MASK_FIELD, Edit, EditSampler, FittedEdit
 from truepose_jax.exported import Exported
 from truepose_jax.frozen import KINDS
 from truepose_jax.methods import Method
 from truepose_jax.pictures import to_uint8
 from truepose_jax.region_tokens import RegionEncoder, make_encoder
-from truepose_jax.sampling import Sampler, held_as_computed
+from truepose_jax.sampling import Sampler, compiler_options, held_as_computed
 from truepose_jax.schema import Config, ConfigError
 from truepose_jax.sharding import batch_parts, make_mesh, put_whole_batch, replicate
 
@@ -50,6 +52,11 @@ WEIGHTS = {"ema": "ema", "raw": "params"}
 SEEDS = 2**32
 
 NO_MAP = "no parsing map: the whole photo counts as foreground, with the token of the whole image"
+NO_MAP_OF_HEAD = (
+    f"{NO_MAP}; the target's parsing, which this model predicts, finds nothing to match, and no empty studio"
+)
+UNREAD_POSE = "the source's own pose was given, and this model does not read it (config.model.carry.head is off)"
+UNKNOWN_LABELS = "this model's label set is not known (its records are gone); parsing maps are taken as they are"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,8 +65,9 @@ class Request:
 
     source: uint8 [h w 3], RGB. joints: [18 3] (x, y in pixels of a frame of `frame_hw`, visible), OpenPose order;
     frame_hw None: the source's size. parsing: uint8 [h w], ids of the label set `labels`, which need not be the
-    one of the training; None: all of the photo is person. name, seed: key the noise. edit: what is to be made is a
-    region of this reference; frame_hw None is then the reference's size, and the picture is framed as it is.
+    one of the training; None: all of the photo is person. source_joints: as joints, the source's own, in a frame of
+    source_frame_hw; only models with the half-cell head read them, and need them. name, seed: key the noise. edit: what is to
+    be made is a region of this reference; frame_hw None is then the reference's size, and the picture is framed as it is.
     """
 
     source: np.ndarray
@@ -70,6 +78,8 @@ class Request:
     name: str = ""
     seed: int = 0
     edit: Edit | None = None
+    source_joints: np.ndarray | None = None
+    source_frame_hw: tuple[int, int] | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,8 +102,9 @@ class Fitted:
         return draw_skeleton_uint8(self.joints, joints_hw=hw, out_hw=hw)
 
 
-def fit_request(request: Request, size: tuple[int, int]) -> Fitted:
-    """The request at the model's `size` (h, w). Raises InputError for arrays that do not fit one another, a map
+def fit_request(request: Request, size: tuple[int, int], *, head: bool = False, labels: str = "") -> Fitted:
+    """The request at the model's `size` (h, w). head: whether the model has the half-cell head; labels: its label set, into
+    which the map is then converted (""; it is not known). Raises InputError for arrays that do not fit one another, a map
     with foreign labels and a pose without a joint in its frame."""
     photo, name = request.source, request.name or "source"
     if photo.dtype != np.uint8 or photo.ndim != 3 or photo.shape[2] != 3 or not photo.size:
@@ -101,38 +112,57 @@ def fit_request(request: Request, size: tuple[int, int]) -> Fitted:
     if not 0 <= request.seed < SEEDS:
         raise InputError(f"{name}: seed is {request.seed}; it must be from 0 to {SEEDS - 1}")
     hw = photo.shape[:2]
+    if head and request.source_joints is None:
+        raise InputError(
+            f"{name}: this model carries the source's pixels by its pose, so it needs the photo's own pose too: give "
+            "--source-pose=FILE (a list: the column source_pose; Python: source_joints)"
+        )
+    if request.source_joints is not None and not head:
+        _say_once(UNREAD_POSE)
     if request.parsing is None:
-        _say_once(NO_MAP)
-        labels, parsing = label_set("whole"), whole_photo(hw)
+        _say_once(NO_MAP_OF_HEAD if head else NO_MAP)
+        own, parsing = label_set("whole"), whole_photo(hw)
     else:
-        labels = label_set(request.labels)
-        parsing = check_parsing(request.parsing, labels, hw, name=f"{name}, map")
+        own = label_set(request.labels)
+        parsing = check_parsing(request.parsing, own, hw, name=f"{name}, map")
         if parsing.dtype != np.uint8:
             raise InputError(f"{name}: a parsing map is uint8 [h w]; got {parsing.dtype}")
+        if head and not labels:
+            _say_once(UNKNOWN_LABELS)
+        elif head and labels != own.name:
+            parsing, own = convert_parsing(parsing, own, label_set(labels), name=name), label_set(labels)
     image, parsing, source_joints, framing = fit_photo(photo, parsing, np.zeros((NUM_JOINTS, 3)), size)
+    if head:
+        frame = request.source_frame_hw or hw
+        source_joints = _place_joints(request.source_joints, frame, framing, name, "the source's pose")
     edit = None if request.edit is None else FittedEdit.fit(request.edit, size, name)
     if edit is not None:
         framing, hw = edit.framing, edit.framing.photo_hw
     joints = _place_joints(request.joints, request.frame_hw or hw, framing, name)
     record = ImageRecord(image, parsing, source_joints, name, identity=name)
-    return Fitted(record, labels, joints, framing, request.name, request.seed, edit)
+    return Fitted(record, own, joints, framing, request.name, request.seed, edit)
 
 
-def _place_joints(joints: np.ndarray, frame_hw: tuple[int, int], framing: Framing, name: str) -> np.ndarray:
-    """Joints of a frame -> the model's pixels, the whole frame inside the part of the picture that is photo."""
+def _place_joints(
+    joints: np.ndarray, frame_hw: tuple[int, int], framing: Framing, name: str, pose: str = "the pose"
+) -> np.ndarray:
+    """Joints of a frame -> the model's pixels, the whole frame inside the part of the picture that is photo. pose: what errors
+    call them."""
     joints = np.asarray(joints)
     if joints.shape != (NUM_JOINTS, 3) or not np.isfinite(joints).all():
-        raise InputError(f"{name}: a pose is [18 3] of finite x, y, visible; got {list(joints.shape)}")
+        raise InputError(
+            f"{name}: {pose.replace('the', 'a', 1)} is [18 3] of finite x, y, visible; got {list(joints.shape)}"
+        )
     if not (joints[:, 2] > 0).any():
-        raise InputError(f"{name}: no joint of the pose is visible; choose another pose")
+        raise InputError(f"{name}: no joint of {pose} is visible; choose another pose")
     if min(frame_hw) < 1:
-        raise InputError(f"{name}: the pose's frame is {frame_hw[0]}x{frame_hw[1]} pixels; give its real size")
+        raise InputError(f"{name}: {pose}'s frame is {frame_hw[0]}x{frame_hw[1]} pixels; give its real size")
     x0, y0, x1, y1 = framing.box
     left, top, right, bottom = Framing.fit(frame_hw, (y1 - y0, x1 - x0)).box
     placed = Framing(frame_hw, framing.out_hw, (x0 + left, y0 + top, x0 + right, y0 + bottom)).joints(joints)
     if not inside(placed, framing.out_hw).any():
         h, w = frame_hw
-        raise InputError(f"{name}: every joint lies outside the pose's {h}x{w} frame; give the right frame size")
+        raise InputError(f"{name}: every joint lies outside {pose}'s {h}x{w} frame; give the right frame size")
     return placed
 
 
@@ -181,6 +211,20 @@ class Run:
         weights = weights or ("ema" if config.optim.ema_decay else "raw")
         return cls(os.fspath(workdir), config, checkpoints, latest if step is None else step, weights)
 
+    @functools.cached_property
+    def labels(self) -> str:
+        """The label set that it was trained on; "" where that is not known (records that are gone)."""
+        if isinstance(self.checkpoints, Exported):
+            return self.checkpoints.labels
+        return self.config.data.labels or about_records(self.config).get("labels", "")
+
+    def fit(self, request: Request) -> Fitted:
+        """The request as this run's model takes it. Raises InputError."""
+        model = self.config.model
+        if not model.carry.head:
+            return fit_request(request, model.size)
+        return fit_request(request, model.size, head=True, labels=self.labels)
+
     @property
     def frozen(self) -> Mapping[str, str]:
         """Fingerprints of the frozen networks that it was trained with, where they are known."""
@@ -226,7 +270,7 @@ class Pipeline:
     ) -> Pipeline:
         """Restores the parameters alone; the run may still be training. See `Run.open` for weights and step.
 
-        vae, clip: folders that override the config's. Raises CheckpointError and ConfigError.
+        vae, clip: folders that override the config's (vae: the file of a patch codec). Raises CheckpointError and ConfigError.
         """
         return cls.of_run(Run.open(workdir, weights=weights, step=step), vae=vae, clip=clip)
 
@@ -234,7 +278,7 @@ class Pipeline:
     def of_run(cls, run: Run, *, vae: str | None = None, clip: str | None = None) -> Pipeline:
         """The same of a run that is open. Raises CheckpointError and ConfigError."""
         config, model = run.config, run.config.model
-        if vae and model.autoencoder != "sd15":
+        if vae and model.autoencoder == "pixels":
             raise ConfigError(f"{run.workdir} uses the {model.autoencoder!r} codec; a VAE does not apply to it")
         model = dataclasses.replace(
             model, vae=vae or model.vae, clip=dataclasses.replace(model.clip, path=clip or model.clip.path)
@@ -263,9 +307,11 @@ class Pipeline:
         seed: int = 0,
         name: str = "",
         edit: Edit | None = None,
+        source_joints: np.ndarray | None = None,
+        source_frame_hw: tuple[int, int] | None = None,
     ) -> np.ndarray:
         """One picture, uint8 [h w 3]; see `Request` for the arguments and `sample` for the result."""
-        request = Request(source, joints, parsing, labels, frame_hw, name, seed, edit)
+        request = Request(source, joints, parsing, labels, frame_hw, name, seed, edit, source_joints, source_frame_hw)
         return self.batch([request], steps=steps, guidance=guidance)[0]
 
     def batch(
@@ -277,7 +323,7 @@ class Pipeline:
         batch_size: int | None = None,
     ) -> list[np.ndarray]:
         """A picture for each request. Raises InputError for the first bad one, before any is made."""
-        fitted = [fit_request(request, self.run.config.model.size) for request in requests]
+        fitted = [self.run.fit(request) for request in requests]
         return self.sample(fitted, steps=steps, guidance=guidance, batch_size=batch_size)
 
     def sample(
@@ -317,6 +363,18 @@ class Pipeline:
             for f, image in zip(piece, to_uint8(images), strict=False):
                 found.append(f.framing.crop(image if f.edit is None else f.edit.finish(image)))
         return found
+
+    def carried(self, fitted: Sequence[Fitted], pictures: Sequence[np.ndarray]) -> list[np.ndarray]:
+        """The sources as the method's attention carried them, uint8 [h w 3] as the pictures, which `sample` made of requests
+        without an edit. Only where method.carries."""
+        batch, _ = self.batch_of(fitted, len(fitted))
+        batch["target"][:] = 1.0  # the padding is white
+        for row, (f, picture) in enumerate(zip(fitted, pictures, strict=True)):
+            write_picture(picture, out=f.framing.crop(batch["target"][row]))
+        carried = jax.jit(self.method.carried, compiler_options=compiler_options())
+        with jax.set_mesh(self.mesh):
+            images = np.asarray(carried(self.params, self.frozen, put_whole_batch(self.mesh, batch)))
+        return [f.framing.crop(image) for f, image in zip(fitted, to_uint8(images), strict=False)]
 
     def batch_of(self, fitted: Sequence[Fitted], size: int) -> tuple[dict[str, np.ndarray], jax.Array]:
         """The batch of schema.BATCH_FIELDS and a key per row. `target` is black, or the reference of an edit. Rows beyond

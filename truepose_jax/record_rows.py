@@ -20,7 +20,7 @@ from collections.abc import Sequence
 from input_pipeline.keypoints import patn_name
 from input_pipeline.records import RecordImages
 from input_pipeline.schema import InputError
-from truepose_jax.pipeline import Fitted, Request, Run, fit_request
+from truepose_jax.pipeline import Fitted, Request, Run
 
 NAMINGS = {"cfld": "{source}_to_{target}.png", "pidm": "{source}_2_{target}_vis.png"}
 
@@ -46,7 +46,9 @@ class RecordRow:
         h, w = pose["size"].tolist()
         parsing = None if self.images.labels == "whole" else record.parsing
         request = Request(record.image, pose["joints"], parsing, self.images.labels, (h, w), self.name, seed)
-        return fit_request(request, run.config.model.size)
+        if run.config.model.carry.head:
+            request = dataclasses.replace(request, source_joints=record.joints)
+        return run.fit(request)
 
 
 def record_rows(images: RecordImages, out_dir: pathlib.Path, naming: str) -> list[RecordRow]:

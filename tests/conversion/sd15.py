@@ -127,8 +127,7 @@ def assert_bit_equal(found, expected):
 def quick_shapes():
     """Tracing the networks takes longer than converting them: once per configuration is enough."""
     traced = convert.truepose_shapes, convert.autoencoder_shapes, convert.clip_shapes
-    convert.truepose_shapes = functools.cache(traced[0])
-    convert.autoencoder_shapes, convert.clip_shapes = (_cached(function) for function in traced[1:])
+    convert.truepose_shapes, convert.autoencoder_shapes, convert.clip_shapes = map(_cached, traced)
     yield
     convert.truepose_shapes, convert.autoencoder_shapes, convert.clip_shapes = traced
 
@@ -136,10 +135,10 @@ def quick_shapes():
 def _cached(function):
     known = {}
 
-    def call(config):
-        key = json.dumps(dict(config), sort_keys=True, default=str)
+    def call(*config):
+        key = json.dumps(config, sort_keys=True, default=str)
         if key not in known:
-            known[key] = function(config)
+            known[key] = function(*config)
         return known[key]
 
     return call

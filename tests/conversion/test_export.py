@@ -3,6 +3,7 @@
 import dataclasses
 import errno
 import functools
+import hashlib
 import json
 import re
 
@@ -10,18 +11,23 @@ import jax
 import ml_dtypes
 import numpy as np
 import pytest
+import safetensors.numpy
 import torch
 from diffusers import DDIMScheduler, UNet2DConditionModel
 
 from configs import synthetic_ablation
 from tests import tiny
+from tests.conversion.sd15 import assert_bit_equal
 from tests.records import built, noise_set
-from truepose_jax import convert
 from truepose_jax.conversion import from_torch, key_maps
 from truepose_jax.conversion.export import FILES, write_export
 from truepose_jax.conversion.origins import SCHEDULE_FIELDS, UNKNOWN_LICENCE, licence_of, schedule_of
 from truepose_jax.conversion.safetensors_io import ConversionError, SafetensorsSource
 from truepose_jax.conversion.truepose_names import Place, path_of, place_of
+from truepose_jax.datasets import about_records
+from truepose_jax.exported import Exported
+from truepose_jax.frozen import load_autoencoder
+from truepose_jax.models import patch_codec
 from truepose_jax.models.unet import UNetConfig
 from truepose_jax.schema import Config, from_config_dict, to_dict
 
@@ -40,7 +46,9 @@ NUMPY = {"float32": np.float32, "float16": np.float16, "bfloat16": ml_dtypes.bfl
 @functools.cache
 def case(name: str):
     """(config, parameters as NumPy arrays) at small widths: the ablations' UNet and one of SD2's kind."""
-    if name == "sincos":
+    if name == "head":
+        cfg = tiny.config(tiny.HEAD)
+    elif name == "sincos":
         settings = synthetic_ablation.get_config()
         settings.model.unet.block_out_channels = (16, 24)
         cfg = from_config_dict(Config, settings)
@@ -174,13 +182,55 @@ def test_settings_beside_the_unets(tmp_path):
     cfg, params = case("sincos")
     write_export(tmp_path / "out", params, config=cfg, run=RUN)
     settings = json.loads((tmp_path / "out/truepose.json").read_text())
-    assert settings["fusion"] == {"regions": 2, "delta": 0.6, "sigma": 0.3, "reading": "printed", "mask_axis": "key"}
+    ours = dict.fromkeys(("carry_latents", "cosine", "residual"), False)
+    paper = {"regions": 2, "delta": 0.6, "sigma": 0.3, "reading": "printed", "mask_axis": "key"}
+    assert settings["fusion"] == paper | ours and settings["carry"]["head"] is False
     assert settings["pose_encoder"] == {"features": 16, "stride": 4}
-    assert settings["autoencoder"] == {"kind": "pixels", "factor": 4}
+    assert settings["autoencoder"] == {"kind": "pixels", "factor": 4, "channels": 48}
     assert settings["image_size"] == [64, 48] and settings["prediction"] == "x0" and settings["classes"] == 20
     assert (settings["method"], settings["positions"], settings["source_parsing"]) == ("truepose", "sincos", "coverage")
     again = json.loads((tmp_path / "out/training_config.json").read_text())
     assert from_config_dict(Config, again) == cfg
+
+
+@pytest.fixture
+def codec(tmp_path):
+    """A patch codec that is not the one that comes along."""
+    file = tmp_path / "mine.safetensors"
+    images = np.random.default_rng(0).integers(0, 256, (2, 32, 32, 3), dtype=np.uint8)
+    safetensors.numpy.save_file(patch_codec.fit(images)._asdict(), file)
+    return file
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_all_that_is_ours_comes_back(dtype, codec, tmp_path):
+    """The half-cell head, what HPFA carries and the codec: every parameter to the bit, in the files and in a run made of them."""
+    cfg, params = case("head")
+    cfg = dataclasses.replace(cfg, model=dataclasses.replace(cfg.model, vae="/gone"))
+    narrow = jax.tree.map(lambda x: x.astype(NUMPY[dtype]), params)
+    write_export(tmp_path / "out", narrow, config=cfg, run=RUN, codec=codec)
+    found, expected = written(tmp_path / "out"), leaves(narrow)
+    assert {path.split("/")[0] for path in found} >= {"limb_encoder", "carry_source", "carry_target"}
+    assert_bit_equal(found, expected)
+    opened = Exported.open(tmp_path / "out")
+    assert opened.config.model.vae == str(tmp_path / "out" / "patch_codec.safetensors") and opened.labels == "atr18"
+    assert load_autoencoder(opened.config.model)[2].endswith(hashlib.sha256(codec.read_bytes()).hexdigest())
+    restored = leaves(opened.restore_part("ema"))
+    assert_bit_equal(
+        {path: np.asarray(x) for path, x in restored.items()},
+        {path: x.astype(np.float32) for path, x in expected.items()},
+    )
+    settings = json.loads((tmp_path / "out/truepose.json").read_text())
+    assert settings["carry"] == {"head": True, "width": 8} and settings["autoencoder"]["channels"] == 16
+    text = " ".join(card_of(tmp_path / "out")[1].split())
+    for words in (
+        "has no half-cell head and refuses the folder",
+        "needs the source's pose",
+        "`patch_codec.safetensors`",
+    ):
+        assert words in text, words
+    with pytest.raises(ConversionError, match=r"differ by 1 tensors, such as carry_source"):
+        write_export(tmp_path / "less", {k: v for k, v in params.items() if k != "carry_source"}, config=cfg, run=RUN)
 
 
 def card_of(folder) -> tuple[dict[str, str], str]:
@@ -240,8 +290,8 @@ def test_records_at_hand_are_read(tmp_path):
     root = built(tmp_path / "r", noise_set(train=1, test=0))
     cfg = case("linear")[0]
     here = dataclasses.replace(cfg, data=dataclasses.replace(cfg.data, dataset="records", root=str(root)))
-    assert convert._about_records(here) == {"name": "noise", "labels": "atr18"}
-    assert convert._about_records(of_records(cfg)) == convert._about_records(cfg) == {}
+    assert about_records(here) == {"name": "noise", "labels": "atr18"}
+    assert about_records(of_records(cfg)) == about_records(cfg) == {}
 
 
 @pytest.mark.parametrize(

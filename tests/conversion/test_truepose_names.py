@@ -1,6 +1,8 @@
 """The names of an export to PyTorch, and `convert from-torch --model=truepose`, which reads one."""
 
+import dataclasses
 import json
+import re
 
 import jax
 import numpy as np
@@ -10,9 +12,12 @@ import safetensors.numpy
 from tests import tiny
 from tests.conversion.sd15 import assert_bit_equal, diffusers_unet, edit_json, quick_shapes, run, save_scheduler
 from truepose_jax.conversion import key_maps
+from truepose_jax.conversion.export import write_export
 from truepose_jax.conversion.truepose_names import EXTRAS, STEMS, Place, path_of, place_of
 from truepose_jax.conversion.weights_folder import open_weights
-from truepose_jax.schema import to_dict
+from truepose_jax.initial import resolve_init_from
+from truepose_jax.models import patch_codec
+from truepose_jax.schema import ConfigError, to_dict
 from truepose_jax.sharding import path_of as tree_path
 
 __all__ = ["quick_shapes"]  # a fixture for every test here
@@ -44,6 +49,15 @@ IN_NET = "down_blocks_1/attentions_0/transformer_blocks_0"
         ("pose_encoder/conv_2/bias", "truepose", "pose_encoder.conv_2.bias"),
         ("pose_encoder/conv_out/kernel", "truepose", "pose_encoder.conv_out.weight"),
         ("parsing_encoder/class_bias/kernel", "truepose", "parsing_encoder.class_bias.weight"),
+        (f"fusion/{SITE}/hpfa/limbs/kernel", "truepose", f"hpfa.{BLOCK}.limbs.weight"),
+        (f"target_net/{IN_NET}/hpfa/cosine_scale", "truepose", f"hpfa.{BLOCK}.cosine_scale"),
+        (f"target_net/{IN_NET}/hpfa/limb_scale", "truepose", f"hpfa.{BLOCK}.limb_scale"),
+        ("limb_encoder/kernel", "truepose", "limb_encoder.weight"),
+        ("carry_source/trunk/resnet/norm1/scale", "truepose", "carry_source.trunk.resnet.norm1.weight"),
+        ("carry_target/parsing_scale", "truepose", "carry_target.parsing_scale"),
+        ("carry_target/alpha_norm/scale", "truepose", "carry_target.alpha_norm.weight"),
+        ("carry_target/out_norm/bias", "truepose", "carry_target.out_norm.bias"),
+        ("carry_target/out/kernel", "truepose", "carry_target.out.weight"),
     ],
 )
 def test_names(path, stem, tensor):
@@ -116,6 +130,33 @@ def test_an_export_comes_back_bit_for_bit(params, src, tmp_path, capsys):
         "target_net/diffusion_pytorch_model.safetensors",
         "truepose.safetensors",
     }
+
+
+def test_the_head_and_its_codec_come_back(tmp_path, capsys):
+    """Of an export with all that is ours; and a run that begins with it finds the codec and is refused other settings."""
+    config = tiny.config(tiny.HEAD)
+    params = jax.device_get(tiny.params(tiny.method(config), config))
+    codec = tmp_path / "mine.safetensors"
+    patches = np.random.default_rng(0).integers(0, 256, (1, 32, 32, 3), dtype=np.uint8)
+    safetensors.numpy.save_file(patch_codec.fit(patches)._asdict(), codec)
+    about = {"step": 1, "weights": "raw", "frozen": {}}
+    write_export(tmp_path / "src", params, config=config, run=about, codec=codec)
+    assert run(capsys, "--model=truepose", f"--src={tmp_path / 'src'}", f"--dst={tmp_path / 'dst'}")[0] == 0
+    weights = open_weights(tmp_path / "dst")
+    found = {path: weights.read(path) for path in weights.infos}
+    assert_bit_equal(found, {path: np.asarray(x) for path, x in key_maps.leaves(params)})
+    begun = dataclasses.replace(config, init_from=str(tmp_path / "dst"))
+    vae = resolve_init_from(begun).model.vae
+    for mine, theirs in zip(patch_codec.load(vae)[0], patch_codec.load(str(codec))[0], strict=True):
+        np.testing.assert_array_equal(mine, theirs)
+    for change, words in (
+        ({"carry": {"head": False}}, "--config.model.carry.head=True"),
+        ({"fusion": {"residual": False}}, "--config.model.fusion.residual=True"),
+    ):
+        losses = {"diffusion": {"losses": {"parsing": 0.0}}}
+        other = tiny.config(tiny.HEAD, {"model": change, "init_from": str(tmp_path / "dst")}, losses)
+        with pytest.raises(ConfigError, match=re.escape(words)):
+            resolve_init_from(other)
 
 
 def refused(capsys, src, dst) -> str:

@@ -49,6 +49,21 @@ SD15_LIKE = {
         },
     }
 }
+# Carried latents, cosine logits and H = F' + H', on two levels, of which the second has an odd edge.
+FLOW = {
+    "model": {
+        "size": (32, 22),
+        "unet": {
+            "block_out_channels": (16, 32),
+            "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
+            "up_block_types": ("UpBlock2D", "UpBlock2D"),
+            "layers_per_block": 1,
+            "norm_num_groups": 8,
+        },
+        "fusion": {"carry_latents": True, "cosine": True, "residual": True},
+    }
+}
+NETWORKS = {"the paper's": SD15_LIKE, "carried latents": FLOW}
 TARGETS, SOURCES = 6, 3
 VALID = np.float32([1, 1, 1, 1, 0, 1])
 SEED = 36
@@ -128,9 +143,9 @@ def random_params(made, cfg):
 
 
 @functools.cache
-def case():
+def case(network):
     """(config, parameters, batch, keys): 3 sources of two targets each. Source 1 has one region, source 2 none."""
-    cfg = tiny.config(SD15_LIKE)
+    cfg = tiny.config(NETWORKS[network])
     made = tiny.method(cfg)
     batch = tiny.batch(cfg, 1, targets=TARGETS, sources=SOURCES)
     there = np.flatnonzero(batch["region_valid"][1, :MAX_CLASSES])
@@ -153,10 +168,10 @@ def noting_epsilons(found):
 
 
 @functools.cache
-def ours():
+def ours(network):
     """(loss, what TargetNet got and gave in both branches, gradients, the eps, t and keep that the loss drew), and the
     epsilons of all norms."""
-    cfg, params, batch, keys = case()
+    cfg, params, batch, keys = case(network)
     made = Recording(cfg.model, cfg.diffusion, PixelAutoencoder(cfg.model.pixel_factor))
 
     @tiny.jit
@@ -184,9 +199,10 @@ def ours():
         return run(params, batch, keys), epsilons
 
 
-def test_output_loss_and_every_gradient(tmp_path):
-    cfg, params, batch, _ = case()
-    (loss, [(pose, sites, output), (_, _, null)], grads, (x0, eps, t, keep, source)), epsilons = ours()
+@pytest.mark.parametrize("network", NETWORKS)
+def test_output_loss_and_every_gradient(network, tmp_path):
+    cfg, params, batch, _ = case(network)
+    (loss, [(pose, sites, output), (_, _, null)], grads, (x0, eps, t, keep, source)), epsilons = ours(network)
     assert keep.tolist() == [0, 1, 1, 0, 1, 1], "choose another seed: rows of every kind are needed"
     rows = VALID > 0  # ours sees zeros in the other one
     model = exported(cfg, params, tmp_path / "export")
@@ -224,7 +240,11 @@ def test_output_loss_and_every_gradient(tmp_path):
         read = caa.key_mask
         assert read.sum(axis=1).tolist() == [2, 2, 1, 1, 0, 0]
         np.testing.assert_array_equal(read[:4], site.caa_mask[:4, 0, 0].numpy())
-        for name, mine in (("k", hpfa.k), ("v", hpfa.v)):
+        values = hpfa.v
+        if cfg.model.fusion.carry_latents:
+            latents = np.broadcast_to(hpfa.latents[:, :, None], (*hpfa.v.shape[:3], hpfa.latents.shape[-1]))
+            values = np.concatenate([hpfa.v, latents], axis=-1)
+        for name, mine in (("k", hpfa.k), ("v", values)):
             compare("HPFA keys and values", mine, theirs[f"hpfa_{name}"])
             assert not mine[keep == 0].any() and not theirs[f"hpfa_{name}"][keep == 0].any()
         for name, mine in (("k", caa.k), ("v", caa.v)):
@@ -326,6 +346,9 @@ def test_another_models_tensors_are_an_error(tmp_path):
     settings = json.loads((tmp_path / "export/truepose.json").read_text())
     (tmp_path / "export/truepose.json").write_text(json.dumps(settings | {"source_parsing": "coverage", "classes": 20}))
     with pytest.raises(RuntimeError, match="parsing_encoder"):
+        TruePose.from_pretrained(tmp_path / "export")
+    (tmp_path / "export/truepose.json").write_text(json.dumps(settings | {"carry": {"head": True, "width": 40}}))
+    with pytest.raises(RuntimeError, match=r"carry\.head is on"):
         TruePose.from_pretrained(tmp_path / "export")
 
 

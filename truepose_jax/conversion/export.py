@@ -1,14 +1,15 @@
 """A trained model as a folder that diffusers opens: weights by diffusers' names, configs, schedule and a model card.
 
     source_net/, target_net/   config.json and safetensors of a UNet2DConditionModel each (attn2 of TargetNet is CAA)
-    truepose.safetensors       what diffusers has no class for: HPFA, the pose encoder, the parsing encoder
+    truepose.safetensors       what diffusers has no class for: HPFA, the pose and parsing encoders, the half-cell head
     truepose.json              how these are wired
     scheduler/                 scheduler_config.json of a DDIMScheduler
     training_config.json       the whole configuration
     image_encoder/             CLIP's vision tower, where it was asked for
+    patch_codec.safetensors    the patch codec, where it is not the one that comes along
     README.md                  the model card
 
-benchmarks/torch_truepose.py opens the folder as a PyTorch TruePose, and exported.py as a run of ours.
+exported.py opens the folder as a run of ours, and benchmarks/torch_truepose.py as a PyTorch TruePose (without a head).
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import dataclasses
 import json
 import math
 import shutil
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,7 @@ from truepose_jax.conversion.model_card import model_card
 from truepose_jax.conversion.safetensors_io import STEMS, ConversionError, TensorInfo, weight_files, write_safetensors
 from truepose_jax.conversion.truepose_names import (
     EXTRAS,
+    HEAD,
     SETTINGS_FILE,
     SOURCE_NET,
     TARGET_NET,
@@ -36,6 +38,7 @@ from truepose_jax.conversion.truepose_names import (
 )
 from truepose_jax.conversion.weights_folder import (
     CLIP_FOLDER,
+    CODEC_FILE,
     Progress,
     check_destination,
     gib,
@@ -59,6 +62,7 @@ _HPFA = (
     *(f"{name}.weight" for name in ("source_to_q", "source_to_k", "source_to_v", "to_q", "to_k", "to_v")),
     *(f"{name}.{part}" for name in ("norm", "to_out.0") for part in ("weight", "bias")),
 )
+_HPFA_OF_HEAD = ("limbs.weight", "limb_scale")
 _POSE_ENCODER = tuple(
     f"pose_encoder.{name}.{part}" for name in ("conv_0", "conv_1", "conv_2", "conv_out") for part in ("weight", "bias")
 )
@@ -89,6 +93,7 @@ def write_export(
     origin: Mapping[str, Any] | None = None,
     run: Mapping[str, Any],
     clip: Path | None = None,
+    codec: Path | None = None,
     progress: Progress = lambda count: None,
 ) -> Report:
     """Writes the folder `dst`, which must not exist or be empty; it appears when it is whole.
@@ -98,14 +103,15 @@ def write_export(
     WeightsFolder.origin has it: {"name", "licence", "files": {file: sha256}, "clip": {"name", "licence"}}, all but the
     name optional; None: from nothing. run: {"step", "weights": "ema" or "raw", "frozen": {"autoencoder": fingerprint,
     "clip": fingerprint}, "records": {"name", "labels"}}; the last where they are at hand. clip: transformers folder of CLIP's
-    vision tower, to be copied in. progress: told the bytes of each tensor. Raises ConversionError before the first byte.
+    vision tower, to be copied in. codec: file of the patch codec, to be copied in; None: the run's is the one that comes
+    along, or none. progress: told the bytes of each tensor. Raises ConversionError before the first byte.
     """
     dst = Path(dst)
     if dtype is not None and dtype not in to_torch.DTYPES:
         raise ConversionError(f"export dtype is {dtype!r}; choose one of {tuple(to_torch.DTYPES)} or none")
     if run["weights"] not in WEIGHTS:
         raise ConversionError(f"export weights are {run['weights']!r}; choose one of {WEIGHTS}")
-    if not config.model.fusion.is_paper:
+    if not config.model.fusion.is_whole:
         raise ConversionError(
             "this run is an ablation or another reading of TruePose (config.model.fusion: features, texture, alignment, "
             "source_attention, score); only the method itself has a form in PyTorch"
@@ -114,23 +120,24 @@ def write_export(
     infos = {file: to_torch.infos(tree, dtype, _tensor_name) for file, tree in trees.items()}
     _check_whole(infos, config)
     size = sum(info.dtype.itemsize * math.prod(info.shape) for found in infos.values() for info in found.values())
-    copied = [] if clip is None else [clip / "config.json", *weight_files(clip)]
-    needed = size + sum(file.stat().st_size for file in copied)
+    inside = [] if clip is None else [clip / "config.json", *weight_files(clip)]
+    copied = {f"{CLIP_FOLDER}/{file.name}": file for file in inside} | ({CODEC_FILE: codec} if codec else {})
+    needed = size + sum(file.stat().st_size for file in copied.values())
     check_destination(dst, needed)
     if dtype == "float16":  # the one that ends before float32 does
         for tree in trees.values():
             for _ in to_torch.stream(tree, dtype, _tensor_name):
                 pass
 
-    texts = _texts(config, origin, run, infos, clip is not None)
+    texts = _texts(config, origin, run, infos, frozenset(copied))
     with new_folder(dst, needed) as partial:
         write_texts(partial, texts)
         for file, tree in trees.items():
             tensors = to_torch.stream(tree, dtype, _tensor_name)
             write_safetensors(partial / file, infos[file], told(tensors, progress))
-        for file in copied:
-            (partial / CLIP_FOLDER).mkdir(exist_ok=True)
-            shutil.copyfile(file, partial / CLIP_FOLDER / file.name)
+        for name, file in copied.items():
+            (partial / name).parent.mkdir(exist_ok=True)
+            shutil.copyfile(file, partial / name)
     return Report(
         folder=dst,
         tensors={file: len(found) for file, found in infos.items()},
@@ -155,17 +162,21 @@ def _by_file(params: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
 
 
 def _check_whole(infos: Mapping[str, Mapping[str, TensorInfo]], config: schema.Config) -> None:
-    """That no part of the network is missing: the twins have the same tensors, the rest is known by name."""
+    """That no part of the network is missing: the twins have the same tensors, the rest is known by name, of the half-cell head
+    its networks'."""
     model = config.model
     source, target, extras = (infos[FILES[stem]] for stem in (SOURCE_NET, TARGET_NET, EXTRAS))
     blocks = [block_of_site(site.name) for site in model.unet.sites]
-    wanted = {key_maps.torch_name(f"hpfa/{block}/_")[:-1] + name for block in blocks for name in _HPFA}
-    wanted |= set(_POSE_ENCODER)
+    head = HEAD if model.carry.head else ()
+    hpfa = (*_HPFA, *(("cosine_scale",) if model.fusion.cosine else ()), *(_HPFA_OF_HEAD if head else ()))
+    wanted = {key_maps.torch_name(f"hpfa/{block}/_")[:-1] + name for block in blocks for name in hpfa}
+    wanted |= {*_POSE_ENCODER, *head}
     if model.source_parsing == "coverage":
         wanted.add("parsing_encoder.class_bias.weight")
     in_unet = {key_maps.torch_name(f"{block}/attn2/to_k/kernel") for block in blocks} | {"conv_in.weight"}
+    found = {network if (network := name.split(".")[0]) in HEAD else name for name in extras}
     wrong = {
-        FILES[EXTRAS]: wanted ^ extras.keys(),
+        FILES[EXTRAS]: wanted ^ found,
         "source_net and target_net": source.keys() ^ target.keys(),
         FILES[SOURCE_NET]: in_unet - source.keys(),
     }
@@ -189,9 +200,9 @@ def _texts(
     origin: Mapping[str, Any] | None,
     run: Mapping[str, Any],
     infos: Mapping[str, Mapping[str, TensorInfo]],
-    with_clip: bool,
+    copied: Container[str],
 ) -> dict[str, str]:
-    """{file: its text}, for all that is no tensor."""
+    """{file: its text}, for all that is no tensor. copied: files of frozen networks in the folder."""
     unet = unet_config(config.model)
     classes = infos[FILES[EXTRAS]].get("parsing_encoder.class_bias.weight")
     found = {
@@ -202,4 +213,4 @@ def _texts(
         CONFIG_FILE: schema.to_dict(config),
     }
     texts = {file: json.dumps(values, indent=2, allow_nan=False) + "\n" for file, values in found.items()}
-    return texts | {"README.md": narrow(model_card(config, origin, run, with_clip=with_clip))}
+    return texts | {"README.md": narrow(model_card(config, origin, run, copied=copied))}

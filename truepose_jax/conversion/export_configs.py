@@ -6,7 +6,6 @@ from collections.abc import Mapping
 from typing import Any
 
 from truepose_jax import schema
-from truepose_jax.conversion.readers import SD15_FACTOR
 
 # Fields of a diffusers UNet that are the same in every network of ours (SD1.5's).
 _FIXED = {
@@ -27,13 +26,9 @@ _BETAS = {"scaled_linear": "scaled_linear", "linear": "linear", "cosine": "squar
 _PREDICTIONS = {"eps": "epsilon", "v": "v_prediction", "x0": "sample"}
 
 
-def latent_factor(model: schema.ModelConfig) -> int:
-    return model.pixel_factor if model.autoencoder == "pixels" else SD15_FACTOR
-
-
 def unet_config(model: schema.ModelConfig) -> dict[str, Any]:
     """config.json of a UNet2DConditionModel. attention_head_dim is the number of heads there too."""
-    unet, factor = schema.to_dict(model.unet), latent_factor(model)
+    unet, factor = schema.to_dict(model.unet), model.latent_factor
     return {
         "_class_name": "UNet2DConditionModel",
         "sample_size": [side // factor for side in model.size],
@@ -81,7 +76,11 @@ def settings(config: schema.Config, *, classes: int, run: Mapping[str, Any]) -> 
     return {
         "method": model.method,
         "image_size": list(model.size),
-        "autoencoder": {"kind": model.autoencoder, "factor": latent_factor(model)},
+        "autoencoder": {
+            "kind": model.autoencoder,
+            "factor": model.latent_factor,
+            "channels": model.latent_channels,
+        },
         "prediction": config.diffusion.schedule.prediction,
         "sampling": {
             "steps": config.diffusion.steps,
@@ -94,8 +93,12 @@ def settings(config: schema.Config, *, classes: int, run: Mapping[str, Any]) -> 
             "sigma": fusion.sigma,
             "reading": fusion.reading,
             "mask_axis": fusion.mask_axis,
+            "carry_latents": fusion.carry_latents,
+            "cosine": fusion.cosine,
+            "residual": fusion.residual,
         },
-        "pose_encoder": {"features": model.unet.block_out_channels[0], "stride": latent_factor(model)},
+        "carry": schema.to_dict(model.carry),
+        "pose_encoder": {"features": model.unet.block_out_channels[0], "stride": model.latent_factor},
         "positions": model.positions,
         "source_parsing": model.source_parsing,
         "classes": classes,

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from typing import Any
 
 from truepose_jax import schema
 from truepose_jax.conversion.export_configs import labels_of
 from truepose_jax.conversion.origins import UNKNOWN_LICENCE
-from truepose_jax.conversion.weights_folder import CLIP_FOLDER
+from truepose_jax.conversion.weights_folder import CLIP_FOLDER, CODEC_FILE
 
 OWN_LICENCE = "apache-2.0"
 """Of a model that was trained from nothing: this program's."""
@@ -21,10 +21,11 @@ _REPOSITORY = re.compile(r"[\w.\-]+/[\w.\-]+")
 
 
 def model_card(
-    config: schema.Config, origin: Mapping[str, Any] | None, run: Mapping[str, Any], *, with_clip: bool = False
+    config: schema.Config, origin: Mapping[str, Any] | None, run: Mapping[str, Any], *, copied: Container[str] = ()
 ) -> str:
-    """Markdown with YAML front matter. origin, run: as of export.write_export. with_clip: the folder holds it."""
-    return "\n".join([*_front_matter(origin), *_text(config, origin, run, with_clip)]) + "\n"
+    """Markdown with YAML front matter. origin, run: as of export.write_export. copied: files of frozen networks that the
+    folder holds."""
+    return "\n".join([*_front_matter(origin), *_text(config, origin, run, copied)]) + "\n"
 
 
 def _front_matter(origin: Mapping[str, Any] | None) -> list[str]:
@@ -49,13 +50,42 @@ def _frozen(name: str, fingerprint: str) -> str:
     """A line on one of the networks that are not here."""
     if fingerprint.startswith("pixels-"):
         return f"- {name}: none; pixels are rearranged (`{fingerprint}`)"
+    if fingerprint.startswith("patches-"):
+        return f"- {name}: principal components of patches, a file of truepose_jax (`{fingerprint}`)"
     if fingerprint.startswith("untrained-"):
         return f"- {name}: a small one with random weights, which truepose_jax makes from its seed (`{fingerprint}`)"
     return f"- {name}: fingerprint `{fingerprint}`"
 
 
+_TWIN = (
+    "The whole model in PyTorch (`benchmarks/torch_truepose.py` of truepose_jax):",
+    "",
+    "```python",
+    "from benchmarks.torch_truepose import TruePose",
+    "",
+    "model = TruePose.from_pretrained(folder)",
+    "```",
+)
+_NO_TWIN = (
+    "Only truepose_jax runs the whole of it: `benchmarks/torch_truepose.py` has no half-cell head and refuses the folder.",
+)
+
+
+def _ours(model: schema.ModelConfig) -> list[str]:
+    """What of the network is not the paper's."""
+    fusion = model.fusion
+    used = {
+        "HPFA's softmax also carries the source's latents": fusion.carry_latents,
+        "cosine logits": fusion.cosine,
+        "keys and values from H' + F'": fusion.residual,
+        "limb coordinates and a half-cell head (`carry_source`, `carry_target`), which needs the source's pose": model.carry.head,
+    }
+    found = "; ".join(what for what, on in used.items() if on)
+    return [f"- Not the paper's but truepose_jax's: {found}."] if found else []
+
+
 def _text(
-    config: schema.Config, origin: Mapping[str, Any] | None, run: Mapping[str, Any], with_clip: bool
+    config: schema.Config, origin: Mapping[str, Any] | None, run: Mapping[str, Any], copied: Container[str]
 ) -> list[str]:
     model, data = config.model, config.data
     h, w = model.size
@@ -68,8 +98,11 @@ def _text(
     }[data.dataset]
     labels = labels_of(config, run) or "as the records say that it was trained on; they were not at hand for this card"
     recorded = sorted(dict(run.get("frozen") or {}).items())
-    frozen = [_frozen(name, found) for name, found in recorded if not (with_clip and name == "clip")]
-    inside = ["", f"CLIP's vision tower, frozen in training, is in `{CLIP_FOLDER}/`."] if with_clip else []
+    here = {"clip": f"{CLIP_FOLDER}/config.json" in copied, "autoencoder": CODEC_FILE in copied}
+    frozen = [_frozen(name, found) for name, found in recorded if not here.get(name)]
+    inside = ["", f"CLIP's vision tower, frozen in training, is in `{CLIP_FOLDER}/`."] if here["clip"] else []
+    if here["autoencoder"]:
+        inside += ["", f"The patch codec, the autoencoder of this model, is `{CODEC_FILE}`."]
     if origin is None:
         start = [
             f"Trained from nothing: no other model's weights are in it. Licence: {OWN_LICENCE}, as the program that "
@@ -101,6 +134,7 @@ def _text(
         f"- Sampling it was set up for: DDIM, {config.diffusion.steps} steps, {config.diffusion.spacing} spacing, "
         f"guidance {config.diffusion.guidance:g}; the network predicts {config.diffusion.schedule.prediction}.",
         f"- Parsing labels: {labels}.",
+        *_ours(model),
         "",
         "## Where it comes from",
         "",
@@ -124,14 +158,10 @@ def _text(
         'scheduler = DDIMScheduler.from_pretrained(folder, subfolder="scheduler")',
         "```",
         "",
-        "HPFA, the pose encoder and, where there is one, the parsing encoder are in `truepose.safetensors`; `truepose.json` "
-        "says how they are wired. The whole model in PyTorch (`benchmarks/torch_truepose.py` of truepose_jax):",
+        "HPFA, the pose encoder and, where there are some, the parsing encoder and the half-cell head are in "
+        "`truepose.safetensors`; `truepose.json` says how they are wired.",
         "",
-        "```python",
-        "from benchmarks.torch_truepose import TruePose",
-        "",
-        "model = TruePose.from_pretrained(folder)",
-        "```",
+        *(_NO_TWIN if model.carry.head else _TWIN),
         "",
         "## Training configuration",
         "",

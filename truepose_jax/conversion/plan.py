@@ -30,11 +30,11 @@ class Shapes(NamedTuple):
     """What our networks want, as trees of shapes; made where JAX may be imported. The functions raise ValueError for
     configurations of other models.
 
-    truepose(unet, source_parsing): the Method's parameters. autoencoder: of a diffusers config. clip: of a transformers
-    config.
+    truepose(unet, settings): the Method's parameters, by an export's truepose.json as far as it is there. autoencoder: of a
+    diffusers config. clip: of a transformers config.
     """
 
-    truepose: Callable[[UNetConfig, str], Tree]
+    truepose: Callable[[UNetConfig, Mapping[str, Any]], Tree]
     autoencoder: Callable[[Mapping[str, Any]], Tree]
     clip: Callable[[Mapping[str, Any]], Tree]
 

@@ -16,7 +16,7 @@ from truepose_jax.conversion.key_maps import ModelKeys
 from truepose_jax.conversion.origins import UNKNOWN_LICENCE, licence_of, parsed, read_json, read_text, schedule_of
 from truepose_jax.conversion.plan import Item, Plan, Shapes, Source, copies, parameters
 from truepose_jax.conversion.safetensors_io import STEMS, ConversionError, SafetensorsSource, TensorSource, weight_files
-from truepose_jax.conversion.weights_folder import CLIP_FOLDER, PARAMS_FILE
+from truepose_jax.conversion.weights_folder import CLIP_FOLDER, CODEC_FILE, PARAMS_FILE
 from truepose_jax.schema import UNetConfig, to_dict
 
 SD15_FOLDERS = ("unet", "vae", "scheduler")
@@ -29,6 +29,7 @@ SD15_UNET = UNetConfig()
 SD15_FACTOR = 8
 """Pixels per latent cell and side."""
 EXTRAS = ModelKeys(title=f"{truepose_names.EXTRAS}.safetensors of a TruePose export")
+CODEC = ModelKeys(title="a patch codec")
 
 _STRANGE_CONFIGS = (
     ("addition_embed_type", "text_time", "an SDXL UNet (it has an added text-and-size embedding)"),
@@ -68,7 +69,7 @@ def sd15_folder(src: Path, shapes: Shapes, *, name: str, variant: str | None = N
         raise ConversionError(f"{vae_config_file}: this autoencoder shrinks by {factor}; SD1.5's by {SD15_FACTOR}")
     vae_tree = parsed(vae_config_file, vae_config, shapes.autoencoder)
     schedule = schedule_of(read_json(src / SCHEDULER_FILE), src / SCHEDULER_FILE)
-    tree = parsed(config_file, unet_config, lambda unet: shapes.truepose(unet, "none"))
+    tree = parsed(config_file, unet_config, lambda unet: shapes.truepose(unet, {}))
 
     unet = _open(src / "unet", key_maps.UNET, variant)
     vae = _open(src / "vae", key_maps.VAE, variant if variant and _has_variant(src / "vae", variant) else None)
@@ -108,7 +109,7 @@ def sd15_file(
     in_vae = copies(shapes.autoencoder(vae), source, lambda name: ldm.vae_name(name, levels))
     return Plan(
         items={
-            PARAMS_FILE: _starting_point(shapes.truepose(unet, "none"), source, lambda name: ldm.unet_name(name, unet)),
+            PARAMS_FILE: _starting_point(shapes.truepose(unet, {}), source, lambda name: ldm.unet_name(name, unet)),
             VAE_FILE: [item._replace(expected=ldm.vae_shape(item.name, item.shape)) for item in in_vae],
         },
         texts={"vae/config.json": _json(vae), SCHEDULER_FILE: _json(ldm.SD15_SCHEDULER)},
@@ -119,7 +120,7 @@ def sd15_file(
 
 
 def truepose_export(src: Path, shapes: Shapes, *, name: str) -> Plan:
-    """A folder that `convert to-torch` wrote. It holds no autoencoder. Raises ConversionError."""
+    """A folder that `convert to-torch` wrote. Of autoencoders it holds at most a patch codec. Raises ConversionError."""
     settings_file = src / truepose_names.SETTINGS_FILE
     settings = read_json(settings_file)
     if settings.get("method") != "truepose" or "source_parsing" not in settings:
@@ -134,7 +135,7 @@ def truepose_export(src: Path, shapes: Shapes, *, name: str) -> Plan:
     unet = configs[truepose_names.SOURCE_NET]
     if configs[truepose_names.TARGET_NET] != unet:
         raise ConversionError(f"{src}: the configs of source_net and target_net differ; they are twins")
-    tree = parsed(settings_file, unet, lambda unet: shapes.truepose(unet, settings["source_parsing"]))
+    tree = parsed(settings_file, unet, lambda unet: shapes.truepose(unet, settings))
     sources = {network: _open(src / network, key_maps.UNET, None) for network in configs}
     sources[truepose_names.EXTRAS] = _open(src / f"{truepose_names.EXTRAS}.safetensors", EXTRAS, None)
 
@@ -142,9 +143,13 @@ def truepose_export(src: Path, shapes: Shapes, *, name: str) -> Plan:
         place = truepose_names.place_of(path)
         return sources[place.stem], place.tensor
 
+    items = {PARAMS_FILE: parameters(tree, source_of)}
+    if (src / CODEC_FILE).is_file():
+        codec = _open(src / CODEC_FILE, CODEC, None)
+        items[CODEC_FILE] = copies(codec.tensors.infos, codec)
     schedule = schedule_of(read_json(src / SCHEDULER_FILE), src / SCHEDULER_FILE)
     return Plan(
-        items={PARAMS_FILE: parameters(tree, source_of)},
+        items=items,
         texts={SCHEDULER_FILE: read_text(src / SCHEDULER_FILE)},
         details=_details("truepose", name, licence_of(src), unet, schedule, ()) | {"settings": settings},
     )

@@ -8,8 +8,11 @@ diffusers class has:
     truepose.safetensors
         hpfa.down_blocks.0.attentions.0.transformer_blocks.0.{source_to_q,source_to_k,source_to_v,to_k,to_v,to_q}.weight
         hpfa. ... .norm.{weight,bias}, hpfa. ... .to_out.0.{weight,bias}
+        hpfa. ... .cosine_scale                    (only with model.fusion.cosine)
         pose_encoder.conv_{0,1,2}.{weight,bias}, pose_encoder.conv_out.{weight,bias}
         parsing_encoder.class_bias.weight          (only with model.source_parsing "coverage")
+        limb_encoder. ..., carry_source. ..., carry_target. ..., hpfa. ... .limbs.weight and .limb_scale
+                                                   (only with model.carry.head)
 
 Arrays are laid out as PyTorch has them: key_maps.torch_layout(path, array) and its inverse.
 """
@@ -31,11 +34,18 @@ SETTINGS_FILE = "truepose.json"
 
 _BLOCK = r"(?:(?:down|up)_blocks_\d+|mid_block)/attentions_\d+/transformer_blocks_\d+"
 _BLOCK_OF_SITE = re.compile(r"((?:down|up)_blocks_\d+|mid_block)_(attentions_\d+)_(transformer_blocks_\d+)")
-_HPFA_OF_SOURCE = ("source_to_q", "source_to_k", "source_to_v", "to_k", "to_v")
+_HPFA_OF_SOURCE = ("source_to_q", "source_to_k", "source_to_v", "to_k", "to_v", "limbs")
 """HPFA's projections on the source side, which our fusion holds; the others are TargetNet's."""
 
-_NORM = re.compile(r"norm\d*|conv_norm_out")
+_NORM = re.compile(r"(?:alpha_|out_)?norm\d*|conv_norm_out")
 """Modules whose `weight` is a scale and no kernel."""
+
+
+HEAD = ("limb_encoder", "carry_source", "carry_target")
+"""Networks of the half-cell head."""
+
+_BESIDE = ("pose_encoder", "parsing_encoder", *HEAD)
+"""Networks that lie whole in truepose.safetensors, under their own names."""
 
 
 class Place(NamedTuple):
@@ -64,7 +74,7 @@ def place_of(path: str) -> Place:
         if rest.startswith("hpfa/"):
             return Place(EXTRAS, key_maps.torch_name(f"hpfa/{block}/{rest.removeprefix('hpfa/')}"))
         return Place(TARGET_NET, key_maps.torch_name(f"{block}/{rest}"))
-    if network in ("pose_encoder", "parsing_encoder"):
+    if network in _BESIDE:
         return Place(EXTRAS, key_maps.torch_name(path))
     raise ValueError(f"{path} is no parameter of TruePose")
 
@@ -77,13 +87,13 @@ def path_of(place: Place) -> str:
     if place.stem == TARGET_NET:
         caa = re.fullmatch(rf"({_BLOCK})/(attn2/to_[kv]/.+)", path)
         return f"fusion/{site_of_block(caa[1])}/{caa[2]}" if caa else f"target_net/{path}"
-    hpfa = re.fullmatch(rf"hpfa/({_BLOCK})/(([^/]+)/.+)", path)
+    hpfa = re.fullmatch(rf"hpfa/({_BLOCK})/(([^/]+)(?:/.+)?)", path)
     if place.stem == EXTRAS and hpfa:
         of_source = hpfa[3] in _HPFA_OF_SOURCE
         return (
             f"fusion/{site_of_block(hpfa[1])}/hpfa/{hpfa[2]}" if of_source else f"target_net/{hpfa[1]}/hpfa/{hpfa[2]}"
         )
-    if place.stem == EXTRAS and path.split("/")[0] in ("pose_encoder", "parsing_encoder"):
+    if place.stem == EXTRAS and path.split("/")[0] in _BESIDE:
         return path
     raise ValueError(f"an export of TruePose has no tensor {place.tensor} in {place.stem}")
 

@@ -5,6 +5,7 @@
     vae/                     autoencoder, image_encoder/ CLIP's vision tower, as diffusers and transformers write them:
     image_encoder/           truepose_jax/frozen.py reads both
     scheduler/               scheduler_config.json as found
+    patch_codec.safetensors  the patch codec, where it is not the one that comes along
 
 A folder is written under another name and renamed when it is whole.
 """
@@ -37,6 +38,8 @@ WEIGHTS_FILE = "weights.json"
 PARAMS_FILE = "params.safetensors"
 CLIP_FOLDER = "image_encoder"
 """Where CLIP lies in a weights folder, and in an export that has it."""
+CODEC_FILE = "patch_codec.safetensors"
+"""Where a patch codec of one's own lies in both (models/patch_codec.py)."""
 FORMAT = "truepose_jax weights"
 VERSION = 1
 

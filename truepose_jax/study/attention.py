@@ -24,7 +24,7 @@ from input_pipeline.parsing import LABEL_SETS, LabelSet, label_set
 from input_pipeline.schema import MAX_CLASSES, InputError
 from truepose_jax.markdown import narrow
 from truepose_jax.models.masks import coverage_levels
-from truepose_jax.pipeline import WEIGHTS, Fitted, Run, fit_request
+from truepose_jax.pipeline import WEIGHTS, Fitted, Run
 from truepose_jax.programs import keep_programs, parse_size, refuse_unheeded
 from truepose_jax.study import drawing, model, overlays, table
 from truepose_jax.study.baselines import NAMES, Baseline, load_baseline
@@ -112,7 +112,7 @@ def study_attention(flags: argparse.Namespace) -> None:
         labels=flags.labels, split=flags.split or SPLIT, keypoints=flags.keypoints, pose_frame=flags.pose_frame,
     )  # fmt: skip
     membership(labels)
-    fitted = [fit_request(sample.request(labels, flags.seed), config.model.size) for sample in samples]
+    fitted = [run.fit(sample.request(labels, flags.seed, own=config.model.carry.head)) for sample in samples]
     encoders = [load_baseline(name, getattr(flags, name)) for name in NAMES if getattr(flags, name)]
     keep_programs()
     studied = model.of_run(run) if flags.workdir else model.of_weights(config)

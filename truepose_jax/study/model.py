@@ -62,6 +62,9 @@ def config_of_weights(folder: str, size: tuple[int, int] | None) -> Config:
         config.model.autoencoder = codec.get("kind", config.model.autoencoder)
         if config.model.autoencoder == "pixels":
             config.model.pixel_factor = codec["factor"]
+        elif config.model.autoencoder == "patches":
+            config.model.patch_channels = codec["channels"] // 4
+        config.model.carry.update(told.get("carry", {}))
         config.model.size = tuple(size or told.get("image_size", config.model.size))
     return resolve_init_from(from_config_dict(Config, config))
 

@@ -32,8 +32,10 @@ class Sample:
     joints: np.ndarray
     frame_hw: tuple[int, int]
 
-    def request(self, labels: LabelSet, seed: int) -> Request:
-        return Request(self.photo, self.joints, self.parsing, labels.name, self.frame_hw, self.name, seed)
+    def request(self, labels: LabelSet, seed: int, *, own: bool = False) -> Request:
+        """own: with the photo's own pose, for a model that reads it."""
+        request = Request(self.photo, self.joints, self.parsing, labels.name, self.frame_hw, self.name, seed)
+        return dataclasses.replace(request, source_joints=self.own_joints) if own else request
 
 
 def are_records(data: str) -> bool:

@@ -51,6 +51,8 @@ def study_style(flags: argparse.Namespace) -> None:
         request = Request(
             style.photo, reference.own_joints, style.parsing, labels.name, name=style.name, seed=flags.seed
         )
+        if run.config.model.carry.head:
+            request = dataclasses.replace(request, source_joints=style.own_joints)
         plain.append(request)
         edited.append(dataclasses.replace(request, edit=Edit(reference.photo, mask)))
     keep_programs()
