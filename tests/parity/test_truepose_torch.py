@@ -121,7 +121,8 @@ def part_of(path: str) -> str:
 
 def random_params(made, cfg):
     """Every parameter random. Queries and keys of unit gain: softmaxes as sharp as tiny's turn rounding of 1e-6 into
-    6e-5 of some gradients. And of a seed for which no logit lies so near to Eq. 6's kink that the two sides differ on its sign."""
+    6e-5 of some gradients. The seed leaves no logit so near to Eq. 6's kink that the two programs differ on its sign.
+    """
     return jax.tree_util.tree_map_with_path(
         lambda path, leaf: leaf / 2 if path[-2].key.endswith(("to_q", "to_k")) else leaf, tiny.params(made, cfg, seed=1)
     )
