@@ -7,7 +7,7 @@ B2  AnimateAnyone's fusion: F' beside TargetNet's own tokens in its self-attenti
 B3  without CAA: HPFA, and attn2 reads the whole image's token
 B4  without HPFA: B2's fusion with CAA, whose scores come from SourceNet's own attention
 <<<<<<< HEAD
-The others change one decision that we took by reading (docs/readings.md A1, A5, A17, A23; zero-initialised HPFA output).
+The others change one decision that we took by reading (docs/paper.md A1, A5, A17, A23; zero-initialised HPFA output).
 
 flow  not the paper's: HPFA's softmax also carries the source's latents, with a loss that what it carries lie near the target's;
       cosine logits; keys and values from H = F' + H'. HPFA's output still starts at zero, so SD1.5's start is untouched

@@ -29,18 +29,18 @@ if "PYTEST_XDIST_WORKER" not in os.environ:
     os.environ["JAX_COMPILATION_CACHE_DIR"] = _programs.name
 
 LONGEST = (
-    "resume/test_killed.py",
-    "test_multihost.py",
+    "training/test_killed.py",
+    "runtime/test_multihost.py",
     "parity/test_unet.py",
     "parity/test_truepose_torch.py",
-    "test_ablations.py",
-    "test_truepose.py",
-    "test_estimate.py",
-    "test_generate.py",
-    "test_full_size.py",
-    "test_annotate.py",
-    "test_initial.py",
-    "test_sharding.py",
+    "methods/test_ablations.py",
+    "methods/test_truepose.py",
+    "training/test_memory.py",
+    "programs/test_generate.py",
+    "methods/test_full_size.py",
+    "prepare/test_annotate.py",
+    "training/test_init.py",
+    "runtime/test_sharding.py",
 )
 """Files of most seconds. They come first (pyproject.toml: files in this order), so that no worker begins one when the other
 has nothing left to do."""
