@@ -76,7 +76,8 @@ ROOMS = {
     ),
     "programs": Room(
         f"configs {INPUT} input_pipeline.synthetic input_pipeline.sources input_pipeline.records input_pipeline.batches config "
-        "data evaluate inference methods metrics models pretrained pretrained.conversion runtime sampling training training.checkpoint",
+        "data evaluate inference methods metrics models pretrained pretrained.conversion runtime sampling training "
+        "training.checkpoint",
         torch="late",
     ),
 }
