@@ -248,6 +248,51 @@ def test_values_that_cannot_run(path, value, mentions):
     assert mentions in refusal(changed(path, value))
 
 
+X0 = {"diffusion.schedule.prediction": "x0"}
+CODEC = {"model.autoencoder": "patches", "model.unet.in_channels": 96, "model.unet.out_channels": 96}
+COSINE = {"model.fusion.cosine": True}
+HEAD = {"model.carry.head": True}
+
+
+def changed_all(values):
+    found = get_config().to_dict()
+    for path, value in values.items():
+        *groups, key = path.split(".")
+        functools.reduce(dict.__getitem__, groups, found)[key] = value
+    return found
+
+
+@pytest.mark.parametrize(
+    "values,message",
+    [
+        (HEAD | X0 | COSINE, "model.carry.head composes pixels: it needs config.model.autoencoder 'patches'"),
+        (
+            HEAD | CODEC | X0,
+            "model.carry.head joins limb coordinates to HPFA's logits: it needs config.model.fusion.cosine",
+        ),
+        (HEAD | CODEC | COSINE, "model.carry.head adds to x0: config.diffusion.schedule.prediction must be 'x0'"),
+        (
+            {"diffusion.losses.flow": 0.3},
+            "losses.flow needs config.model.fusion.carry_latents or config.model.carry.head",
+        ),
+        ({"diffusion.losses.parsing": 0.3} | X0, "losses.parsing needs config.model.carry.head, which predicts it"),
+        ({"diffusion.losses.pixels": 2.0}, "prediction is 'eps'; losses.pixels and losses.parsing need 'x0'"),
+        ({"diffusion.losses.parsing": 0.3}, "prediction is 'eps'; losses.pixels and losses.parsing need 'x0'"),
+        ({"diffusion.losses.latents": -1.0}, "config.diffusion.losses.latents is -1.0; it must be 0 or more"),
+        ({"model.autoencoder": "patches"}, "channels are 4 and 4; autoencoder 'patches' needs 96"),
+        (CODEC | {"model.patch_channels": 49}, "config.model.patch_channels is 49; it must be from 1 to 48"),
+        ({"model.carry.width": 12}, "config.model.carry: width is 12; it must be a multiple of 8"),
+        (COSINE | {"model.fusion.texture": "concat"}, "settings of HPFA; texture 'concat' has none"),
+    ],
+)
+def test_what_is_ours_refuses_what_it_cannot_do(values, message):
+    """In one line; and all of it together is a configuration."""
+    assert message in refusal(changed_all(values))
+    every = HEAD | CODEC | X0 | COSINE | {"model.fusion.carry_latents": True, "model.fusion.residual": True}
+    every |= {f"diffusion.losses.{name}": 0.5 for name in ("latents", "flow", "pixels", "parsing")}
+    assert not from_config_dict(Config, changed_all(every)).model.fusion.is_paper
+
+
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf, 10**400], ids=["nan", "inf", "-inf", "400 digits"])
 @pytest.mark.parametrize("path", FLOATS)
 def test_floats_are_finite(path, value):
