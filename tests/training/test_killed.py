@@ -13,7 +13,7 @@ from tests import process
 from tests.training.checkpoint.test_checkpoint import damage
 from truepose_jax.training.checkpoint import Checkpoints
 
-STEPS, EVERY = 40, 8
+STEPS, EVERY = 20, 4
 TINY = [
     "--config=configs/demo.py",
     f"--config.total_steps={STEPS}",
