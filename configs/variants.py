@@ -1,4 +1,5 @@
-"""The paper's ablations (section 5.3) and the readings that sweeps compare, as changes of any configuration.
+"""The paper's ablations (section 5.3), the readings that sweeps compare, and our recipe's switches, as changes of any
+configuration: dotted keys under config.
 
     --config=configs/synthetic_ablation.py:B3      --config=configs/truepose_deepfashion_512.py:B4
 
@@ -16,22 +17,30 @@ The others change one decision that we took by reading (docs/paper.md A1, A5, A1
 >>>>>>> origin/carry
 """
 
+WITHOUT_HPFA = {
+    "model.fusion.texture": "concat",
+    "model.fusion.carry_latents": False,
+    "model.fusion.cosine": False,
+    "model.fusion.residual": False,
+}
+WITHOUT_HEAD = {"model.carry.head": False, "diffusion.losses.parsing": 0.0}
+WITHOUT_CAA = {"model.fusion.alignment": "global"}
 ABLATIONS = {
     "full": {},
-    "B1": {"features": "clip"},
-    "B2": {"texture": "concat", "alignment": "global"},
-    "B3": {"alignment": "global"},
-    "B4": {"texture": "concat"},
+    "B1": {"model.fusion.features": "clip"},
+    "B2": WITHOUT_HPFA | WITHOUT_CAA,
+    "B3": WITHOUT_CAA,
+    "B4": WITHOUT_HPFA,
 }
 READINGS = {
-    "A1_query": {"mask_axis": "query"},
-    "A1_outer": {"mask_axis": "outer"},
-    "A1_none": {"mask_axis": "none"},
-    "A5_inplace": {"source_attention": "inplace"},
-    "A17_reweighted": {"score": "reweighted"},
-    "A17_softmax": {"score": "softmax"},
-    "A23_prose": {"reading": "prose"},
-    "zero_init": {"out_init": "zeros"},
+    "A1_query": {"model.fusion.mask_axis": "query"},
+    "A1_outer": {"model.fusion.mask_axis": "outer"},
+    "A1_none": {"model.fusion.mask_axis": "none"},
+    "A5_inplace": {"model.fusion.source_attention": "inplace"},
+    "A17_reweighted": {"model.fusion.score": "reweighted"},
+    "A17_softmax": {"model.fusion.score": "softmax"},
+    "A23_prose": {"model.fusion.reading": "prose"},
+    "zero_init": {"model.fusion.out_init": "zeros"},
 }
 VARIANTS = ABLATIONS | READINGS
 OURS = {"flow": {"carry_latents": True, "cosine": True, "residual": True}}
