@@ -12,8 +12,8 @@ from collections.abc import Iterable, Mapping
 import numpy as np
 from PIL import Image
 
-from configs.variants import READINGS
-from experiments.ablation_runs import PAIRS, PATTERNS, SHOWN, STEPS, TRAIN_PAIRS, Bench
+from configs.variants import READINGS, RECIPE, VARIANTS
+from experiments.ablation_runs import ATTENTION, PAIRS, PATTERNS, SHOWN, STEPS, TRAIN_PAIRS, Bench
 from truepose_jax.runtime.markdown import narrow
 from truepose_jax.sampling.image_grid import sheet
 

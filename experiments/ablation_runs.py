@@ -15,8 +15,8 @@ import numpy as np
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
 
 from truepose_jax.data.datasets import evaluation_set
+from truepose_jax.evaluate.judge import carrying, sampling
 from truepose_jax.inference.pipeline import Pipeline
-from truepose_jax.judge import carrying, sampling
 from truepose_jax.metrics.outlines import outline_error, sharpness
 from truepose_jax.metrics.psnr import psnr, psnr_inside
 from truepose_jax.metrics.ssim import gaussian_window, ssim_map
