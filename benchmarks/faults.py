@@ -44,6 +44,7 @@ from benchmarks.fault_runs import (
     same_state,
     saving,
 )
+from truepose_jax.runtime.markdown import narrow
 
 
 def row(fault: str, injected: int, survived: int, lost: int, said: str, **detail: object) -> dict:
@@ -261,8 +262,8 @@ def poisoned_main(first: int, last: int) -> None:
 
 def corrupt_records(bench: Bench) -> list[dict]:
     """One byte of three records changed, in a dataset of 32 photos."""
-    from input_pipeline.builder import build_records
-    from input_pipeline.raw_folder import synthetic_people
+    from input_pipeline.records.writer import build_records
+    from input_pipeline.sources.own_photos import synthetic_people
 
     folder = bench.workdir("records")
     build_records(
@@ -468,9 +469,8 @@ def main() -> int:
     scratch = flags.scratch or pathlib.Path(tempfile.mkdtemp(prefix="faults"))
     scratch.mkdir(parents=True, exist_ok=True)
     bench, path = Bench(scratch, flags.kills), flags.out / "faults.json"
-    machine = f"{len(os.sched_getaffinity(0))} core(s), Python {platform.python_version()}"
     results = json.loads(path.read_text()) if path.exists() else {"cases": {}}
-    results["machine"] = machine
+    results["machine"] = f"{len(os.sched_getaffinity(0))} core(s), Python {platform.python_version()}"
     for name in flags.only.split(","):
         if name in results["cases"] and not flags.again:
             print(f"{name}: done before (--again injects it anew)")
@@ -480,7 +480,7 @@ def main() -> int:
         results["cases"][name] = {"rows": rows, "seconds": round(time.monotonic() - begun)}
         flags.out.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(results, indent=1) + "\n")
-        (flags.out / "faults.md").write_text(table(results))
+        (flags.out / "faults.md").write_text(narrow(table(results)))
         print(json.dumps(rows, indent=1), flush=True)
     bad = [
         r["fault"]

@@ -33,9 +33,10 @@ from benchmarks.side_by_side_case import Case
 from benchmarks.side_by_side_forms import GRAPHS, OURS, PREPARE
 from benchmarks.side_by_side_report import report, summary
 from input_pipeline.schema import InputError
-from truepose_jax import atomic
 from truepose_jax.kernels.attention.api import IMPLEMENTATIONS
-from truepose_jax.programs import parse_size
+from truepose_jax.runtime import atomic
+from truepose_jax.runtime.cli import parse_size
+from truepose_jax.runtime.markdown import narrow
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
@@ -360,7 +361,7 @@ def run(name: str, title: str, rows: Sequence[Row], flags: argparse.Namespace) -
     def save(case_name: str, numbers: dict[str, Any]) -> None:
         known[case_name] = numbers
         atomic.write_text(path, json.dumps({"rows": known}, indent=1) + "\n")
-        atomic.write_text(path.with_suffix(".md"), report(name, title, known))
+        atomic.write_text(path.with_suffix(".md"), narrow(report(name, title, known)))
 
     here = machine(flags.device)
     if not flags.again:

@@ -1,4 +1,4 @@
-"""Eq. 6 to 9 of TruePose read from methods.md 1.1 and 1.4, one sample, loops over query, key and head.
+"""Eq. 6 to 9 of TruePose read from docs/paper.md 1 and 3, one sample, loops over query, key and head.
 
 Written from the text, not from truepose_jax. `xp` is numpy (values) or torch (gradients by its autograd): every array
 is of that library and float64. n keys of F' [n c], m queries of F [m c]; weights are [in out].

@@ -15,10 +15,10 @@ from ml_collections import ConfigDict
 from configs.base import get_config
 from input_pipeline.schema import MAX_CLASSES, WHOLE_IMAGE, batch_shapes, check_batch
 from tests.shared_data import standing_joints
-from truepose_jax.frozen import load_autoencoder
+from truepose_jax.config import Config, from_config_dict
 from truepose_jax.methods.truepose import TruePose
-from truepose_jax.schema import Config, from_config_dict
-from truepose_jax.sharding import path_of
+from truepose_jax.pretrained.frozen_networks import load_autoencoder
+from truepose_jax.runtime.sharding import path_of
 
 TOKEN_WIDTH = 12
 LAST_CLASS = 17

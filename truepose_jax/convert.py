@@ -32,26 +32,28 @@ import tqdm
 from jax.sharding import SingleDeviceSharding
 
 from configs.base import get_config
-from input_pipeline.records import open_build
-from input_pipeline.schema import InputError
-from truepose_jax.checkpoint import read_metadata
-from truepose_jax.conversion import readers, report, weights_folder
-from truepose_jax.conversion.export import write_export
-from truepose_jax.conversion.plan import Plan, Shapes, Tree
-from truepose_jax.conversion.safetensors_io import STEMS, ArraySource, ConversionError, open_source
-from truepose_jax.conversion.to_torch import DTYPES
-from truepose_jax.exported import Exported
-from truepose_jax.frozen import folder_of
-from truepose_jax.initial import batch_spec
+from truepose_jax.config import Config, from_config_dict, to_dict
+from truepose_jax.data.datasets import about_records
+from truepose_jax.inference.exported import Exported
+from truepose_jax.inference.pipeline import WEIGHTS, Run
 from truepose_jax.methods import make_method
 from truepose_jax.models.clip import CLIPVisionConfig, CLIPVisionModelWithProjection
+from truepose_jax.models.patch_codec import PatchAutoencoder
 from truepose_jax.models.unet import UNetConfig
 from truepose_jax.models.vae import AutoencoderKLConfig, KLAutoencoder, PixelAutoencoder
-from truepose_jax.pipeline import WEIGHTS, Run
-from truepose_jax.programs import Parser, install, run_program
-from truepose_jax.schema import Config, from_config_dict, to_dict
+from truepose_jax.pretrained.conversion import readers, report, weights_folder
+from truepose_jax.pretrained.conversion.export import write_export
+from truepose_jax.pretrained.conversion.plan import Plan, Shapes, Tree
+from truepose_jax.pretrained.conversion.safetensors_io import STEMS, ArraySource, ConversionError, open_source
+from truepose_jax.pretrained.conversion.to_torch import DTYPES
+from truepose_jax.pretrained.frozen_networks import folder_of, load_autoencoder
+from truepose_jax.runtime.cli import Parser, install, run_program
+from truepose_jax.training.checkpoint import read_metadata
+from truepose_jax.training.init import batch_spec
 
 MODELS = ("sd15", "truepose")
+OF_HPFA = ("carry_latents", "cosine", "residual")
+"""Settings of config.model.fusion with which HPFA's parameters are others than the paper's."""
 HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 
 
@@ -121,11 +123,19 @@ def to_torch(flags: argparse.Namespace) -> None:
     metadata = read_metadata(flags.workdir)
     on_host = SingleDeviceSharding(jax.local_devices(backend="cpu")[0])
     clip = _clip_folder(run.config) if flags.with_clip else None
+    codec = _codec_file(run.config, metadata.get("frozen", {}).get("autoencoder"))
     params = run.checkpoints.restore_part(WEIGHTS[run.weights], run.step, place=on_host)
     about = {"step": run.step, "weights": run.weights, "frozen": metadata.get("frozen", {})}
-    about["records"] = _about_records(run.config)
+    about["records"] = about_records(run.config)
     written = write_export(
-        flags.dst, params, config=run.config, dtype=flags.dtype, origin=metadata.get("origin"), run=about, clip=clip
+        flags.dst,
+        params,
+        config=run.config,
+        dtype=flags.dtype,
+        origin=metadata.get("origin"),
+        run=about,
+        clip=clip,
+        codec=codec,
     )
     print(f"{flags.workdir}: step {run.step}, {run.weights} weights\n{written}")
 
@@ -139,15 +149,18 @@ def _clip_folder(config: Config) -> pathlib.Path:
     return folder_of(config.model.clip.path, "clip")
 
 
-def _about_records(config: Config) -> dict[str, str]:
-    """{"name", "labels"} of the records that a run was trained on; {} where they are not where its config says."""
-    if config.data.dataset != "records":
-        return {}
-    try:
-        info = open_build(pathlib.Path(config.data.root)).info
-    except InputError:
-        return {}
-    return {"name": info.name, "labels": info.metadata["labels"]}
+def _codec_file(config: Config, recorded: str | None) -> pathlib.Path | None:
+    """The run's own patch codec; None where it uses the one that comes along, or none. Raises ConfigError and
+    ConversionError."""
+    if config.model.autoencoder != "patches" or not config.model.vae:
+        return None
+    found = load_autoencoder(config.model)[2]
+    if recorded not in (None, found):
+        raise ConversionError(
+            f"config.model.vae={config.model.vae} is not the patch codec that this run was trained with (fingerprint {found}, "
+            f"then {recorded}); put that file there again"
+        )
+    return pathlib.Path(config.model.vae)
 
 
 def make_plan(flags: argparse.Namespace) -> Plan:
@@ -171,19 +184,31 @@ def make_plan(flags: argparse.Namespace) -> Plan:
     return plan
 
 
-def truepose_shapes(unet: UNetConfig, source_parsing: str) -> Tree:
-    """The Method's parameters as shapes: the one list of what is wanted. No shape depends on the image size."""
-    values = get_config()
-    values.model.size = (64, 64)
-    values.model.source_parsing = source_parsing
-    if unet.in_channels != KLAutoencoder().channels:
-        values.model.autoencoder = "pixels"
-        values.model.pixel_factor = math.isqrt(unet.in_channels // 3)
-    with values.model.ignore_type():
-        values.model.unet = to_dict(unet)
+def truepose_shapes(unet: UNetConfig, settings: Mapping[str, Any]) -> Tree:
+    """The Method's parameters as shapes: the one list of what is wanted. settings: truepose.json, as far as it is there. No
+    shape depends on the image size."""
+    values, channels = get_config(), unet.in_channels
+    model, plain = values.model, "sd15" if channels == KLAutoencoder().channels else "pixels"
+    model.size = (64, 64)
+    model.source_parsing = settings.get("source_parsing", "none")
+    model.autoencoder = settings.get("autoencoder", {}).get("kind", plain)
+    if model.autoencoder == "pixels":
+        model.pixel_factor = math.isqrt(channels // 3)
+    elif model.autoencoder == "patches":
+        model.patch_channels = channels // 4
+    model.fusion.update({name: settings.get("fusion", {}).get(name, False) for name in OF_HPFA})
+    model.carry.update(settings.get("carry", {}))
+    if model.carry.head:
+        values.diffusion.schedule.prediction = "x0"
+    with model.ignore_type():
+        model.unet = to_dict(unet)
     config = from_config_dict(Config, values)
-    pixels = config.model.autoencoder == "pixels"
-    method = make_method(config, PixelAutoencoder(config.model.pixel_factor) if pixels else KLAutoencoder())
+    made = {
+        "sd15": KLAutoencoder,
+        "pixels": lambda: PixelAutoencoder(config.model.pixel_factor),
+        "patches": lambda: PatchAutoencoder(config.model.patch_channels),
+    }
+    method = make_method(config, made[config.model.autoencoder]())
     return jax.eval_shape(lambda: method.init(jax.random.key(0), batch_spec(config)))
 
 
@@ -207,7 +232,7 @@ def _locate(src: str, weights: Sequence[str], variant: str | None) -> tuple[path
     if not HUB_NAME.fullmatch(src):
         raise ConversionError(f"{src} does not exist, and is no name on the hub such as openai/clip-vit-large-patch14")
     mark = f".{variant}" if variant else ""
-    patterns = ["*.json", "README.md", "truepose.safetensors"]
+    patterns = ["*.json", "README.md", "truepose.safetensors", weights_folder.CODEC_FILE]
     for stem in weights:
         for m in {mark, mark if stem == weights[0] else ""}:  # the autoencoder may lack the variant
             patterns += [f"{stem}{m}.safetensors", f"{stem}{m}-*-of-*.safetensors"]

@@ -1,6 +1,6 @@
 """make demo: shows the shipped model's pictures, then trains TruePose from nothing in minutes, shows and judges that too.
 
-    python -m truepose_jax.demo --workdir=runs/demo [--minutes=7.5] [--config=configs/demo.py --config.key=value]
+    python -m truepose_jax.demo --workdir=runs/demo [--minutes=6] [--config=configs/demo.py --config.key=value]
     python -m truepose_jax.demo --judge=shipped|WORKDIR [--eval_seed=N] [--out=FILE.json] [--pictures=FILE.png]
 
 Everybody shown is a synthetic person whom the models have never seen, in poses that they have never seen. Exit code 1 where
@@ -10,7 +10,6 @@ export, on people of any seed. A demo that was stopped goes on where it was with
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import pathlib
 import time
@@ -23,21 +22,22 @@ from absl import flags
 from PIL import Image
 
 from configs.demo import get_config
-from truepose_jax import judge, train
-from truepose_jax.checkpoint import CheckpointError
-from truepose_jax.conversion.safetensors_io import ConversionError
-from truepose_jax.evaluation import Pairs
-from truepose_jax.files import check_new_file, whole
-from truepose_jax.judge import KINDS, PEOPLE, POSES, SHIPPED, Gates, Judged
-from truepose_jax.pictures import sheet, to_uint8
-from truepose_jax.pipeline import Pipeline
-from truepose_jax.programs import keep_programs, run_with_config
-from truepose_jax.schema import Config, ConfigError, from_config_dict
+from truepose_jax import train
+from truepose_jax.config import Config, ConfigError, from_config_dict
+from truepose_jax.evaluate import judge
+from truepose_jax.evaluate.judge import KINDS, PEOPLE, POSES, SHIPPED, Gates, Judged
+from truepose_jax.inference.pipeline import Pipeline
+from truepose_jax.pretrained.conversion.safetensors_io import ConversionError
+from truepose_jax.runtime.cli import enable_compilation_cache, run_with_config
+from truepose_jax.runtime.files import atomic_write, check_new_file
+from truepose_jax.sampling.image_grid import sheet, to_uint8
+from truepose_jax.training.checkpoint import CheckpointError
+from truepose_jax.training.validation import Pairs, carried_sources
 
 GATES = {"plain": Gates(margin=3.5, retrieval=0.95, outline_error=18.0), "patterned": Gates(2.5, 0.85, 20.5)}
 """What training from nothing in the demo's time must reach."""
 
-MINUTES_OF_TRAINING = 7.5
+MINUTES_OF_TRAINING = 6.0
 
 SHOWN = (
     ("patterned", 0, 0),
@@ -73,7 +73,7 @@ def main(argv: list[str]) -> int:
         raise ConfigError(f"--{given[0]} means nothing {'to' if alone else 'without'} --judge")
     if alone and not JUDGE.value:
         raise ConfigError("--judge is empty: say 'shipped', or name the workdir of a run or an export")
-    keep_programs()
+    enable_compilation_cache()
     if alone:
         return _judge_alone(JUDGE.value, EVAL_SEED.value, OUT.value, PICTURES.value)
     config = from_config_dict(Config, train.CONFIG.value or get_config())
@@ -100,7 +100,7 @@ def _judge_alone(which: str, eval_seed: int | None, out: str | None, pictures: s
 
 def _show_and_train(config: Config, workdir: pathlib.Path) -> int:
     shipped = _show_shipped(config, workdir)
-    code = train.main_of(config, str(workdir), profile=train.PROFILE.value, minutes=MINUTES.value)
+    code = train.train(config, str(workdir), profile=train.PROFILE.value, minutes=MINUTES.value)
     if code:
         return code
     print("judging what was trained here, on people it has not seen ...", flush=True)
@@ -109,9 +109,11 @@ def _show_and_train(config: Config, workdir: pathlib.Path) -> int:
     found = judge.judge(pipe)
     verdicts = {kind: each.verdict for kind, each in found.items()}
     pairs = shown_pairs({kind: each.pairs for kind, each in found.items()})
-    columns = {"from nothing": np.stack([found[kind].images[_row(pose, who)] for kind, pose, who in SHOWN])}
-    if (carried := carried_sources(pipe, pairs)) is not None:
-        columns = {"carried": carried, **columns}
+    images = np.stack([found[kind].images[_row(pose, who)] for kind, pose, who in SHOWN])
+    columns = {"from nothing": images}
+    if (carried := judge.carrying(pipe)) is not None:
+        rows = judge.batch_size(pipe, len(pairs))
+        columns = {"carried": carried_sources(pairs, images, carried, config.seed, rows)} | columns
     if shipped is not None:
         columns["shipped"] = shipped
     _write_png(workdir / "demo.png", shown_sheet(pairs, columns))
@@ -130,8 +132,10 @@ def _show_shipped(config: Config, workdir: pathlib.Path) -> np.ndarray | None:
     except (CheckpointError, ConfigError, ConversionError, OSError) as error:
         print(f"no pictures of the shipped model: {error}", flush=True)
         return None
-    own = dataclasses.replace(config, model=pipe.run.config.model)  # the same people, at the model's size
-    pairs = shown_pairs({kind: judge.people(own, pipe.encoder, patterns) for kind, patterns in KINDS.items()})
+    size = pipe.run.config.model.size  # the same people as will be judged, at this model's size
+    pairs = shown_pairs(
+        {kind: judge.people(config, pipe.encoder, patterns, size=size) for kind, patterns in KINDS.items()}
+    )
     images = pairs.sample(judge.sampling(pipe), config.seed, judge.batch_size(pipe, len(pairs)))
     _write_png(workdir / "shipped.png", shown_sheet(pairs, {"shipped": images}))
     seconds = time.monotonic() - began
@@ -153,15 +157,6 @@ def shown_pairs(pairs: Mapping[str, Pairs]) -> Pairs:
     chosen = [(pairs[kind], _row(pose, person)) for kind, pose, person in SHOWN]
     batch = {name: np.stack([each.batch[name][row] for each, row in chosen]) for name in chosen[0][0].batch}
     return Pairs(batch, chosen[0][0].groups, [each.identities[row] for each, row in chosen])
-
-
-def carried_sources(pipe: Pipeline, pairs: Pairs) -> np.ndarray | None:
-    """What the model's attention carries from the source into the target's pose, [n h w 3]; None of a method that does not
-    tell."""
-    carried = getattr(pipe.method, "carried", None)
-    if carried is None:
-        return None
-    return np.asarray(carried(pipe.params, pipe.frozen, pairs.batch, pairs.keys(pipe.run.config.seed)))
 
 
 def shown_sheet(pairs: Pairs, columns: Mapping[str, np.ndarray]) -> np.ndarray:
@@ -186,12 +181,12 @@ def _columns(pairs: Pairs, columns: Mapping[str, np.ndarray]) -> dict[str, Seque
 
 def _write_png(path: pathlib.Path, picture: np.ndarray) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    with whole(path) as partial:
+    with atomic_write(path) as partial:
         Image.fromarray(picture).save(partial, format="PNG")
 
 
 def _write_json(path: pathlib.Path, verdicts: Mapping[str, judge.Verdict]) -> None:
-    with whole(path) as partial:
+    with atomic_write(path) as partial:
         partial.write_text(json.dumps(judge.to_json(verdicts), indent=2) + "\n")
 
 

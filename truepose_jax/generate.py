@@ -7,15 +7,18 @@
     python -m truepose_jax.generate --workdir=DIR --records=RECORDS --split=test --out-dir=D
 
 --pose: OpenPose JSON (18 or 25 joints), COCO-17 JSON, 18 rows of text, or annotations.csv#image-name. --parsing=none:
-all of the photo is person. --reference makes a region of that photo anew with the source's clothes, in the reference's own
---pose (its frame is the reference unless the file or --pose-frame says otherwise). MASK is a picture of its size, white where
-it is made anew, or classes such as Upper-clothes,Dress of its --reference-parsing.
+all of the photo is person. A model with the half-cell head (config.model.carry.head) also needs --source-pose, the photo's
+own pose, in its pixels unless the file or --source-pose-frame says otherwise. --reference makes a region of that photo anew
+with the source's clothes, in the reference's own --pose (its frame is the reference unless the file or --pose-frame says
+otherwise). MASK is a picture of its size, white where it is made anew, or classes such as Upper-clothes,Dress of its
+--reference-parsing.
 
-LIST.csv has columns source,parsing,pose,out and may have labels,pose_frame; its paths are relative to it, `out` (a .png) to
-D. --records makes all pairs of a split of what `prepare build` wrote, as SOURCE_to_TARGET.png (or as --naming says), with
-D/pairs.csv for `evaluate --pairs`. Rows that are done are skipped: run the same command again after a kill. SIGTERM or
-Ctrl-C: the batch under way is finished and written, then it ends with 143. Several processes (SLURM, a TPU pod, or
---coordinator, --process and --processes) share a list: the same command on every host, and a D that all of them see.
+LIST.csv has columns source,parsing,pose,out and may have labels, pose_frame, source_pose, source_pose_frame; its paths are
+relative to it, `out` (a .png) to D. --records makes all pairs of a split of what `prepare build` wrote, as
+SOURCE_to_TARGET.png (or as --naming says), with D/pairs.csv for `evaluate --pairs`. Rows that are done are skipped: run the
+same command again after a kill. SIGTERM or Ctrl-C: the batch under way is finished and written, then it ends with 143.
+Several processes (SLURM, a TPU pod, or --coordinator, --process and --processes) share a list: the same command on every
+host, and a D that all of them see.
 """
 
 from __future__ import annotations
@@ -37,21 +40,28 @@ import numpy as np
 import tqdm
 from PIL import Image
 
-from input_pipeline.parsing import LABEL_SETS, label_set
-from input_pipeline.photo import one_line
-from input_pipeline.records import RecordImages
+from input_pipeline.annotations.parsing import LABEL_SETS, label_set
+from input_pipeline.annotations.photo import one_line
+from input_pipeline.process_group import Share
+from input_pipeline.records.reader import RecordImages
 from input_pipeline.schema import InputError
-from input_pipeline.shares import Share
-from truepose_jax.checkpoint import STOPPED, Preemption
-from truepose_jax.distributed import add_flags, joined, refuse_flags
-from truepose_jax.editing import OUTSIDE, read_edit, sheet_columns
-from truepose_jax.file_rows import COLUMNS, Row, read_rows
-from truepose_jax.files import whole
-from truepose_jax.pictures import sheet
-from truepose_jax.pipeline import WEIGHTS, Fitted, Pipeline, Run
-from truepose_jax.programs import BAD_INPUT, Parser, keep_programs, parse_size, refuse_unheeded, run_program
-from truepose_jax.record_rows import NAMINGS, RecordRow, pair_list, record_rows
-from truepose_jax.schema import to_dict
+from truepose_jax.config import to_dict
+from truepose_jax.inference.csv_requests import COLUMNS, Row, read_rows
+from truepose_jax.inference.pipeline import WEIGHTS, Fitted, Pipeline, Run
+from truepose_jax.inference.record_requests import NAMINGS, RecordRow, pair_list, record_rows
+from truepose_jax.runtime.cli import (
+    BAD_INPUT,
+    Parser,
+    enable_compilation_cache,
+    parse_size,
+    reject_unused_flags,
+    run_program,
+)
+from truepose_jax.runtime.distributed import add_flags, joined, refuse_flags
+from truepose_jax.runtime.files import atomic_write
+from truepose_jax.sampling.image_grid import sheet
+from truepose_jax.sampling.inpainting import OUTSIDE, read_edit, sheet_columns
+from truepose_jax.training.checkpoint import STOPPED, Preemption
 
 EDIT_FLAGS = ("reference", "edit-mask", "reference-parsing", "reference-labels", "outside")
 """Of style transfer; the first two need one another."""
@@ -61,9 +71,10 @@ HINTS = {
     "pose": " (the reference's own pose)",
 }
 ONE = "one picture"
-HEEDED_BY = {
+FLAGS_USED_BY = {
     "labels": (ONE, "--pairs"),
     "pose-frame": (ONE, "--pairs"),
+    "source-pose-frame": (ONE, "--pairs"),
     "split": ("--records",),
     "naming": ("--records",),
     "out-dir": ("--pairs", "--records"),
@@ -88,7 +99,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _main(argv: Sequence[str]) -> int | None:
     flags = make_parser().parse_args(argv)
-    keep_programs()
+    enable_compilation_cache()
     if flags.labels:
         label_set(flags.labels)
     single = {name: getattr(flags, name) for name in COLUMNS}
@@ -97,16 +108,17 @@ def _main(argv: Sequence[str]) -> int | None:
         raise InputError("--pairs and --records are two lists; give one of them")
     edit = {name: getattr(flags, name.replace("-", "_")) for name in EDIT_FLAGS}
     if flags.pairs or flags.records:
-        given = [name for name, value in (single | {"sheet": flags.sheet} | edit).items() if value]
+        others = {"sheet": flags.sheet, "source-pose": flags.source_pose}
+        given = [name for name, value in (single | others | edit).items() if value]
         if given:
             raise InputError(f"--{given[0]} is for one picture and --{many} for a list; give one of them")
-        refuse_unheeded(flags, HEEDED_BY, f"--{many}")
+        reject_unused_flags(flags, FLAGS_USED_BY, f"--{many}")
         if not flags.out_dir:
             raise InputError(f"--out-dir is missing: name the folder for the pictures of --{many}")
         with joined(flags) as share:
             return generate_list(flags, share)
     else:
-        refuse_unheeded(flags, HEEDED_BY, ONE)
+        reject_unused_flags(flags, FLAGS_USED_BY, ONE)
         refuse_flags(flags, "one picture is one process's; --pairs and --records are shared")
         if any(edit.values()):
             single = single | {name: edit[name] for name in EDIT_FLAGS[:2]}
@@ -136,8 +148,15 @@ def make_parser() -> argparse.ArgumentParser:
     add("--labels", help=f"label set of the map: {', '.join(LABEL_SETS)}")
     add("--pose", metavar="FILE", help="the pose to draw the person in")
     add("--pose-frame", type=parse_size, metavar="HxW", help="size of the picture the pose was found in")
+    add("--source-pose", metavar="FILE", help="the pose of --source itself, for models with the half-cell head")
+    add(
+        "--source-pose-frame",
+        type=parse_size,
+        metavar="HxW",
+        help="size of the picture that one was found in (the photo's)",
+    )
     add("--out", metavar="PNG", help="the picture")
-    add("--sheet", metavar="PNG", help="also draw source, skeleton and picture side by side")
+    add("--sheet", metavar="PNG", help="also draw source, skeleton, what was carried and picture side by side")
     add("--reference", metavar="PHOTO", help="style transfer: the photo of which a region gets the source's clothes")
     add("--edit-mask", metavar="MASK", help="that region: a PNG, or classes of --reference-parsing")
     add("--reference-parsing", metavar="MAP", help="the reference's parsing map, for classes")
@@ -155,7 +174,7 @@ def make_parser() -> argparse.ArgumentParser:
     add("--seed", type=int, default=0, help="of the noise, which also depends on the pair's names (0)")
     add("--weights", choices=tuple(WEIGHTS), help="ema where the run keeps one, else raw")
     add("--step", type=int, help="checkpoint (the last)")
-    add("--vae", metavar="DIR", help="folder of the autoencoder, in place of the config's")
+    add("--vae", metavar="DIR", help="folder of the autoencoder (or file of the patch codec), in place of the config's")
     add("--clip", metavar="DIR", help="folder of CLIP, in place of the config's")
     add_flags(parser)
     return parser
@@ -166,7 +185,8 @@ def generate_one(flags: argparse.Namespace) -> None:
     run = Run.open(flags.workdir, weights=flags.weights, step=flags.step)
     steps, guidance = run.sampling(flags.steps, flags.guidance)
     places = [_new_png(path, flags.overwrite) for path in (flags.out, flags.sheet) if path]
-    row = Row(0, flags.source, flags.parsing, flags.pose, flags.labels, flags.pose_frame, places[0])
+    own = flags.source_pose, flags.source_pose_frame
+    row = Row(0, flags.source, flags.parsing, flags.pose, flags.labels, flags.pose_frame, places[0], *own)
     edit = None
     if flags.reference:
         labels, outside = flags.reference_labels or flags.labels, flags.outside or OUTSIDE[0]
@@ -180,9 +200,12 @@ def generate_one(flags: argparse.Namespace) -> None:
     save_png(picture, places[0])
     if flags.sheet:
         shown = {"source": fitted.source.image, "pose": fitted.skeleton}
-        columns = {name: [fitted.framing.crop(image)] for name, image in shown.items()} | {"generated": [picture]}
+        columns = {name: [fitted.framing.crop(image)] for name, image in shown.items()}
         if fitted.edit:
             columns = sheet_columns(fitted.source.image, fitted.skeleton, fitted.edit, picture)
+        else:
+            carried = {"carried": pipeline.carried([fitted], [picture])} if pipeline.method.carries else {}
+            columns |= carried | {"generated": [picture]}
         save_png(sheet(columns), places[1])
     h, w = picture.shape[:2]
     print(f"{flags.out}: {h}x{w}, {time.perf_counter() - start:.1f} s with compilation", flush=True)
@@ -218,7 +241,7 @@ def _make_folder(folder: pathlib.Path) -> None:
 def save_png(picture: np.ndarray, path: pathlib.Path) -> None:
     """uint8 [h w 3]; the file appears when it is whole. Raises InputError where it cannot be written."""
     _make_folder(path.parent)
-    with whole(path) as partial:
+    with atomic_write(path) as partial:
         Image.fromarray(picture).save(partial, format="PNG")
 
 
@@ -244,7 +267,9 @@ def generate_list(flags: argparse.Namespace, share: Share) -> int:
         settings |= {"records": images.digest, "split": images.split}
     else:
         source = flags.pairs
-        rows, problems = read_rows(flags.pairs, out_dir, labels=flags.labels, pose_frame=flags.pose_frame)
+        frames = {"pose_frame": flags.pose_frame, "source_pose_frame": flags.source_pose_frame}
+        needed = run.config.model.carry.head
+        rows, problems = read_rows(flags.pairs, out_dir, labels=flags.labels, **frames, source_poses=needed)
     if not flags.overwrite:
         check_settings(out_dir, settings)
     listed = hashlib.sha256("\n".join(f"{row.name} {row.out}" for row in rows).encode()).hexdigest()
@@ -274,10 +299,10 @@ def generate_list(flags: argparse.Namespace, share: Share) -> int:
 
         def write_about() -> None:
             _make_folder(out_dir)
-            with whole(out_dir / SETTINGS_FILE) as partial:
+            with atomic_write(out_dir / SETTINGS_FILE) as partial:
                 partial.write_text(json.dumps(settings, indent=1) + "\n")
             if flags.records:
-                with whole(out_dir / PAIRS_FILE) as partial:
+                with atomic_write(out_dir / PAIRS_FILE) as partial:
                     partial.write_text(pair_list(rows, out_dir))
 
         share.lead("what the pictures are", write_about)
@@ -287,7 +312,7 @@ def generate_list(flags: argparse.Namespace, share: Share) -> int:
         made = len(mine) - len(todo)
         bar = tqdm.tqdm(total=len(mine), initial=made, unit="image", smoothing=0.1, disable=not share.leads)
         compiled = False  # Until the first batch is sampled there is nothing to save. Others would not hear of the end.
-        with bar, Preemption(may_leave=lambda: not compiled and share.count == 1) as preemption:
+        with bar, Preemption(safe_to_exit=lambda: not compiled and share.count == 1) as preemption:
             for batch in _batches(todo, run, flags.seed, size, report):
                 fitted = [fitted for _, fitted in batch]
                 pictures = pipeline.sample(fitted, steps=steps, guidance=guidance, batch_size=size)

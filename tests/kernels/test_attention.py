@@ -14,12 +14,12 @@ from tests.kernels import oracle64
 from tests.kernels.oracle64 import Case
 from tests.process import environment, run
 from truepose_jax.kernels.attention import api, cudnn, pallas_gpu, pallas_tpu, xla
-from truepose_jax.kernels.attention.reference import Slopes
-from truepose_jax.sharding import AXES
+from truepose_jax.kernels.attention.reference import PiecewiseLinear
+from truepose_jax.runtime.sharding import AXES
 
-SIDES = (Slopes(0.6, 1.0), Slopes(1.3, -1.0))
+SIDES = (PiecewiseLinear(0.6, 1.0), PiecewiseLinear(1.3, -1.0))
 """Eq. 6 with delta 0.6 and sigma 0.3: inside 1.6 a or 0.6 a, outside 0.3 a or 1.3 a."""
-PLAIN = (Slopes(1.0, 0.0), Slopes(1.0, 0.0))
+PLAIN = (PiecewiseLinear(1.0, 0.0), PiecewiseLinear(1.0, 0.0))
 
 
 def case(seed, n, m, *, b=2, g=2, d=8, mask="random", size=1.0, dtype=np.float32) -> Case:

@@ -1,4 +1,4 @@
-"""The noise schedule, and the three things a network may predict. SD1.5's numbers are the defaults (methods.md 6)."""
+"""The noise schedule, and the three things a network may predict. SD1.5's numbers are the defaults (docs/paper.md 6)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How images are brought to size before they are compared: four published habits (methods.md 4.4).
+"""How images are brought to size before they are compared: four published habits (docs/paper.md 9.1).
 
 Every frame is float32 of 0 to 255. Papers compare at one size for SSIM and PSNR and, in PIDM's case, at another for LPIPS
 and FID.

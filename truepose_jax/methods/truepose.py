@@ -1,4 +1,4 @@
-"""TruePose: SourceNet, HPFA, CAA, TargetNet and the pose encoder wired as methods.md section 1 reads the paper."""
+"""TruePose: SourceNet, HPFA, CAA, TargetNet and the pose encoder wired as docs/paper.md reads the paper."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from truepose_jax import rng
+from truepose_jax.config import DiffusionConfig, ModelConfig
 from truepose_jax.diffusion import losses
 from truepose_jax.methods.base import BatchSpec, Conditioning
 from truepose_jax.methods.truepose_source import SourceReader, positions
@@ -31,8 +31,8 @@ from truepose_jax.models.source_net import without_gradient
 from truepose_jax.models.target_net import Fusion, target_net
 from truepose_jax.models.unet import HIDDEN
 from truepose_jax.models.vae import Autoencoder
-from truepose_jax.schema import DiffusionConfig, ModelConfig
-from truepose_jax.sharding import constrain
+from truepose_jax.runtime import rng
+from truepose_jax.runtime.sharding import constrain
 
 HALF = -1
 """Level of the half cells, beside the UNet's 0, 1, ..."""
@@ -307,7 +307,8 @@ def _zero_invalid(batch):
     """Zeros in the rows of weight 0: NaN there would reach every gradient (0 x NaN)."""
     valid = batch["valid"] > 0
     of_source = jnp.any(valid.reshape(batch["source"].shape[0], -1), axis=1)
-    rows = {"target": valid, "target_pose": valid, "source": of_source, "region_tokens": of_source}
+    of_target = dict.fromkeys(("target", "target_pose", "target_joints"), valid)
+    rows = of_target | dict.fromkeys(("source", "source_joints", "region_tokens"), of_source)
     shown = {
         name: jnp.where(row[(..., *[None] * (batch[name].ndim - 1))], batch[name], 0) for name, row in rows.items()
     }

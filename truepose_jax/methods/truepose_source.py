@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from truepose_jax import rng
+from truepose_jax.config import ModelConfig
 from truepose_jax.methods.base import Batch, Frozen, Params
 from truepose_jax.models.clip import CLIPVisionConfig
 from truepose_jax.models.clip_source import ClipSource, clip_patches
@@ -22,7 +22,7 @@ from truepose_jax.models.masks import coverage_levels, mean_levels, parsing_mask
 from truepose_jax.models.source_net import ParsingEncoder, self_attention_of, source_features, source_net
 from truepose_jax.models.target_net import SourceSide
 from truepose_jax.models.unet import HIDDEN
-from truepose_jax.schema import ModelConfig
+from truepose_jax.runtime import rng
 
 
 def positions(model: ModelConfig, cells: Float[Array, "b h w c"]) -> Float[Array, ...]:
@@ -116,6 +116,9 @@ class SourceReader:
                 masks=self._by_site(masks),
             )
             hidden = taps.pop(HIDDEN, None)
+            hidden = (
+                None if hidden is None else hidden[:: b // s]
+            )  # the head reads one row a source: its first target's
             features = {name: tap.fused for name, tap in taps.items()}
             attention = {name: tap.attention for name, tap in taps.items()}
         else:

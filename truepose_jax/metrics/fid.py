@@ -6,7 +6,7 @@
 | clean_fid | Inception of 2015-12-05 | Pillow's bicubic to 299 in floating point, clipped, (x - 128) / 128 |
 
 The affine of `fid` is torchvision's `transform_input`, meant for images normalised by ImageNet's statistics; the field's
-code applies it to [0, 1]. The channels land in about [-.03, .43], [-.09, .36] and [-.19, .26] (methods.md 4.5). Numbers
+code applies it to [0, 1]. The channels land in about [-.03, .43], [-.09, .36] and [-.19, .26] (docs/paper.md 9.2). Numbers
 of papers on pose transfer are `fid`; the two must not be compared.
 """
 

@@ -1,6 +1,6 @@
 """Peak signal-to-noise ratio per image, whole or inside a region, equal to scikit-image's. NumPy, float64.
 
-A mean of PSNRs, not the PSNR of a mean error: every image counts alike (methods.md 4.4).
+A mean of PSNRs, not the PSNR of a mean error: every image counts alike (docs/paper.md 9.1).
 """
 
 from __future__ import annotations

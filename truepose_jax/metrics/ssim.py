@@ -1,4 +1,4 @@
-"""Structural similarity as the field computes it (methods.md 4.4), equal to scikit-image's. NumPy, float64.
+"""Structural similarity as the field computes it (docs/paper.md 9.1), equal to scikit-image's. NumPy, float64.
 
 Two numbers go by the name of SSIM in papers on pose transfer: a uniform window of 51 pixels on [0, 1] ("ssim"), and a
 Gaussian one on 0 to 255 whose data range is the spread of the *prediction* ("ssim_256"; sigma 1.5 for CFLD and FPDM, 1.2

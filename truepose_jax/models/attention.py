@@ -97,7 +97,7 @@ class FeedForward(nn.Module):
 class BasicTransformerBlock(nn.Module):
     """SD1.5's block: self-attention, cross-attention, feed-forward, each normed first and added.
 
-    tap: norm1's output [b n c], the source features F' of TruePose (methods.md A6).
+    tap: norm1's output [b n c], the source features F' of TruePose (docs/paper.md A6).
     """
 
     heads: int

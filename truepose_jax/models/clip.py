@@ -93,7 +93,7 @@ class CLIPVisionConfig:
 
 
 class CLIPVisionOutput(NamedTuple):
-    """image_embeds: [b projection_dim], TruePose's token (methods.md A11), not normalised, float32.
+    """image_embeds: [b projection_dim], TruePose's token (docs/paper.md A11), not normalised, float32.
     hidden_states: the residual stream [b 1 + patches c] before the first layer and after each; class first.
     """
 

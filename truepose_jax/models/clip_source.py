@@ -1,4 +1,4 @@
-"""F' from CLIP in SourceNet's place: ablation B1 of TruePose (section 5.3; methods.md 1.6)."""
+"""F' from CLIP in SourceNet's place: ablation B1 of TruePose (section 5.3; docs/paper.md 5)."""
 
 from __future__ import annotations
 

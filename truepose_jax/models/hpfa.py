@@ -53,18 +53,18 @@ class SourceAttention(NamedTuple):
 class FusionConfig:
     """Settings of HPFA and CAA.
 
-    regions: K, the number of region tokens that CAA reads. delta, sigma, reading, mask_axis: Eq. 6 (methods.md A1,
+    regions: K, the number of region tokens that CAA reads. delta, sigma, reading, mask_axis: Eq. 6 (docs/paper.md A1,
     A23). init "identity": HPFA's square projections start as identities (those of Eq. 7 also where it is SourceNet's own
     attention), so that a network without pretrained weights begins by attending to like features instead of averaging the
     whole image. Self-attention that reads F' too (texture "concat") starts as ever: as an identity it would see itself.
     out_init "zeros": the network starts as if HPFA were not there.
 
-    What the paper's ablations exchange (section 5.3; methods.md 1.6):
+    What the paper's ablations exchange (section 5.3; docs/paper.md 5):
     features: F' is what SourceNet's blocks see, or the whole image's CLIP patches through an MLP for each site.
     texture: F' reaches TargetNet through HPFA, or "concat": as further keys and values of its self-attention.
     alignment: attn2 reads the K chosen regions (CAA), or "global": the CLIP token of the whole image.
 
-    What we decided by reading, for the sweeps of benchmarks/ablation.py:
+    What we decided by reading, for the sweeps of experiments/ablation.py:
     source_attention (A5): Eq. 7 is a branch beside SourceNet's self-attention, or "inplace": it is that self-attention.
     score (A17): what of the source attention is averaged per region: A', A' with Eq. 6's weights, or its softmax.
 
@@ -113,6 +113,8 @@ class FusionConfig:
             raise ValueError("features 'clip' needs texture 'hpfa': no self-attention of theirs could be joined")
         if (self.carry_latents or self.cosine or self.residual) and self.texture != "hpfa":
             raise ValueError("carry_latents, cosine and residual are settings of HPFA; texture 'concat' has none")
+        if self.residual and self.source_attention == "inplace":
+            raise ValueError("residual adds F' to H'; source_attention 'inplace' keeps H' alone")
 
     @property
     def is_paper(self) -> bool:
@@ -142,7 +144,7 @@ class HPFASource(nn.Module):
     """Eq. 6, 7 and the keys and values of Eq. 8, from SourceNet's features F' [b n c] and the mask M [b n].
 
     keep [b]: 0 drops a sample: its F' is taken as zero, so its keys and values are exactly zero (no bias before
-    Eq. 8, methods.md A15). inplace (A5): H' and A' of SourceNet's own attention, in place of F' and Eq. 7 here. latents
+    Eq. 8, docs/paper.md A15). inplace (A5): H' and A' of SourceNet's own attention, in place of F' and Eq. 7 here. latents
     [b n e]: the source's, to be carried. limbs: coordinates of the source's and of the target's cells (models/limbs.py).
     """
 

@@ -1,4 +1,4 @@
-"""PoseEncoder: the skeleton picture to features that are added after TargetNet's conv_in (methods.md A20)."""
+"""PoseEncoder: the skeleton picture to features that are added after TargetNet's conv_in (docs/paper.md A20)."""
 
 from __future__ import annotations
 

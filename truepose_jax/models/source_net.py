@@ -45,7 +45,7 @@ class InplaceTap(NamedTuple):
 
 
 class InplaceBlock(nn.Module):
-    """SD1.5's block whose self-attention is Eq. 7's (the other reading of methods.md A5)."""
+    """SD1.5's block whose self-attention is Eq. 7's (the other reading of docs/paper.md A5)."""
 
     heads: int
     config: FusionConfig

@@ -4,16 +4,18 @@
     python -m truepose_jax.prepare label --raw=RAW --parsing=MODEL --pose=MODEL --detector=MODEL
     python -m truepose_jax.prepare annotate DIR --clip=CLIP --vae=VAE
     python -m truepose_jax.prepare check DIR
+    python -m truepose_jax.prepare codec --images=FOLDER --size=256x176 --out=codec.safetensors
     python -m truepose_jax.prepare inspect --records=DIR --out=sheet.png
     python -m truepose_jax.prepare inspect --root=FOLDER --labels=cihp20 --out=sheet.png
     python -m truepose_jax.prepare inspect --synthetic=6 --out=sheet.png
 
 `label` makes the parsing maps and poses that a raw folder lacks, by models of transformers (the [torch] extra). `build`
-turns a raw dataset into records (input_pipeline/records.py) and can be stopped and run again; `annotate` puts CLIP's
+turns a raw dataset into records (input_pipeline/records/reader.py) and can be stopped and run again; `annotate` puts CLIP's
 region tokens and VAE latents into them, so that training runs neither; `check` reads every record and says what is
 wrong with it. `inspect` draws what the model will be told about each photo: the parsing map with its classes, the
 skeleton, the region boxes CLIP sees, and the mask M for a target pose. Wrong label sets and swapped sides show at a
-glance; it also prints, for every joint, the labels that lie under it.
+glance; it also prints, for every joint, the labels that lie under it. `codec` fits the linear autoencoder of
+config.model.autoencoder "patches" to photos of one's own.
 
 Several processes (SLURM, a TPU pod, or --coordinator, --process and --processes) share the work of `build`, `label` and
 `annotate`: the same command on every host, folders that all of them see, and tables and metadata by the first, at the end.
@@ -24,14 +26,15 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 
-from truepose_jax.distributed import add_flags, joined, refuse_flags
 from truepose_jax.prepare.annotate import add_annotate
 from truepose_jax.prepare.build import add_build
 from truepose_jax.prepare.check import add_check
+from truepose_jax.prepare.codec import add_codec
 from truepose_jax.prepare.inspection import add_inspect, side_warnings
 from truepose_jax.prepare.label import add_label
 from truepose_jax.prepare.sheet import PANEL_HEIGHT
-from truepose_jax.programs import Parser, run_program
+from truepose_jax.runtime.cli import Parser, run_program
+from truepose_jax.runtime.distributed import add_flags, joined, refuse_flags
 
 SHARED = ("build", "label", "annotate")
 """Sub-commands whose work several processes share."""
@@ -47,6 +50,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     add_label(commands)
     add_annotate(commands)
     add_check(commands)
+    add_codec(commands)
     add_inspect(commands)
     for command in commands.choices.values():
         add_flags(command)

@@ -9,13 +9,14 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from truepose_jax import atomic
+from truepose_jax.config import Config
+from truepose_jax.runtime import atomic
+from truepose_jax.runtime.markdown import narrow
 from truepose_jax.scaling import plots
 from truepose_jax.scaling.batch import Settings, evaluations, step_moments
 from truepose_jax.scaling.fits import Hyperbola, hyperbola, noise_estimate
 from truepose_jax.scaling.report import interval, number, origin, table
 from truepose_jax.scaling.table import Row, Table
-from truepose_jax.schema import Config
 
 WINDOWS = 6
 """Pieces of equal length in log examples that a run's noise scale is shown over."""
@@ -60,7 +61,7 @@ def write_report(found: Table, config: Config, settings: Settings, command: str)
     lines += ["![gradient noise scale against examples](noise_scale.png)", "", *_noise_words(found.rows, fits, seeds)]
     lines += ["", "## Runs", "", *_runs(found.rows), *_diverged_words(found.rows)]
     path = folder / "report.md"
-    atomic.write_text(path, "\n".join(lines) + "\n")
+    atomic.write_text(path, narrow("\n".join(lines) + "\n"))
     return path
 
 

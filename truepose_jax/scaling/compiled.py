@@ -10,19 +10,19 @@ from typing import Any
 import jax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from truepose_jax.assembly import planned
-from truepose_jax.initial import abstract_state, batch_spec, training_form
+from truepose_jax.config import Config
+from truepose_jax.pretrained.factory import planned
+from truepose_jax.runtime.sharding import BATCH_AXES, make_mesh
 from truepose_jax.scaling.collectives import collective_bytes, wire_bytes
-from truepose_jax.schema import Config
-from truepose_jax.sharding import BATCH_AXES, make_mesh
-from truepose_jax.train_step import Trainer
+from truepose_jax.training.init import abstract_state, batch_spec, training_form
+from truepose_jax.training.step import Trainer
 
 LITTLE_EFFORT = {
     "cpu": {"xla_backend_optimization_level": 0},
     "tpu": {"exec_time_optimization_effort": -1.0},
 }
 """Compiler options for programs that are not run: on CPU the buffers are the same and it takes half the time; on TPU
-minutes instead of tens of minutes (stack.md 16), with fusions that a full compilation would improve."""
+minutes instead of tens of minutes (docs/paper.md 11), with fusions that a full compilation would improve."""
 
 
 def mesh_of(config: Config, devices: Sequence[Any]) -> Mesh:

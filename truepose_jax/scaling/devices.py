@@ -6,12 +6,13 @@ import dataclasses
 import pathlib
 from collections.abc import Mapping, Sequence
 
-from truepose_jax import atomic
+from truepose_jax.config import Config, ConfigError, checked
+from truepose_jax.runtime import atomic
+from truepose_jax.runtime.markdown import narrow
 from truepose_jax.scaling import plots, worker
 from truepose_jax.scaling.hardware import Topology, predicted
 from truepose_jax.scaling.report import number, origin, table
 from truepose_jax.scaling.table import Row, Table
-from truepose_jax.schema import Config, ConfigError
 
 FAKE = (
     "Devices of one CPU share its cores, with each other and with whatever else runs: these rows show that the programs are "
@@ -62,7 +63,8 @@ def config_of(run: Run, config: Config) -> Config:
             f"{run.kind} scaling on {run.devices} device(s): batch {run.batch} must be a multiple of {parts} (parts of the "
             "batch x targets_per_source x accumulation)"
         )
-    return dataclasses.replace(config, batch_size=run.batch, mesh=dataclasses.replace(mesh, data=run.devices // fixed))
+    mesh = dataclasses.replace(mesh, data=run.devices // fixed)
+    return checked(dataclasses.replace(config, batch_size=run.batch, mesh=mesh))
 
 
 def row(run: Run, config: Config, settings: Settings, folder: pathlib.Path, *, on_cpu: bool, tpu_python: str) -> Row:
@@ -105,7 +107,7 @@ def write_report(found: Table, config: Config, settings: Settings, command: str,
     if plans:
         lines += _planned(found.folder, plans, config)
     path = found.folder / "report.md"
-    atomic.write_text(path, "\n".join(lines) + "\n")
+    atomic.write_text(path, narrow("\n".join(lines) + "\n"))
     return path
 
 

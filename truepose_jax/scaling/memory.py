@@ -8,13 +8,14 @@ import pathlib
 import sys
 from collections.abc import Callable, Sequence
 
-from truepose_jax import atomic
+from truepose_jax.config import Config, ConfigError, checked
+from truepose_jax.runtime import atomic
+from truepose_jax.runtime.markdown import narrow
 from truepose_jax.scaling import plots, worker
 from truepose_jax.scaling.devices import PREDICTION
 from truepose_jax.scaling.hardware import Topology
 from truepose_jax.scaling.report import origin, table
 from truepose_jax.scaling.table import Row, Table
-from truepose_jax.schema import Config, ConfigError
 
 MOST = 1 << 20
 """Examples per device beyond which nobody looks."""
@@ -63,13 +64,14 @@ def config_of(run: Run, config: Config, per_device: int) -> Config:
     optim = dataclasses.replace(config.optim, accumulation=1, noise_scale="off")
     if run.fsdp > 1:
         optim = dataclasses.replace(optim, layout="tree")
-    return dataclasses.replace(
+    changed = dataclasses.replace(
         config,
         model=dataclasses.replace(config.model, size=run.size, dtype=run.dtype, remat=run.remat),
         mesh=dataclasses.replace(config.mesh, data=chips // run.fsdp, fsdp=run.fsdp, tensor=1),
         optim=optim,
         batch_size=per_device * chips,
     )
+    return checked(changed)
 
 
 def largest(bytes_at: Callable[[int], float], budget: float, *, unit: int, resolution: float) -> int:
@@ -197,7 +199,7 @@ def write_report(
         _figure(found.folder / "largest_batch.png", rows)
         lines += ["", "![largest batch per device](largest_batch.png)"]
     path = found.folder / "report.md"
-    atomic.write_text(path, "\n".join(lines) + "\n")
+    atomic.write_text(path, narrow("\n".join(lines) + "\n"))
     return path
 
 

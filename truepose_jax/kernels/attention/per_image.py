@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
 
-from truepose_jax.kernels.attention.key_rows import FLOOR, refused_arrays, slopes
+from truepose_jax.kernels.attention.key_params import FLOOR, TINY, logits, refused_arrays, slopes
 
 DTYPES = (jnp.dtype(jnp.float32), jnp.dtype(jnp.bfloat16), jnp.dtype(jnp.float16))
 
@@ -26,7 +26,7 @@ def attend(
     v: Float[Array, "b m g d"],
     rows: Float[Array, "b 3 m"] | None,
 ) -> Float[Array, "b n g d"]:
-    """softmax(logits) v with the logits of key_rows.py (rows None: q k^T / sqrt d). No gradient reaches rows."""
+    """softmax(logits) v with the logits of key_params.py (rows None: q k^T / sqrt d). No gradient reaches rows."""
     b, n, g, d = q.shape
     heads_first = [x.transpose(0, 2, 1, 3).reshape(b * g, -1, d) for x in (q, k, v)]
     rows = None if rows is None else jnp.repeat(lax.stop_gradient(rows), g, axis=0)
@@ -34,12 +34,11 @@ def attend(
     @jax.checkpoint
     def one(q, k, v, rows):
         a = jnp.matmul(q, k.T, preferred_element_type=jnp.float32)
-        # As logits(a, rows, ...), with the gradient that slopes has where a is 0.
-        rows = None if rows is None else tuple(row[None] for row in rows)
-        s = a * slopes(a, rows, d**-0.5) + (0.0 if rows is None else rows[2])
-        weights = jnp.exp(s - lax.stop_gradient(jnp.maximum(jnp.max(s, axis=-1, keepdims=True), FLOOR)))
-        total = jnp.sum(weights, axis=-1, keepdims=True)
-        total = jnp.where(total > 0, total, 1.0)  # no key at all: 0, and no gradient
+        each = None if rows is None else tuple(row[None] for row in rows)
+        # The slope apart, so that its gradient at the kink is that of the other implementations.
+        s = logits(a, each, d**-0.5) if each is None else a * slopes(a, each, d**-0.5) + each[2]
+        weights = jnp.exp(s - jnp.maximum(jnp.max(s, axis=-1, keepdims=True), FLOOR))
+        total = jnp.maximum(jnp.sum(weights, axis=-1, keepdims=True), TINY)
         return (jnp.matmul(weights.astype(v.dtype), v, preferred_element_type=jnp.float32) / total).astype(v.dtype)
 
     _, out = lax.scan(lambda _, each: (None, one(*each)), None, (*heads_first, rows))
