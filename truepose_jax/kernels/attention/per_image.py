@@ -39,7 +39,9 @@ def attend(
         s = logits(a, each, d**-0.5) if each is None else a * slopes(a, each, d**-0.5) + each[2]
         weights = jnp.exp(s - jnp.maximum(jnp.max(s, axis=-1, keepdims=True), FLOOR))
         total = jnp.sum(weights, axis=-1, keepdims=True)
-        total = jnp.where(total > 0, total, 1.0)  # a query without keys: 0, and a gradient of 0, where TINY's square gave NaN
+        total = jnp.where(
+            total > 0, total, 1.0
+        )  # a query without keys: 0, and a gradient of 0, where TINY's square gave NaN
         return (jnp.matmul(weights.astype(v.dtype), v, preferred_element_type=jnp.float32) / total).astype(v.dtype)
 
     _, out = lax.scan(lambda _, each: (None, one(*each)), None, (*heads_first, rows))
