@@ -35,6 +35,7 @@ SMALL_CLIP = CLIPVisionConfig(
 )
 SITE = Site("site", 0, 8, 2)
 CONCAT = FusionConfig(texture="concat")
+NETS = ("source_net", "target_net")
 VARIANTS = {
     "B1": {"features": "clip"},
     "B2": {"texture": "concat", "alignment": "global"},
@@ -274,8 +275,12 @@ def test_clip_source_is_told_what_source_net_is_told():
 def test_eq7_in_place_starts_like_hpfa():
     """fusion.init is of the projections of Eq. 7, wherever they are; TargetNet's own attention stays random."""
     cfg = tiny.config(tiny.MIDDLE_ONLY, {"model": {"fusion": VARIANTS["A5"] | {"init": "identity"}}})
-    params = tiny.method(cfg).init(jax.random.key(0), tiny.spec(cfg))
-    for net, identity in (("source_net", True), ("target_net", False)):
-        attn1 = params[net]["mid_block"]["attentions_0"]["transformer_blocks_0"]["attn1"]
-        kernels = [attn1[name]["kernel"] for name in ("to_q", "to_k", "to_v")]
-        assert [np.array_equal(x, np.eye(len(x))) for x in kernels] == [identity] * 3
+
+    @tiny.jit
+    def kernels():
+        params = tiny.method(cfg).init(jax.random.key(0), tiny.spec(cfg))
+        inside = (params[net]["mid_block"]["attentions_0"]["transformer_blocks_0"]["attn1"] for net in NETS)
+        return [[attn1[name]["kernel"] for name in ("to_q", "to_k", "to_v")] for attn1 in inside]
+
+    for found, identity in zip(kernels(), (True, False), strict=True):
+        assert [np.array_equal(x, np.eye(len(x))) for x in found] == [identity] * 3

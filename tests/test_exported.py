@@ -1,7 +1,6 @@
 """What `convert to-torch` wrote serves as a run: the same pictures, its own CLIP, and errors for what it has not."""
 
 import json
-import pathlib
 import shutil
 
 import jax
@@ -13,9 +12,9 @@ from tests.tiny_run import STEPS, shared_pipeline, shared_run
 from truepose_jax import convert, generate
 from truepose_jax.conversion.key_maps import leaves
 from truepose_jax.frozen import folder_fingerprint
+from truepose_jax.judge import SHIPPED
 from truepose_jax.pipeline import Pipeline, Run
 
-ROOT = pathlib.Path(__file__).resolve().parent.parent
 CLIP = {
     "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 16,
     "patch_size": 8, "projection_dim": 16,
@@ -93,7 +92,7 @@ def test_its_clip_comes_along(tmp_path):
 
 def test_the_model_that_comes_along():
     """Whole, with its own CLIP, and small."""
-    folder = ROOT / "docs" / "models" / "synthetic_64x48"
+    folder = SHIPPED
     pipe = Pipeline.load(folder)
     assert (pipe.run.step, pipe.run.weights, pipe.run.config.model.size) == (3000, "ema", (64, 48))
     assert pipe.encoder.trained and pipe.encoder.fingerprint == pipe.run.frozen["clip"]

@@ -22,7 +22,7 @@ IN_PARSING = {"model": {"source_parsing": "coverage"}}
 
 @functools.cache
 def network():
-    """(config, method, parameters as shapes, batch): SD1.5's block types, latents of 16x11 over three levels."""
+    """(config, method, parameters as shapes, batch): SD1.5's block types, latents of 16x11 over two levels."""
     cfg = tiny.config(SD15_LIKE, IN_PARSING)
     made = tiny.method(cfg)
     shapes = jax.eval_shape(lambda: made.init(jax.random.key(0), tiny.spec(cfg)))
@@ -106,7 +106,7 @@ def test_carried_latents_are_counted():
 def test_forward_against_xla():
     """Of the unoptimised program, which also counts elementwise operations and leaves padding out: a few per cent, and
     fewer where the network is wide."""
-    cfg = tiny.config(SD15_LIKE, {"model": {"unet": {"block_out_channels": (128, 128, 128)}}})
+    cfg = tiny.config(SD15_LIKE, {"model": {"unet": {"block_out_channels": (128, 128)}}})
     made = tiny.method(cfg)
     batch = tiny.batch(cfg, 1, targets=1)
     params = jax.eval_shape(lambda: made.init(jax.random.key(0), tiny.spec(cfg)))

@@ -123,7 +123,7 @@ def test_dropped_equals_null_and_zero_features():
         block = params["target_net"][block][f"attentions_{attention}"][f"transformer_blocks_{transformer}"]
         for part, name in (("hpfa", "hpfa"), ("caa", "attn2")):
             bias = np.asarray(block[name]["to_out_0"]["bias"], np.float64)
-            np.testing.assert_allclose(norms[site.name][part], np.sqrt(np.mean(bias**2)), rtol=1e-6)
+            np.testing.assert_allclose(norms[site.name][f"{part}_rms"], np.sqrt(np.mean(bias**2)), rtol=1e-6)
 
 
 def test_dropping_some_rows_leaves_the_others():

@@ -8,6 +8,8 @@ import numpy as np
 import pytest
 
 from tests import tiny
+from tests.tiny_run import tiny_config
+from truepose_jax import train
 from truepose_jax.checkpoint import CheckpointError
 from truepose_jax.optim import learning_rate
 from truepose_jax.time_budget import FILE, SKIPPED, TIMED, TimeBudget, kept_steps
@@ -81,3 +83,16 @@ def test_one_schedule_for_any_number_of_steps(flat, warmup):
         found = [traced(step, jnp.int32(total)) for step in range(total + 1)]
         np.testing.assert_allclose(found, want, rtol=1e-5)
     assert traced._cache_size() == 1
+
+
+@pytest.mark.slow  # a minute of compilation
+def test_a_run_that_ends_in_time(tmp_path):
+    """No time at all: the least number of steps, no evaluation; a second start knows that it is done."""
+    config = tiny_config(batch_size=2, total_steps=1000, data__synthetic__identities=2, data__threads=1)
+    last = SKIPPED + TIMED + TIMED
+    for _ in range(2):
+        assert train.main_of(config, str(tmp_path), minutes=0.001) == 0
+        steps = [json.loads(line)["step"] for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+        assert steps == [*range(1, last + 1)] and kept_steps(tmp_path) == last
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == [str(last)]
+    assert not (tmp_path / "eval.jsonl").exists() and not (tmp_path / "samples").exists()

@@ -39,7 +39,7 @@ def tiny_config(**changes) -> Config:
         block_out_channels=(8,),
         down_block_types=("CrossAttnDownBlock2D",),
         up_block_types=("CrossAttnUpBlock2D",),
-        layers_per_block=1,
+        layers_per_block=0,
         attention_head_dim=(2,),
         cross_attention_dim=16,
         norm_num_groups=4,

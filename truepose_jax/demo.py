@@ -10,7 +10,6 @@ export, on people of any seed. A demo that was stopped goes on where it was with
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import pathlib
 import time
@@ -132,8 +131,10 @@ def _show_shipped(config: Config, workdir: pathlib.Path) -> np.ndarray | None:
     except (CheckpointError, ConfigError, ConversionError, OSError) as error:
         print(f"no pictures of the shipped model: {error}", flush=True)
         return None
-    own = dataclasses.replace(config, model=pipe.run.config.model)  # the same people, at the model's size
-    pairs = shown_pairs({kind: judge.people(own, pipe.encoder, patterns) for kind, patterns in KINDS.items()})
+    size = pipe.run.config.model.size  # the same people as will be judged, at this model's size
+    pairs = shown_pairs(
+        {kind: judge.people(config, pipe.encoder, patterns, size=size) for kind, patterns in KINDS.items()}
+    )
     images = pairs.sample(judge.sampling(pipe), config.seed, judge.batch_size(pipe, len(pairs)))
     _write_png(workdir / "shipped.png", shown_sheet(pairs, {"shipped": images}))
     seconds = time.monotonic() - began

@@ -154,16 +154,18 @@ def people(
     eval_seed: int | None = None,
     *,
     same_colours: bool = False,
+    size: tuple[int, int] | None = None,
 ) -> Pairs:
     """PEOPLE held-out people into POSES target poses; pairs ordered by target pose, then person. same_colours: for each pose
-    one person in PEOPLE patterns of one cut and two colours, and another person for the next pose."""
+    one person in PEOPLE patterns of one cut and two colours, and another person for the next pose. size: (h, w), in place of
+    the config's."""
     poses = judged_poses(config)
     crowd = SyntheticPeople(
         seed=config.seed + EVAL_SEED if eval_seed is None else eval_seed,
         split="heldout",
         identities=PEOPLE * (POSES if same_colours else 1),
         poses_per_identity=len(poses),
-        size=config.model.size,
+        size=size or config.model.size,
         pose_list=poses,
         patterns=patterns,
         background=config.data.synthetic.background,

@@ -211,8 +211,9 @@ def _summands(metrics: Mapping[str, Any], share: Any) -> dict[str, Any]:
 
 def _of_sums(metrics: Mapping[str, Any]) -> dict[str, Any]:
     """The metrics from the sum of all parts' summands: OF_KEPT are means over the kept samples, of which a part may have none."""
-    kept = jnp.maximum(metrics["kept"], 1.0)
-    return {name: x / kept if name.startswith(OF_KEPT) else x for name, x in metrics.items()}
+    return {
+        name: x / jnp.maximum(metrics["kept"], 1.0) if name.startswith(OF_KEPT) else x for name, x in metrics.items()
+    }
 
 
 def as_floats(batch: Batch) -> Batch:
