@@ -21,7 +21,7 @@ from truepose_jax.evaluate.pairing import Folder, pair_folders
 from truepose_jax.evaluate.protocols import PROTOCOLS
 from truepose_jax.evaluate.scores import Scorer, score_pairs
 from truepose_jax.evaluate.statistics import folder_statistics
-from truepose_jax.programs import parse_size
+from truepose_jax.runtime.cli import parse_size
 
 DISTINCT = 16
 """Different photos; the rest are copies under other names."""

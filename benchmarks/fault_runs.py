@@ -17,7 +17,7 @@ sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
 import jax
 import numpy as np
 
-from truepose_jax.checkpoint import Checkpoints
+from truepose_jax.training.checkpoint import Checkpoints
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 

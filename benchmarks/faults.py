@@ -44,7 +44,7 @@ from benchmarks.fault_runs import (
     same_state,
     saving,
 )
-from truepose_jax.markdown import narrow
+from truepose_jax.runtime.markdown import narrow
 
 
 def row(fault: str, injected: int, survived: int, lost: int, said: str, **detail: object) -> dict:
@@ -262,8 +262,8 @@ def poisoned_main(first: int, last: int) -> None:
 
 def corrupt_records(bench: Bench) -> list[dict]:
     """One byte of three records changed, in a dataset of 32 photos."""
-    from input_pipeline.builder import build_records
-    from input_pipeline.raw_folder import synthetic_people
+    from input_pipeline.records.writer import build_records
+    from input_pipeline.sources.own_photos import synthetic_people
 
     folder = bench.workdir("records")
     build_records(

@@ -28,28 +28,28 @@ import jax
 import numpy as np
 
 from configs import demo
-from input_pipeline import photo
-from input_pipeline.builder import build_records
-from input_pipeline.keypoints import flip_joints
-from input_pipeline.loader import make_loader
-from input_pipeline.parsing import class_on, decode_parsing, flip_parsing, label_set
-from input_pipeline.photo import decode_photo, read_photo
-from input_pipeline.raw import RawPicture, RawSet, RawSplit
-from input_pipeline.raw_folder import synthetic_people
-from input_pipeline.readers import RecordTokens, make_reader
-from input_pipeline.record_rewrite import rewrite_records
-from input_pipeline.record_schema import pack_latents, pack_tokens, unpack_tokens
-from input_pipeline.records import RecordImages
-from input_pipeline.regions import region_boxes
-from input_pipeline.skeleton import draw_skeleton_into
-from input_pipeline.transforms import empty_batch, write_picture
-from truepose_jax.datasets import training_set
-from truepose_jax.initial import batch_spec
+from input_pipeline.annotations import photo
+from input_pipeline.annotations.keypoints import flip_joints
+from input_pipeline.annotations.parsing import class_on, decode_parsing, flip_parsing, label_set
+from input_pipeline.annotations.photo import decode_photo, read_photo
+from input_pipeline.annotations.regions import region_boxes
+from input_pipeline.annotations.skeleton import draw_skeleton_into
+from input_pipeline.batches.loader import make_loader
+from input_pipeline.batches.readers import RecordTokens, make_reader
+from input_pipeline.batches.transforms import empty_batch, write_picture
+from input_pipeline.records.annotate import rewrite_records
+from input_pipeline.records.reader import RecordImages
+from input_pipeline.records.schema import pack_latents, pack_tokens, unpack_tokens
+from input_pipeline.records.writer import build_records
+from input_pipeline.sources.base import RawPicture, RawSet, RawSplit
+from input_pipeline.sources.own_photos import synthetic_people
+from truepose_jax.config import Config, from_config_dict
+from truepose_jax.data.datasets import training_set
 from truepose_jax.methods import make_method
 from truepose_jax.models.vae import PixelAutoencoder
-from truepose_jax.region_tokens import LazyEncoder
-from truepose_jax.schema import Config, from_config_dict
-from truepose_jax.train_step import Trainer
+from truepose_jax.pretrained.region_tokens import LazyEncoder
+from truepose_jax.training.init import batch_spec
+from truepose_jax.training.step import Trainer
 
 SIZE = (512, 352)
 BATCH = 12
@@ -153,7 +153,7 @@ def parts(images: RecordImages, form: str) -> dict[str, float]:
     make = functools.partial(
         empty_batch, batch_size=BATCH, targets_per_source=1, size=SIZE, token_width=WIDTH, form=form
     )  # fmt: skip
-    if form == "moments":
+    if form == "latents":
         batch = make()
 
         reader = make_reader(images, RecordTokens(images, WIDTH, True), form)
@@ -195,7 +195,7 @@ def demo_rates(steps: int) -> dict[str, float]:
     data = training_set(config, LazyEncoder(config.model.clip, config.token_width), None)
     settings = {
         "seed": 0, "batch_size": config.batch_size, "targets_per_source": config.data.targets_per_source,
-        "self_pair": config.data.self_pair, "threads": 1, "form": "bytes",
+        "self_pair": config.data.self_pair, "threads": 1, "form": "uint8",
     }  # fmt: skip
     loader = make_loader(data.images, data.tokens, **settings)
     for _ in range(80):  # every person rendered once
@@ -243,9 +243,9 @@ def main() -> None:
     }
     with tempfile.TemporaryDirectory() as temporary:
         for name, form, sampling in (
-            ("latents", "moments", "444"),
-            ("jpeg 4:2:0", "bytes", "420"),
-            ("jpeg 4:4:4", "bytes", "444"),
+            ("latents", "latents", "444"),
+            ("jpeg 4:2:0", "uint8", "420"),
+            ("jpeg 4:4:4", "uint8", "444"),
         ):
             folder = pathlib.Path(temporary) / sampling
             images = opened(folder) if folder.exists() else make_records(folder, photos, sampling)

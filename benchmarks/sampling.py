@@ -20,7 +20,7 @@ from benchmarks.side_by_side import Row, add_flags, check_flags, patience_of, ru
 from benchmarks.side_by_side_case import Case
 from benchmarks.side_by_side_forms import PEERS
 from benchmarks.train_step import FULL_WIDTHS
-from truepose_jax.programs import Parser, run_program
+from truepose_jax.runtime.cli import Parser, run_program
 
 BATCHES = (1, 8)
 STEPS, GUIDANCE = 35, 3.5

@@ -33,10 +33,10 @@ from benchmarks.side_by_side_case import Case
 from benchmarks.side_by_side_forms import GRAPHS, OURS, PREPARE
 from benchmarks.side_by_side_report import report, summary
 from input_pipeline.schema import InputError
-from truepose_jax import atomic
 from truepose_jax.kernels.attention.api import IMPLEMENTATIONS
-from truepose_jax.markdown import narrow
-from truepose_jax.programs import parse_size
+from truepose_jax.runtime import atomic
+from truepose_jax.runtime.cli import parse_size
+from truepose_jax.runtime.markdown import narrow
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"

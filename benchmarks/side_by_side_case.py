@@ -15,12 +15,12 @@ import numpy as np
 
 from configs.base import get_config
 from input_pipeline.schema import MAX_CLASSES, WHOLE_IMAGE
-from truepose_jax import rng
-from truepose_jax.conversion.export import write_export
+from truepose_jax.config import Config, from_config_dict
 from truepose_jax.diffusion import losses
-from truepose_jax.initial import batch_spec
 from truepose_jax.methods.truepose import TruePose
-from truepose_jax.schema import Config, from_config_dict
+from truepose_jax.pretrained.conversion.export import write_export
+from truepose_jax.runtime import rng
+from truepose_jax.training.init import batch_spec
 
 SEED = 0
 FACTOR = 8

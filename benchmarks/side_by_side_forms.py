@@ -91,7 +91,7 @@ def _our_peak(facts: dict[str, Any]) -> int | None:
 
 
 def _our_training(case: Case, jax, cases) -> Form:
-    from truepose_jax.train_step import Trainer
+    from truepose_jax.training.step import Trainer
 
     trainer = Trainer(case.config(), cases.method_of(case))
     batch = jax.device_put(cases.batch_of(case))
@@ -111,13 +111,13 @@ def _our_training(case: Case, jax, cases) -> Form:
 
 
 def _our_sampling(case: Case, jax, cases) -> Form:
-    from truepose_jax.sampling import Sampler, compiler_options, held_as_computed
+    from truepose_jax.sampling.sampler import Sampler, cast_kernels, compiler_options
 
     config = case.config()
     diffusion = config.diffusion
     sampler = Sampler(cases.method_of(case), diffusion.schedule, case.steps, diffusion.spacing, case.guidance)
-    # In float32 held_as_computed gives back what it got: without device_put every call would copy the host's arrays.
-    params = jax.device_put(held_as_computed(cases.params_of(case), case.dtype))
+    # In float32 cast_kernels gives back what it got: without device_put every call would copy the host's arrays.
+    params = jax.device_put(cast_kernels(cases.params_of(case), case.dtype))
     inputs = params, {}, jax.device_put(cases.batch_of(case))
     inputs = (*inputs, cases.sampling_keys(case))
     program, facts = _compiled(sampler.sample, *inputs, compiler_options=compiler_options())
@@ -135,7 +135,7 @@ def _our_sampling(case: Case, jax, cases) -> Form:
 def peer_form(case: Case, form: str, folder: pathlib.Path) -> Form:
     import torch
 
-    from benchmarks import torch_truepose
+    from truepose_jax.interop import torch_truepose
 
     torch.set_num_threads(case.threads)
     ways = form.split("_")
@@ -183,7 +183,7 @@ def _recompute_blocks(torch, model) -> None:
     from diffusers.models.resnet import ResnetBlock2D
     from torch.utils.checkpoint import checkpoint
 
-    from benchmarks.torch_truepose import SourceBlock, TargetBlock
+    from truepose_jax.interop.torch_truepose import SourceBlock, TargetBlock
 
     for module in model.modules():
         if isinstance(module, ResnetBlock2D | SourceBlock | TargetBlock):

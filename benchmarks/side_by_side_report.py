@@ -9,7 +9,7 @@ import numpy as np
 
 from benchmarks.side_by_side_case import CHECKED_STEPS, Case
 from benchmarks.side_by_side_forms import OURS
-from truepose_jax.flops import model_flops, utilisation
+from truepose_jax.training.flops import model_flops, utilisation
 
 MIB = 1 << 20
 COLUMNS = (
@@ -111,7 +111,7 @@ def _mib(found: int | None) -> str:
 def _note(rows: Mapping[str, Any]) -> str:
     rates = sorted({f"{row['about']['machine'].get('product_flops', 0) / 1e9:.0f}" for row in rows.values()} - {"0"})
     return (
-        "of peak: model FLOPs (truepose_jax/flops.py) over the chip's dense bf16 peak; in brackets, on a CPU, over "
+        "of peak: model FLOPs (truepose_jax/training/flops.py) over the chip's dense bf16 peak; in brackets, on a CPU, over "
         f"{' and '.join(rates) or '-'} GFLOP/s, which a float32 product of NumPy reached there. compile: ours traces and "
         "compiles before the first call; a compiled peer's first calls less as many later ones."
     )

@@ -31,9 +31,9 @@ sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
 from benchmarks.side_by_side import RESULTS, commit, machine, open_results, python_path
 from benchmarks.side_by_side_report import summary
 from input_pipeline.schema import NUM_JOINTS, InputError
-from truepose_jax import atomic
-from truepose_jax.markdown import narrow
-from truepose_jax.programs import Parser, run_program
+from truepose_jax.runtime import atomic
+from truepose_jax.runtime.cli import Parser, run_program
+from truepose_jax.runtime.markdown import narrow
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 IMPORTS = 7

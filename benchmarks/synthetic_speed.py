@@ -17,7 +17,7 @@ import cv2
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
 
-from input_pipeline.synthetic import render
+from input_pipeline.synthetic.people import render
 
 SIZES = ((64, 48), (256, 176), (512, 352))
 

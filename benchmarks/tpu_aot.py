@@ -49,9 +49,9 @@ os.environ["ALLOW_MULTIPLE_LIBTPU_LOAD"] = "1"  # nothing here holds a TPU that 
 from tpu_train_step_report import NOT_RECORDED  # noqa: E402
 
 from input_pipeline.schema import InputError  # noqa: E402
-from truepose_jax import atomic  # noqa: E402
-from truepose_jax.markdown import narrow  # noqa: E402
-from truepose_jax.programs import Parser, run_program  # noqa: E402
+from truepose_jax.runtime import atomic  # noqa: E402
+from truepose_jax.runtime.cli import Parser, run_program  # noqa: E402
+from truepose_jax.runtime.markdown import narrow  # noqa: E402
 
 TOPOLOGIES = {"v5e": "v5e:2x2", "v5p": "v5p:2x2x1", "v6e": "v6e:2x2"}
 SIZES = ((2816, 40), (704, 80), (176, 160), (48, 160))
@@ -171,7 +171,7 @@ def compile_for(chip: str, function, arguments: list, outputs: int):
     from jax.experimental.layout import Format, Layout
     from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-    from truepose_jax.sharding import AXES
+    from truepose_jax.runtime.sharding import AXES
 
     devices = topologies.get_topology_desc(platform="tpu", topology_name=TOPOLOGIES[chip]).devices
     mesh = Mesh(np.array(devices[:1]).reshape(1, 1, 1), AXES, axis_types=(AxisType.Auto,) * len(AXES))

@@ -13,8 +13,8 @@ is the account that memory_analysis would give, and a program that does not fit 
 What comes after takes as long again and changes no memory, so the process is ended there, unless --code is given. Only shapes
 are used. The optimisation effort is the least (of execution time): a full compilation may need a little less memory.
 
-Of a row: `first` is compiled at the batch that truepose_jax.estimate predicts or a little below, a second one where the line
-through the first and the estimate's bytes per image meets the chip's memory, and so on: the largest batch is the largest one
+Of a row: `first` is compiled at the batch that training/memory.py predicts or a little below, a second one where the line through
+the first and the estimate's bytes per image meets the chip's memory, and so on: the largest batch is the largest one
 that was compiled and fits; with --verify one more is compiled and must be refused. Nothing was run or timed.
 """
 
@@ -46,8 +46,8 @@ os.environ["ALLOW_MULTIPLE_LIBTPU_LOAD"] = "1"  # nothing here holds a TPU that 
 import tpu_aot  # noqa: E402
 from tpu_train_step_report import NOT_RECORDED, merged, read_rows, report  # noqa: E402
 
-from truepose_jax.markdown import narrow  # noqa: E402
-from truepose_jax.programs import Parser, run_program  # noqa: E402
+from truepose_jax.runtime.cli import Parser, run_program  # noqa: E402
+from truepose_jax.runtime.markdown import narrow  # noqa: E402
 
 GIB = 1 << 30
 OPTIONS = {"exec_time_optimization_effort": -1.0}
@@ -63,12 +63,14 @@ NETWORKS = {
 }
 """Changes of the UNets that compile in two minutes instead of ten."""
 SOURCES = (
-    "configs/*.py", "input_pipeline/schema.py", "truepose_jax/scaling/compiled.py",
-    *(f"truepose_jax/{room}/**/*.py" for room in ("models", "kernels", "methods", "diffusion")),
-    *(f"truepose_jax/{name}.py" for name in (
-        "assembly", "frozen", "initial", "optim", "region_tokens", "rng", "schema", "sharding", "stored", "train_step",
-    )),
-)  # fmt: skip
+    "configs/*.py",
+    "input_pipeline/schema.py",
+    "truepose_jax/scaling/compiled.py",
+    *(f"truepose_jax/{room}/**/*.py" for room in ("config", "models", "kernels", "methods", "diffusion")),
+    *(f"truepose_jax/training/{name}.py" for name in ("init", "optim", "step")),
+    *(f"truepose_jax/pretrained/{name}.py" for name in ("factory", "frozen_networks", "region_tokens")),
+    *(f"truepose_jax/{name}.py" for name in ("data/annotations", "runtime/rng", "runtime/sharding")),
+)
 """What a compiled step is made from."""
 COMPILATIONS = 4
 """Most of a row where --compilations does not say."""
@@ -141,7 +143,7 @@ def set_up(folder: pathlib.Path) -> pathlib.Path:
 
 
 def config_of(row: Row, per_chip: int):
-    from truepose_jax.schema import Config, from_config_dict
+    from truepose_jax.config import Config, from_config_dict
 
     found = importlib.import_module(f"configs.{CONFIGS[row.size]}").get_config()
     found.model.remat = row.remat
@@ -256,7 +258,7 @@ def compiled(row: Row, per_chip: int, work: pathlib.Path, *, code: bool = False)
     if texts["live-range"]:
         keep_peak(texts["live-range"][0], folder / "peak.txt")
     shutil.rmtree(dump)
-    from truepose_jax import atomic
+    from truepose_jax.runtime import atomic
 
     atomic.write_text(answer, json.dumps(found))
     return found
@@ -312,9 +314,9 @@ def keep_peak(live: pathlib.Path, to: pathlib.Path) -> None:
 
 @functools.cache
 def estimated(size: str, remat: bool, attention: str, network: str):
-    """truepose_jax.estimate's account of a configuration (its attention as a TPU computes it, or by that name)."""
-    from truepose_jax.estimate import estimate
+    """truepose_jax.training.memory's account of a configuration (its attention as a TPU computes it, or by that name)."""
     from truepose_jax.kernels.attention.api import default_implementation
+    from truepose_jax.training.memory import estimate
 
     with default_implementation(attention or None):
         return estimate(config_of(Row("v5e:4x4", 1, size, remat, attention, network), 1), platforms=("tpu",))
@@ -432,7 +434,7 @@ def _main(argv: Sequence[str]) -> int:
         parser.error("this Python has no libtpu; --setup=FOLDER makes an environment that has")
     from tqdm import tqdm
 
-    from truepose_jax import atomic
+    from truepose_jax.runtime import atomic
 
     path = flags.out / "tpu_train_step.json"
     flags.out.mkdir(parents=True, exist_ok=True)

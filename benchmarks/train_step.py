@@ -18,7 +18,7 @@ sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
 from benchmarks.side_by_side import Row, add_flags, check_flags, patience_of, run
 from benchmarks.side_by_side_case import Case
 from benchmarks.side_by_side_forms import PEERS
-from truepose_jax.programs import Parser, run_program
+from truepose_jax.runtime.cli import Parser, run_program
 
 FULL_WIDTHS = (320, 640, 1280, 1280)
 FULL = (

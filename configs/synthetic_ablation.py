@@ -1,6 +1,6 @@
-"""The synthetic benchmark: the paper's ablations B1 to B4 and our sweeps, on synthetic people at 64x48 on CPU cores.
+"""The synthetic benchmark: the paper's ablations B1 to B4, our recipe's and our sweeps, on people at 64x48 on CPU cores.
 
-    python benchmarks/ablation.py --scratch=runs/ablation         (all of them, with the encoder, the data, the report)
+    python experiments/ablation.py --scratch=runs/ablation         (all of them, with the encoder, the data, the report)
     python -m truepose_jax.train --config=configs/synthetic_ablation.py:B3 --workdir=DIR \
         --config.data.root=PEOPLE --config.model.clip.path=CLIP   (one of them)
 

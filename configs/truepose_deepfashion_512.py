@@ -9,7 +9,7 @@ K = 2, DDIM 35 steps at guidance 3.5; B2 for 10 epochs (section 5.3). Ours where
 clipping at 1, flips.
 
 DEEPFASHION: what `prepare build --dataset=deepfashion` and `prepare annotate` wrote (docs/data.md); WEIGHTS: what `convert
-from-torch` made of SD1.5 and CLIP ViT-L/14. benchmarks/paper_rows.py has every step to the table's row as one command. Not
+from-torch` made of SD1.5 and CLIP ViT-L/14. experiments/paper_rows.py has every step to the table's row as one command. Not
 run by us: neither the photos nor the weights were at hand.
 """
 

@@ -21,7 +21,11 @@ WHOLE_IMAGE = MAX_CLASSES
 NUM_JOINTS = 18
 
 
-class InputError(ValueError):
+class UserError(ValueError):
+    """An error whose text is written for people. Programs print it as one line and end with 2 (truepose_jax/runtime/cli.py)."""
+
+
+class InputError(UserError):
     """Bad input from a person: one line that says what is wrong, where, and what to do."""
 
 
@@ -29,7 +33,7 @@ class InputError(ValueError):
 class ImageRecord:
     """One photo with its annotations.
 
-    image: uint8 [h w 3], RGB; or stored latents, float16 [h/8 w/8 8] (readers.py). parsing: uint8 [h w], ids of the
+    image: uint8 [h w 3], RGB; or stored latents, float16 [h/8 w/8 8] (batches/readers.py). parsing: uint8 [h w], ids of the
     set's own labels; None where a reader was not asked for it. joints: float32 [18 3], (x pixels, y pixels, visible
     0/1), OpenPose order; missing joints are (0, 0, 0). name: unique within its set. identity: same person in the same
     clothes.
@@ -54,6 +58,43 @@ class ImageSet(Protocol):
     def __len__(self) -> int: ...
 
     def image(self, index: int) -> ImageRecord: ...
+
+
+@dataclasses.dataclass(frozen=True)
+class TokenTable:
+    """Region tokens of all images of a set, in its order (region crops through CLIP, made by truepose_jax).
+
+    tokens: float32 [n 21 e]. valid: bool [n 21]. flipped_*: the same of the mirrored photos with their
+    mirrored maps, needed only where flips are drawn.
+    """
+
+    tokens: np.ndarray
+    valid: np.ndarray
+    flipped_tokens: np.ndarray | None = None
+    flipped_valid: np.ndarray | None = None
+
+    @property
+    def width(self) -> int:
+        return self.tokens.shape[-1]
+
+    @property
+    def has_flipped(self) -> bool:
+        return self.flipped_tokens is not None
+
+    def of(self, index: int, *, flip: bool) -> tuple[np.ndarray, np.ndarray]:
+        """(tokens [21 e], valid [21]) of an image as it enters."""
+        if flip:
+            return self.flipped_tokens[index], self.flipped_valid[index]
+        return self.tokens[index], self.valid[index]
+
+    def check(self, images: int) -> None:
+        """Raises InputError where this is not the table of so many images."""
+        want = (images, MAX_CLASSES + 1)
+        if self.tokens.shape[:2] != want or self.valid.shape != want:
+            raise InputError(
+                f"token table of shape {self.tokens.shape} with valid {self.valid.shape}; "
+                f"expected {want} for this image set"
+            )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,20 +140,20 @@ _MOMENTS = {
 _TRAINED_ON = {name: field for name, field in BATCH_FIELDS.items() if name != "target_parsing"}
 
 FORMS: Mapping[str, Mapping[str, Field]] = {
-    "floats": BATCH_FIELDS,
-    "bytes": _TRAINED_ON | _BYTES,
+    "float32": BATCH_FIELDS,
+    "uint8": _TRAINED_ON | _BYTES,
     "bytes+maps": dict(BATCH_FIELDS) | _BYTES,
-    "moments": _TRAINED_ON | _MOMENTS,
+    "latents": _TRAINED_ON | _MOMENTS,
 }
-"""How a batch travels. "floats" is what a Method sees. "bytes" is what training loads: a quarter of the memory to fill and to
-send, made floats on the device; "bytes+maps" has the targets' maps too, where a loss reads them. "moments" has stored latents
+"""How a batch travels. "float32" is what a Method sees. "uint8" is what training loads: a quarter of the memory to fill and to
+send, made floats on the device; "bytes+maps" has the targets' maps too, where a loss reads them. "latents" has stored latents
 for photos."""
 
 LATENT_FACTOR = 8
 """Pixels per latent cell and side of stored latents."""
 
 
-def check_batch(batch: Mapping[str, np.ndarray], form: str = "floats") -> dict[str, int]:
+def check_batch(batch: Mapping[str, np.ndarray], form: str = "float32") -> dict[str, int]:
     """Checks names, shapes and dtypes against FORMS[form]; returns the sizes of the letters.
 
     Raises InputError.
@@ -138,7 +179,7 @@ def check_batch(batch: Mapping[str, np.ndarray], form: str = "floats") -> dict[s
 
 
 def batch_shapes(
-    *, batch_size: int, targets_per_source: int, size: tuple[int, int], token_width: int, form: str = "floats"
+    *, batch_size: int, targets_per_source: int, size: tuple[int, int], token_width: int, form: str = "float32"
 ):
     """(shape, dtype) of every field for these sizes: {name: (tuple of ints, dtype name)}.
 

@@ -6,9 +6,9 @@ import pathlib
 import numpy as np
 from PIL import Image
 
-from input_pipeline.builder import build_records
-from input_pipeline.raw import BAD_PHOTO, RawPicture, RawSet, RawSplit, Unusable
-from input_pipeline.synthetic import render
+from input_pipeline.records.writer import build_records
+from input_pipeline.sources.base import BAD_PHOTO, RawPicture, RawSet, RawSplit, Unusable
+from input_pipeline.synthetic.people import render
 from tests.shared_data import standing_joints
 
 IN_RECORD_1 = 6000

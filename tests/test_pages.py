@@ -6,7 +6,7 @@ import subprocess
 
 import pytest
 
-from truepose_jax.markdown import WIDTH, narrow
+from truepose_jax.runtime.markdown import WIDTH, narrow
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 SKIPPED = {".git", ".venv", "runs", "build", "dist", "node_modules"}
@@ -41,7 +41,9 @@ def _name(path: pathlib.Path) -> str:
 @pytest.mark.parametrize("page", PAGES, ids=_name)
 def test_lines_are_narrow(page):
     wide = [number for number, line in enumerate(page.read_text().splitlines(), 1) if len(line) > WIDTH]
-    assert not wide, f"{_name(page)}: lines {wide} are over {WIDTH} characters; truepose_jax.markdown.narrow mends them"
+    assert not wide, (
+        f"{_name(page)}: lines {wide} are over {WIDTH} characters; truepose_jax.runtime.markdown.narrow mends them"
+    )
 
 
 @pytest.mark.parametrize(("name", "most"), LONGEST.items())

@@ -15,10 +15,10 @@ from ml_collections import ConfigDict
 from configs.base import get_config
 from input_pipeline.schema import MAX_CLASSES, WHOLE_IMAGE, batch_shapes, check_batch
 from tests.shared_data import standing_joints
-from truepose_jax.frozen import load_autoencoder
+from truepose_jax.config import Config, from_config_dict
 from truepose_jax.methods.truepose import TruePose
-from truepose_jax.schema import Config, from_config_dict
-from truepose_jax.sharding import path_of
+from truepose_jax.pretrained.frozen_networks import load_autoencoder
+from truepose_jax.runtime.sharding import path_of
 
 TOKEN_WIDTH = 12
 LAST_CLASS = 17
@@ -61,14 +61,15 @@ HEAD = {
         "patch_channels": 4,
         "unet": {"in_channels": 16, "out_channels": 16, **MIDDLE_ONLY["model"]["unet"]},
         "fusion": {"carry_latents": True, "cosine": True, "residual": True},
-        "carry": {"head": True, "width": 8},
+        "carry": {"head": True, "width": 16},
     },
     "diffusion": {
         "schedule": {"prediction": "x0"},
         "losses": {"latents": 0.5, "flow": 0.3, "pixels": 2.0, "parsing": 0.3},
     },
 }
-"""Change to 4x3 cells with all that is ours: one HPFA that carries latents, the half-cell head at 8x6, every loss."""
+"""Change to 4x3 cells with all that is ours: one HPFA that carries latents, the half-cell head at 8x6, every loss. Two
+channels a group in the head's norms: of one alone no bias before them has a gradient."""
 
 
 def settings(*changes: Mapping[str, Any]) -> ConfigDict:

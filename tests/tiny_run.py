@@ -15,14 +15,14 @@ from PIL import Image
 from configs import base
 from input_pipeline.schema import batch_shapes
 from tests.shared_data import openpose_json, standing_joints
-from truepose_jax import pipeline
-from truepose_jax.checkpoint import Checkpoints, parameter_table, write_metadata
-from truepose_jax.frozen import load_autoencoder
+from truepose_jax.config import Config, from_config_dict
+from truepose_jax.inference import pipeline
+from truepose_jax.inference.pipeline import Pipeline
 from truepose_jax.methods import make_method
-from truepose_jax.pipeline import Pipeline
-from truepose_jax.region_tokens import make_encoder
-from truepose_jax.schema import Config, from_config_dict
-from truepose_jax.train_step import Trainer
+from truepose_jax.pretrained.frozen_networks import load_autoencoder
+from truepose_jax.pretrained.region_tokens import make_encoder
+from truepose_jax.training.checkpoint import Checkpoints, parameter_table, write_metadata
+from truepose_jax.training.step import Trainer
 
 SIZE = (32, 24)
 STEPS = (3, 7)

@@ -32,24 +32,24 @@ import tqdm
 from jax.sharding import SingleDeviceSharding
 
 from configs.base import get_config
-from truepose_jax.checkpoint import read_metadata
-from truepose_jax.conversion import readers, report, weights_folder
-from truepose_jax.conversion.export import write_export
-from truepose_jax.conversion.plan import Plan, Shapes, Tree
-from truepose_jax.conversion.safetensors_io import STEMS, ArraySource, ConversionError, open_source
-from truepose_jax.conversion.to_torch import DTYPES
-from truepose_jax.datasets import about_records
-from truepose_jax.exported import Exported
-from truepose_jax.frozen import folder_of, load_autoencoder
-from truepose_jax.initial import batch_spec
+from truepose_jax.config import Config, from_config_dict, to_dict
+from truepose_jax.data.datasets import about_records
+from truepose_jax.inference.exported import Exported
+from truepose_jax.inference.pipeline import WEIGHTS, Run
 from truepose_jax.methods import make_method
 from truepose_jax.models.clip import CLIPVisionConfig, CLIPVisionModelWithProjection
 from truepose_jax.models.patch_codec import PatchAutoencoder
 from truepose_jax.models.unet import UNetConfig
 from truepose_jax.models.vae import AutoencoderKLConfig, KLAutoencoder, PixelAutoencoder
-from truepose_jax.pipeline import WEIGHTS, Run
-from truepose_jax.programs import Parser, install, run_program
-from truepose_jax.schema import Config, from_config_dict, to_dict
+from truepose_jax.pretrained.conversion import readers, report, weights_folder
+from truepose_jax.pretrained.conversion.export import write_export
+from truepose_jax.pretrained.conversion.plan import Plan, Shapes, Tree
+from truepose_jax.pretrained.conversion.safetensors_io import STEMS, ArraySource, ConversionError, open_source
+from truepose_jax.pretrained.conversion.to_torch import DTYPES
+from truepose_jax.pretrained.frozen_networks import folder_of, load_autoencoder
+from truepose_jax.runtime.cli import Parser, install, run_program
+from truepose_jax.training.checkpoint import read_metadata
+from truepose_jax.training.init import batch_spec
 
 MODELS = ("sd15", "truepose")
 OF_HPFA = ("carry_latents", "cosine", "residual")

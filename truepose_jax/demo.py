@@ -1,6 +1,6 @@
 """make demo: shows the shipped model's pictures, then trains TruePose from nothing in minutes, shows and judges that too.
 
-    python -m truepose_jax.demo --workdir=runs/demo [--minutes=7.5] [--config=configs/demo.py --config.key=value]
+    python -m truepose_jax.demo --workdir=runs/demo [--minutes=6] [--config=configs/demo.py --config.key=value]
     python -m truepose_jax.demo --judge=shipped|WORKDIR [--eval_seed=N] [--out=FILE.json] [--pictures=FILE.png]
 
 Everybody shown is a synthetic person whom the models have never seen, in poses that they have never seen. Exit code 1 where
@@ -22,21 +22,22 @@ from absl import flags
 from PIL import Image
 
 from configs.demo import get_config
-from truepose_jax import judge, train
-from truepose_jax.checkpoint import CheckpointError
-from truepose_jax.conversion.safetensors_io import ConversionError
-from truepose_jax.evaluation import Pairs, carried_sources
-from truepose_jax.files import check_new_file, whole
-from truepose_jax.judge import KINDS, PEOPLE, POSES, SHIPPED, Gates, Judged
-from truepose_jax.pictures import sheet, to_uint8
-from truepose_jax.pipeline import Pipeline
-from truepose_jax.programs import keep_programs, run_with_config
-from truepose_jax.schema import Config, ConfigError, from_config_dict
+from truepose_jax import train
+from truepose_jax.config import Config, ConfigError, from_config_dict
+from truepose_jax.evaluate import judge
+from truepose_jax.evaluate.judge import KINDS, PEOPLE, POSES, SHIPPED, Gates, Judged
+from truepose_jax.inference.pipeline import Pipeline
+from truepose_jax.pretrained.conversion.safetensors_io import ConversionError
+from truepose_jax.runtime.cli import enable_compilation_cache, run_with_config
+from truepose_jax.runtime.files import atomic_write, check_new_file
+from truepose_jax.sampling.image_grid import sheet, to_uint8
+from truepose_jax.training.checkpoint import CheckpointError
+from truepose_jax.training.validation import Pairs, carried_sources
 
 GATES = {"plain": Gates(margin=3.5, retrieval=0.95, outline_error=18.0), "patterned": Gates(2.5, 0.85, 20.5)}
 """What training from nothing in the demo's time must reach."""
 
-MINUTES_OF_TRAINING = 7.5
+MINUTES_OF_TRAINING = 6.0
 
 SHOWN = (
     ("patterned", 0, 0),
@@ -72,7 +73,7 @@ def main(argv: list[str]) -> int:
         raise ConfigError(f"--{given[0]} means nothing {'to' if alone else 'without'} --judge")
     if alone and not JUDGE.value:
         raise ConfigError("--judge is empty: say 'shipped', or name the workdir of a run or an export")
-    keep_programs()
+    enable_compilation_cache()
     if alone:
         return _judge_alone(JUDGE.value, EVAL_SEED.value, OUT.value, PICTURES.value)
     config = from_config_dict(Config, train.CONFIG.value or get_config())
@@ -99,7 +100,7 @@ def _judge_alone(which: str, eval_seed: int | None, out: str | None, pictures: s
 
 def _show_and_train(config: Config, workdir: pathlib.Path) -> int:
     shipped = _show_shipped(config, workdir)
-    code = train.main_of(config, str(workdir), profile=train.PROFILE.value, minutes=MINUTES.value)
+    code = train.train(config, str(workdir), profile=train.PROFILE.value, minutes=MINUTES.value)
     if code:
         return code
     print("judging what was trained here, on people it has not seen ...", flush=True)
@@ -180,12 +181,12 @@ def _columns(pairs: Pairs, columns: Mapping[str, np.ndarray]) -> dict[str, Seque
 
 def _write_png(path: pathlib.Path, picture: np.ndarray) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    with whole(path) as partial:
+    with atomic_write(path) as partial:
         Image.fromarray(picture).save(partial, format="PNG")
 
 
 def _write_json(path: pathlib.Path, verdicts: Mapping[str, judge.Verdict]) -> None:
-    with whole(path) as partial:
+    with atomic_write(path) as partial:
         partial.write_text(json.dumps(judge.to_json(verdicts), indent=2) + "\n")
 
 

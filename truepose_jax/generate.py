@@ -40,21 +40,28 @@ import numpy as np
 import tqdm
 from PIL import Image
 
-from input_pipeline.parsing import LABEL_SETS, label_set
-from input_pipeline.photo import one_line
-from input_pipeline.records import RecordImages
+from input_pipeline.annotations.parsing import LABEL_SETS, label_set
+from input_pipeline.annotations.photo import one_line
+from input_pipeline.process_group import Share
+from input_pipeline.records.reader import RecordImages
 from input_pipeline.schema import InputError
-from input_pipeline.shares import Share
-from truepose_jax.checkpoint import STOPPED, Preemption
-from truepose_jax.distributed import add_flags, joined, refuse_flags
-from truepose_jax.editing import OUTSIDE, read_edit, sheet_columns
-from truepose_jax.file_rows import COLUMNS, Row, read_rows
-from truepose_jax.files import whole
-from truepose_jax.pictures import sheet
-from truepose_jax.pipeline import WEIGHTS, Fitted, Pipeline, Run
-from truepose_jax.programs import BAD_INPUT, Parser, keep_programs, parse_size, refuse_unheeded, run_program
-from truepose_jax.record_rows import NAMINGS, RecordRow, pair_list, record_rows
-from truepose_jax.schema import to_dict
+from truepose_jax.config import to_dict
+from truepose_jax.inference.csv_requests import COLUMNS, Row, read_rows
+from truepose_jax.inference.pipeline import WEIGHTS, Fitted, Pipeline, Run
+from truepose_jax.inference.record_requests import NAMINGS, RecordRow, pair_list, record_rows
+from truepose_jax.runtime.cli import (
+    BAD_INPUT,
+    Parser,
+    enable_compilation_cache,
+    parse_size,
+    reject_unused_flags,
+    run_program,
+)
+from truepose_jax.runtime.distributed import add_flags, joined, refuse_flags
+from truepose_jax.runtime.files import atomic_write
+from truepose_jax.sampling.image_grid import sheet
+from truepose_jax.sampling.inpainting import OUTSIDE, read_edit, sheet_columns
+from truepose_jax.training.checkpoint import STOPPED, Preemption
 
 EDIT_FLAGS = ("reference", "edit-mask", "reference-parsing", "reference-labels", "outside")
 """Of style transfer; the first two need one another."""
@@ -64,7 +71,7 @@ HINTS = {
     "pose": " (the reference's own pose)",
 }
 ONE = "one picture"
-HEEDED_BY = {
+FLAGS_USED_BY = {
     "labels": (ONE, "--pairs"),
     "pose-frame": (ONE, "--pairs"),
     "source-pose-frame": (ONE, "--pairs"),
@@ -92,7 +99,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _main(argv: Sequence[str]) -> int | None:
     flags = make_parser().parse_args(argv)
-    keep_programs()
+    enable_compilation_cache()
     if flags.labels:
         label_set(flags.labels)
     single = {name: getattr(flags, name) for name in COLUMNS}
@@ -105,13 +112,13 @@ def _main(argv: Sequence[str]) -> int | None:
         given = [name for name, value in (single | others | edit).items() if value]
         if given:
             raise InputError(f"--{given[0]} is for one picture and --{many} for a list; give one of them")
-        refuse_unheeded(flags, HEEDED_BY, f"--{many}")
+        reject_unused_flags(flags, FLAGS_USED_BY, f"--{many}")
         if not flags.out_dir:
             raise InputError(f"--out-dir is missing: name the folder for the pictures of --{many}")
         with joined(flags) as share:
             return generate_list(flags, share)
     else:
-        refuse_unheeded(flags, HEEDED_BY, ONE)
+        reject_unused_flags(flags, FLAGS_USED_BY, ONE)
         refuse_flags(flags, "one picture is one process's; --pairs and --records are shared")
         if any(edit.values()):
             single = single | {name: edit[name] for name in EDIT_FLAGS[:2]}
@@ -234,7 +241,7 @@ def _make_folder(folder: pathlib.Path) -> None:
 def save_png(picture: np.ndarray, path: pathlib.Path) -> None:
     """uint8 [h w 3]; the file appears when it is whole. Raises InputError where it cannot be written."""
     _make_folder(path.parent)
-    with whole(path) as partial:
+    with atomic_write(path) as partial:
         Image.fromarray(picture).save(partial, format="PNG")
 
 
@@ -292,10 +299,10 @@ def generate_list(flags: argparse.Namespace, share: Share) -> int:
 
         def write_about() -> None:
             _make_folder(out_dir)
-            with whole(out_dir / SETTINGS_FILE) as partial:
+            with atomic_write(out_dir / SETTINGS_FILE) as partial:
                 partial.write_text(json.dumps(settings, indent=1) + "\n")
             if flags.records:
-                with whole(out_dir / PAIRS_FILE) as partial:
+                with atomic_write(out_dir / PAIRS_FILE) as partial:
                     partial.write_text(pair_list(rows, out_dir))
 
         share.lead("what the pictures are", write_about)
@@ -305,7 +312,7 @@ def generate_list(flags: argparse.Namespace, share: Share) -> int:
         made = len(mine) - len(todo)
         bar = tqdm.tqdm(total=len(mine), initial=made, unit="image", smoothing=0.1, disable=not share.leads)
         compiled = False  # Until the first batch is sampled there is nothing to save. Others would not hear of the end.
-        with bar, Preemption(may_leave=lambda: not compiled and share.count == 1) as preemption:
+        with bar, Preemption(safe_to_exit=lambda: not compiled and share.count == 1) as preemption:
             for batch in _batches(todo, run, flags.seed, size, report):
                 fitted = [fitted for _, fitted in batch]
                 pictures = pipeline.sample(fitted, steps=steps, guidance=guidance, batch_size=size)

@@ -19,11 +19,24 @@ from absl import flags
 from jax.sharding import Mesh
 from ml_collections import config_flags
 
-from input_pipeline.folder import PARSING_FOLDER, PHOTO_FOLDERS, POSE_FOLDERS
-from input_pipeline.shares import Share
-from truepose_jax import distributed
-from truepose_jax.assembly import assemble
-from truepose_jax.checkpoint import (
+from input_pipeline.process_group import Share
+from input_pipeline.sources.folder import PARSING_FOLDER, PHOTO_FOLDERS, POSE_FOLDERS
+from truepose_jax.config import Config, ConfigError, from_config_dict
+from truepose_jax.data.annotations import training_method
+from truepose_jax.data.datasets import Dataset, evaluation_set, training_batches, training_set
+from truepose_jax.pretrained.factory import assemble
+from truepose_jax.pretrained.region_tokens import LazyEncoder
+from truepose_jax.runtime import distributed
+from truepose_jax.runtime.cli import enable_compilation_cache, run_with_config
+from truepose_jax.runtime.sharding import (
+    batch_parts,
+    batch_share,
+    make_mesh,
+    path_of,
+    put_global_batch,
+    replicate,
+)
+from truepose_jax.training.checkpoint import (
     STOPPED,
     CheckpointError,
     Checkpoints,
@@ -37,26 +50,13 @@ from truepose_jax.checkpoint import (
     parameter_table,
     write_metadata,
 )
-from truepose_jax.datasets import Dataset, evaluation_set, training_batches, training_set
-from truepose_jax.estimate import memory_report
-from truepose_jax.evaluation import Evaluator
-from truepose_jax.flops import mfu_per_image_rate
-from truepose_jax.initial import abstract_state, first_state, origin, resolve_init_from, training_form
-from truepose_jax.monitor import CannotWrite, Monitor, NonFinite, Trace
-from truepose_jax.programs import keep_programs, run_with_config
-from truepose_jax.region_tokens import LazyEncoder
-from truepose_jax.schema import Config, ConfigError, from_config_dict
-from truepose_jax.sharding import (
-    batch_parts,
-    batch_share,
-    make_mesh,
-    path_of,
-    put_global_batch,
-    replicate,
-)
-from truepose_jax.stored import training_method
-from truepose_jax.time_budget import TimeBudget, kept_steps
-from truepose_jax.train_step import Trainer, TrainState
+from truepose_jax.training.flops import mfu_per_image_rate
+from truepose_jax.training.init import abstract_state, first_state, origin, resolve_init_from, training_form
+from truepose_jax.training.memory import memory_report
+from truepose_jax.training.run_log import CannotWrite, Monitor, NonFinite, Profiler
+from truepose_jax.training.step import Trainer, TrainState
+from truepose_jax.training.time_budget import TimeBudget, kept_steps
+from truepose_jax.training.validation import Evaluator
 
 DIVERGED = 1
 """Exit code of a run that met config.optim.max_skips non-finite steps in a row: starting it again does not help."""
@@ -66,14 +66,14 @@ class Stopped(Exception):
     """The run was asked to end, and has saved the step that this names."""
 
 
-def main_of(config: Config, workdir: str, *, profile: bool = False, minutes: float | None = None) -> int:
+def train(config: Config, workdir: str, *, profile: bool = False, minutes: float | None = None) -> int:
     """Trains until config.total_steps; returns the exit code (0, STOPPED or DIVERGED). minutes: for about so long from now,
     set-up included and config.total_steps at most, without evaluations; a second start goes on to the same last step."""
     check_place(workdir)
     budget = None if minutes is None else TimeBudget(minutes)
     if budget is not None and (kept := kept_steps(workdir)):
         config = dataclasses.replace(config, total_steps=kept)
-    stoppable = Preemption(may_leave=lambda: True)
+    stoppable = Preemption(safe_to_exit=lambda: True)
     with distributed.together() as share, stoppable as preemption, lock_workdir(workdir):
         distributed.same_folder(share, pathlib.Path(workdir))
         config = resolve_init_from(config)
@@ -91,7 +91,8 @@ def main_of(config: Config, workdir: str, *, profile: bool = False, minutes: flo
         method, frozen, autoencoder, autoencoder_hash = assemble(config, encoder)
         cache = os.path.join(workdir, "cache")
         train_set = training_set(config, encoder, cache, share)
-        eval_set = None if budget else evaluation_set(config, encoder, cache, share)
+        evaluates = config.eval.every and not budget
+        eval_set = evaluation_set(config, encoder, cache, share) if evaluates else None
         if eval_set is not None and not eval_set.heldout:
             logging.warning("config.data.eval_pairs is empty: evaluation runs on the training pairs")
         data = data_digest(train_set.images, config.data.root, (*PHOTO_FOLDERS, PARSING_FOLDER, *POSE_FOLDERS))
@@ -118,7 +119,7 @@ def main_of(config: Config, workdir: str, *, profile: bool = False, minutes: flo
             try:
                 _loop(
                     config, workdir, mesh, share, trainer, state, frozen, train_set,
-                    None if budget else Evaluator(config, method, eval_set, mesh),
+                    Evaluator(config, method, eval_set, mesh) if evaluates else None,
                     checkpoints, metadata, preemption, profile, budget,
                 )  # fmt: skip
             except Stopped as stopped:
@@ -160,7 +161,7 @@ def _loop(
     if budget and kept_steps(workdir):
         budget = None
     # Until the first step is through its compilation there is nothing to save; afterwards while the last step is saved.
-    preemption.may_leave = lambda: reached == start or checkpoints.is_committed(reached)
+    preemption.safe_to_exit = lambda: reached == start or checkpoints.is_committed(reached)
     host_index, host_count = batch_share(mesh)
     loader = training_batches(
         config,
@@ -185,7 +186,7 @@ def _loop(
         extra = {"step": step, "seed": config.seed, "batch_size": config.batch_size, "metadata": metadata}
         checkpoints.save(step, parts, extra=extra)
 
-    def poll() -> None:
+    def check_preemption() -> None:
         if preemption.stop(int(state.step)):
             save(int(state.step))
             raise Stopped(int(state.step))
@@ -209,7 +210,9 @@ def _loop(
 
         def evaluate(step: int) -> None:
             with monitor.paused():
-                results, picture = evaluator.run(state.params if state.ema is None else state.ema, frozen, poll)
+                results, picture = evaluator.run(
+                    state.params if state.ema is None else state.ema, frozen, check_preemption
+                )
             monitor.evaluation(step, results)
             if picture is not None:
                 monitor.image(step, "sheet", picture)
@@ -219,7 +222,7 @@ def _loop(
 
         trace = None
         if profile:
-            trace = stack.enter_context(Trace(f"{workdir}/profile", start, config.total_steps, say=monitor.say))
+            trace = stack.enter_context(Profiler(f"{workdir}/profile", start, config.total_steps, say=monitor.say))
         # The run before may have been stopped or killed between saving this step and evaluating it. All evaluate or none,
         # so one looks into the file.
         if evaluation_due(start) and not share.lead("evaluation", lambda: monitor.evaluated(start)):
@@ -309,8 +312,8 @@ def main(argv: list[str]) -> int:
         DISTRIBUTED.value, coordinator=COORDINATOR.value, process=PROCESS.value, processes=PROCESSES.value
     )
     print(joined, flush=True)
-    keep_programs()
-    return main_of(config, WORKDIR.value, profile=PROFILE.value)
+    enable_compilation_cache()
+    return train(config, WORKDIR.value, profile=PROFILE.value)
 
 
 if __name__ == "__main__":

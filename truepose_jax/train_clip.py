@@ -1,6 +1,6 @@
 """Trains a region encoder for synthetic people: python -m truepose_jax.train_clip --config=FILE --out=FOLDER.
 
-The folder is a transformers CLIP vision folder, for config.model.clip.path. See contrastive.py and configs/synthetic_clip.py.
+It is a transformers CLIP vision folder, for config.model.clip.path. See training/contrastive.py and configs/synthetic_clip.py.
 """
 
 from __future__ import annotations
@@ -11,9 +11,9 @@ import pathlib
 from absl import flags
 from ml_collections import config_flags
 
-from truepose_jax.contrastive import ClipTraining, train, write
-from truepose_jax.programs import run_with_config
-from truepose_jax.schema import ConfigError, from_config_dict
+from truepose_jax.config import ConfigError, from_config_dict
+from truepose_jax.runtime.cli import run_with_config
+from truepose_jax.training.contrastive import ClipTraining, train, write
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "configs/synthetic_clip.py", lock_config=True)
 OUT = flags.DEFINE_string("out", None, "The folder to write; it must not exist.")

@@ -10,7 +10,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from tests.kernels import oracle64
 from tests.kernels.test_attention import SIDES, case, worst
 from truepose_jax.kernels.attention import api, xla
-from truepose_jax.sharding import BATCH_AXES, make_mesh
+from truepose_jax.runtime.sharding import BATCH_AXES, make_mesh
 
 MESHES = {"data": (8, 1, 1), "all": (2, 2, 2)}
 

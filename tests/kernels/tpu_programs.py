@@ -13,7 +13,7 @@ from jax.experimental import topologies
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from truepose_jax.kernels.attention import api
-from truepose_jax.sharding import AXES, BATCH_AXES
+from truepose_jax.runtime.sharding import AXES, BATCH_AXES
 
 CALLS = (
     # batch, queries, keys, heads, head width, dtype, key mask

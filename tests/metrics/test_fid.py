@@ -13,9 +13,9 @@ import torch
 import torch.nn.functional as F
 
 from tests.metrics.torch_networks import Inception, random_state
-from truepose_jax.conversion import from_torch
 from truepose_jax.evaluate.weights import PUBLISHED, module_of, shapes_of
 from truepose_jax.metrics import fid
+from truepose_jax.pretrained.conversion import from_torch
 
 SMALL = 75
 """The least side Inception takes; 299 is in test_packages.py."""

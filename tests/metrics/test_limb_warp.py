@@ -3,9 +3,9 @@
 import numpy as np
 import pytest
 
-from input_pipeline.parsing import label_set
-from input_pipeline.poses import framed_pose
-from input_pipeline.synthetic import render
+from input_pipeline.annotations.parsing import label_set
+from input_pipeline.synthetic.people import render
+from input_pipeline.synthetic.poses import framed_pose
 from truepose_jax.metrics.limb_warp import limb_warp
 from truepose_jax.metrics.regions import mean_psnr
 

@@ -10,9 +10,9 @@ import torch
 
 from tests.metrics.packages import package
 from tests.metrics.torch_networks import random_state
-from truepose_jax.conversion import from_torch
 from truepose_jax.evaluate.weights import PUBLISHED, module_of, shapes_of
 from truepose_jax.metrics import fid
+from truepose_jax.pretrained.conversion import from_torch
 
 pytestmark = pytest.mark.slow
 

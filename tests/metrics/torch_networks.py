@@ -7,8 +7,8 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from truepose_jax.conversion import key_maps
 from truepose_jax.evaluate.weights import PUBLISHED, shapes_of
+from truepose_jax.pretrained.conversion import key_maps
 
 ALEXNET = ((0, 4, 2), (3, 1, 2), (6, 1, 1), (8, 1, 1), (10, 1, 1))
 

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import torch
 
-from truepose_jax.conversion import from_torch, key_maps
+from truepose_jax.pretrained.conversion import from_torch, key_maps
 
 MODULE = 1e-5
 NETWORK = 3e-5

@@ -43,9 +43,9 @@ def with_jax(folder: pathlib.Path) -> tuple[np.ndarray, float]:
 
     import jax
 
-    from truepose_jax.conversion import from_torch, key_maps
     from truepose_jax.models.attention import plain_block
     from truepose_jax.models.unet import UNet2DCondition, UNetConfig
+    from truepose_jax.pretrained.conversion import from_torch, key_maps
 
     net = UNet2DCondition(UNetConfig(), functools.partial(plain_block))
     latents, t, context = inputs()

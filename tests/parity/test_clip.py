@@ -10,8 +10,8 @@ from transformers import CLIPConfig, CLIPVisionModelWithProjection
 from transformers import CLIPVisionConfig as TorchConfig
 
 from tests.parity.compare import NETWORK, check, epsilons, normal, torch_epsilons
-from truepose_jax.conversion import from_torch, key_maps
 from truepose_jax.models import clip
+from truepose_jax.pretrained.conversion import from_torch, key_maps
 
 SMALL = clip.CLIPVisionConfig(
     hidden_size=48,

@@ -1,7 +1,7 @@
 """Pixels on their way in and out against the processors that CLIP and SD1.5 are used with.
 
-tests/test_input_parsing.py has one square photo against CLIP's processor; here are the crops of a whole map and the
-autoencoder's ranges. Both libraries' processors are the Pillow ones: their torchvision ones resize otherwise.
+tests/input_pipeline/annotations/test_parsing.py has one square photo against CLIP's processor; here are the crops of a whole
+map and the autoencoder's ranges. Both libraries' processors are the Pillow ones: their torchvision ones resize otherwise.
 """
 
 import jax.numpy as jnp
@@ -12,11 +12,11 @@ from diffusers.image_processor import VaeImageProcessor
 from PIL import Image
 from transformers import CLIPImageProcessorPil
 
-from input_pipeline import regions
-from input_pipeline.parsing import LABEL_SETS
-from input_pipeline.transforms import write_picture
-from truepose_jax.pictures import to_uint8
-from truepose_jax.train_step import as_floats
+from input_pipeline.annotations import regions
+from input_pipeline.annotations.parsing import LABEL_SETS
+from input_pipeline.batches.transforms import write_picture
+from truepose_jax.sampling.image_grid import to_uint8
+from truepose_jax.training.step import normalize_batch
 
 CLIP = 1e-6
 """Tolerance on values of about -2 to 2. Measured: 2.4e-7."""
@@ -68,7 +68,7 @@ def test_pixels_enter_the_autoencoder_as_diffusers_gives_them():
     expected = VaeImageProcessor(do_resize=False).preprocess(Image.fromarray(EVERY))[0].permute(1, 2, 0).numpy()
     ours = np.empty(EVERY.shape, np.float32)
     write_picture(EVERY, out=ours)
-    on_device = as_floats({name: jnp.asarray(EVERY) for name in ("target", "target_pose")})
+    on_device = normalize_batch({name: jnp.asarray(EVERY) for name in ("target", "target_pose")})
     for each in (ours, on_device["target"]):
         np.testing.assert_allclose(each, expected, atol=2e-7)
         assert (each.min(), each.max()) == (-1.0, 1.0)

@@ -1,6 +1,6 @@
 """Every value of the schedules and every single step of DDIM against diffusers' DDIMScheduler with SD1.5's configuration.
 
-tests/test_diffusion.py compares timesteps, whole trajectories and the rest of diffusion/.
+tests/diffusion/test_diffusion.py compares timesteps, whole trajectories and the rest of diffusion/.
 """
 
 import dataclasses
@@ -12,11 +12,11 @@ import pytest
 import torch
 from diffusers import DDIMScheduler
 
+from tests.diffusion.test_diffusion import SD15, SD15_SCHEDULER
 from tests.parity.compare import difference, normal
-from tests.test_diffusion import SD15, SD15_SCHEDULER
-from truepose_jax.conversion.export_configs import scheduler_config
+from truepose_jax.config import DiffusionConfig
 from truepose_jax.diffusion.samplers import ddim_sample
-from truepose_jax.schema import DiffusionConfig
+from truepose_jax.pretrained.conversion.export_configs import scheduler_config
 
 SHAPE = (2, 3, 4, 5)
 STEP = 2e-5
@@ -25,7 +25,7 @@ rounded sqrt(1 - abar)), others 6.8e-7."""
 
 NAMES = {"eps": "epsilon", "v": "v_prediction", "x0": "sample"}
 DIVISORS = (1, 2, 4, 8, 25, 40, 125)
-"""Of 1000; tests/test_diffusion.py has 20 and 50."""
+"""Of 1000; tests/diffusion/test_diffusion.py has 20 and 50."""
 
 
 def test_scheduler_config_is_that_of_sd15():

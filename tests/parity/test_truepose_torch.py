@@ -1,4 +1,4 @@
-"""The whole TruePose against benchmarks/torch_truepose.py: two programs written apart from each other, joined by an export.
+"""The whole TruePose against interop/torch_truepose.py: two programs written apart from each other, joined by an export.
 
 Every parameter is random. max|difference| / max|reference| per tensor.
 """
@@ -15,24 +15,24 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks.torch_truepose import SOURCE_MODES, Inputs, TargetBlock, TruePose, coverage_and_masks
 from configs import synthetic_ablation
 from input_pipeline.schema import MAX_CLASSES
 from tests import tiny
 from tests.parity.compare import difference, torch_epsilons
-from truepose_jax import rng
-from truepose_jax.conversion import key_maps
-from truepose_jax.conversion.export import write_export
-from truepose_jax.conversion.truepose_names import EXTRAS, place_of
+from truepose_jax.config import Config, from_config_dict
 from truepose_jax.diffusion import losses
 from truepose_jax.diffusion.guidance import guided
 from truepose_jax.diffusion.samplers import ddim_sample
+from truepose_jax.interop.torch_truepose import SOURCE_MODES, Inputs, TargetBlock, TruePose, coverage_and_masks
 from truepose_jax.methods import truepose
 from truepose_jax.models import caa
 from truepose_jax.models.hpfa import SourceAttention
 from truepose_jax.models.masks import coverage_levels, parsing_mask
 from truepose_jax.models.vae import PixelAutoencoder
-from truepose_jax.schema import Config, from_config_dict
+from truepose_jax.pretrained.conversion import key_maps
+from truepose_jax.pretrained.conversion.export import write_export
+from truepose_jax.pretrained.conversion.truepose_names import EXTRAS, place_of
+from truepose_jax.runtime import rng
 
 RUN = {"step": 1, "weights": "raw", "frozen": {}}
 

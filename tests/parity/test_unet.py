@@ -9,9 +9,9 @@ import torch
 from diffusers import UNet2DConditionModel
 
 from tests.parity.compare import NETWORK, check, epsilons, normal, torch_epsilons
-from truepose_jax.conversion import from_torch, key_maps
 from truepose_jax.models.attention import plain_block
 from truepose_jax.models.unet import UNet2DCondition, UNetConfig
+from truepose_jax.pretrained.conversion import from_torch, key_maps
 
 CROSS, PLAIN = ("CrossAttnDownBlock2D", "CrossAttnUpBlock2D"), ("DownBlock2D", "UpBlock2D")
 

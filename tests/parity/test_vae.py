@@ -21,8 +21,8 @@ from tests.parity.compare import (
     to_torch,
     torch_epsilons,
 )
-from truepose_jax.conversion import from_torch, key_maps
 from truepose_jax.models import vae
+from truepose_jax.pretrained.conversion import from_torch, key_maps
 
 SMALL = vae.AutoencoderKLConfig(block_out_channels=(16, 32, 32), layers_per_block=1, norm_num_groups=8)
 DEEPER = vae.AutoencoderKLConfig(block_out_channels=(8, 16), layers_per_block=2, norm_num_groups=4, latent_channels=3)

@@ -13,7 +13,7 @@ from truepose_jax.diffusion.schedule import Schedule
 
 SPACINGS = ("leading", "trailing")
 
-Amend = Callable[[Float[Array, "b h w c"], Array], Float[Array, "b h w c"]]
+StepCallback = Callable[[Float[Array, "b h w c"], Array], Float[Array, "b h w c"]]
 """(x, abar of its noise level) -> what sampling goes on with."""
 
 
@@ -40,20 +40,20 @@ def ddim_sample(
     *,
     steps: int,
     spacing: str = "leading",
-    amend: Amend | None = None,
+    step_callback: StepCallback | None = None,
 ) -> Float[Array, "b h w c"]:
     """Deterministic DDIM from `noise` to z_0. predict(x_t, t [b]) -> network output.
 
-    amend: replaces every x_t on the way, the noise it begins with and the result included (editing.py).
+    step_callback: replaces every x_t on the way, the noise it begins with and the result included (sampling/inpainting.py).
     """
     timesteps, abars = ddim_levels(schedule, steps=steps, spacing=spacing)
 
     def step(x, now):
         t, abar_next = now
         x = ddim_step(x, predict(x, _everywhere(t, x)), t, abar_next, schedule)
-        return x if amend is None else amend(x, abar_next), None
+        return x if step_callback is None else step_callback(x, abar_next), None
 
-    start = noise if amend is None else amend(noise, jnp.asarray(abars[0]))
+    start = noise if step_callback is None else step_callback(noise, jnp.asarray(abars[0]))
     x, _ = jax.lax.scan(step, start, (jnp.asarray(timesteps), jnp.asarray(abars[1:])))
     return x
 

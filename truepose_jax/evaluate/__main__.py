@@ -23,22 +23,22 @@ import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from input_pipeline.parsing import LABEL_SETS, label_set
+from input_pipeline.annotations.parsing import LABEL_SETS, label_set
+from input_pipeline.process_group import ALONE, Share
 from input_pipeline.schema import InputError
-from input_pipeline.shares import ALONE, Share
-from truepose_jax.distributed import add_flags, joined
 from truepose_jax.evaluate import pairing, rating
-from truepose_jax.evaluate.pairing import NAMED, OR_ALLOW, Folder, Pairing, some
+from truepose_jax.evaluate.pairing import NAMED, OR_ALLOW, Folder, Pairing, summarize
 from truepose_jax.evaluate.program_hash import program_hash
 from truepose_jax.evaluate.protocols import PROTOCOLS, Protocol, Size, check_size
 from truepose_jax.evaluate.references import fid_sources
 from truepose_jax.evaluate.report import summarise, table
-from truepose_jax.evaluate.scores import Maps, Scorer, plain, score_pairs
+from truepose_jax.evaluate.scores import Maps, Scorer, score_pairs, to_json
 from truepose_jax.evaluate.statistics import folder_statistics, reference_statistics
 from truepose_jax.evaluate.weights import PUBLISHED, Network, convert, load
-from truepose_jax.files import make_folder, whole
 from truepose_jax.metrics.fid import FID_KINDS, frechet_distance
-from truepose_jax.programs import Parser, parse_size, run_program
+from truepose_jax.runtime.cli import Parser, parse_size, run_program
+from truepose_jax.runtime.distributed import add_flags, joined
+from truepose_jax.runtime.files import atomic_write, make_folder
 
 PACKAGES = ("truepose-jax", "jax", "flax", "numpy", "scipy", "pillow", "opencv-python-headless")
 
@@ -196,7 +196,7 @@ def _maps(flags: argparse.Namespace, paired: Pairing) -> tuple[Maps | None, dict
     maps = Maps(Folder.read(flags.parsing, flag="--parsing", maps=True), label_set(flags.labels))
     absent = maps.absent(pair.reference for pair in paired.pairs)
     if absent and not flags.allow_missing:
-        raise InputError(f"--parsing={flags.parsing}: no maps of {some(absent)} of --reference{OR_ALLOW}")
+        raise InputError(f"--parsing={flags.parsing}: no maps of {summarize(absent)} of --reference{OR_ALLOW}")
     return maps, {"folder": str(maps.folder.root), "labels": maps.labels.name, "without_map": _named(absent)}
 
 
@@ -267,8 +267,8 @@ def _version(package: str) -> str | None:
 
 
 def _write(out: pathlib.Path, report: Mapping[str, Any]) -> None:
-    with whole(out) as partial:
-        partial.write_text(json.dumps(plain(report), indent=1, allow_nan=False) + "\n", encoding="utf-8")
+    with atomic_write(out) as partial:
+        partial.write_text(json.dumps(to_json(report), indent=1, allow_nan=False) + "\n", encoding="utf-8")
 
 
 def _weights(argv: Sequence[str]) -> None:

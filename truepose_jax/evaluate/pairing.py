@@ -20,11 +20,11 @@ from collections.abc import Iterator, Mapping, Sequence
 
 from PIL import Image
 
-from input_pipeline.folder import PARSING_FOLDER, PHOTO_FOLDERS, POSE_FOLDERS
-from input_pipeline.keypoints import name_key
-from input_pipeline.photo import EXIF_ORIENTATION, check_size, one_line
-from input_pipeline.raw_files import first_folder
+from input_pipeline.annotations.keypoints import name_key
+from input_pipeline.annotations.photo import EXIF_ORIENTATION, check_size, one_line
 from input_pipeline.schema import InputError
+from input_pipeline.sources.folder import PARSING_FOLDER, PHOTO_FOLDERS, POSE_FOLDERS
+from input_pipeline.sources.listing import first_folder
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 SAME_NAME = "same name"
@@ -127,20 +127,20 @@ class Pairing:
     def check(self, *, allow_missing: bool) -> None:
         """Raises InputError where there are no pairs, or where some image has no partner and that is not allowed."""
         if not self.pairs:
-            shown = f"; {some(self.unmatched)}" if self.unmatched else ""
+            shown = f"; {summarize(self.unmatched)}" if self.unmatched else ""
             raise InputError(
                 f"no generated image has a reference of its name{shown}; names are TARGET or SOURCE_2_TARGET_vis"
             )
         if allow_missing:
             return
         if self.unmatched:
-            raise InputError(f"{some(self.unmatched)} of --generated without a reference{OR_ALLOW}")
+            raise InputError(f"{summarize(self.unmatched)} of --generated without a reference{OR_ALLOW}")
         if self.missing:
-            raise InputError(f"{some(self.missing)} not among the generated images{OR_LIST}give --allow-missing")
+            raise InputError(f"{summarize(self.missing)} not among the generated images{OR_LIST}give --allow-missing")
 
 
 def _inside(root: pathlib.Path, maps: bool) -> pathlib.Path:
-    """Where the photos (or maps) of a folder of input_pipeline/folder.py lie; any other folder is its own place."""
+    """Where the photos (or maps) of a folder of input_pipeline/sources/folder.py lie; any other folder is its own place."""
     photos = first_folder(root, PHOTO_FOLDERS)
     if photos is None or first_folder(root, (PARSING_FOLDER, *POSE_FOLDERS)) is None:
         return root
@@ -152,7 +152,7 @@ def image_key(name: str) -> str:
     return name_key(_IMAGE_SUFFIX.sub("", name.strip()) + ".png")
 
 
-def some(names: Sequence[str]) -> str:
+def summarize(names: Sequence[str]) -> str:
     """How many images, and the first of them by name."""
     shown = ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
     return f"{len(names)} image{'s' if len(names) > 1 else ''} ({shown})"
@@ -166,7 +166,7 @@ def pair_folders(generated: Folder, reference: Folder, wanted: Sequence[tuple[st
     """
     bare = collections.Counter(_IMAGE_SUFFIX.sub("", name) for name in generated.names)
     if twice := [name for name, count in bare.items() if count > 1]:
-        raise InputError(f"{generated.root}: {some(twice)} there in several formats; keep one of each")
+        raise InputError(f"{generated.root}: {summarize(twice)} there in several formats; keep one of each")
     references = reference.by_key()
     listed = None if wanted is None else {(image_key(s), image_key(t)): f"{s} > {t}" for s, t in wanted}
     pairs, unmatched = [], []

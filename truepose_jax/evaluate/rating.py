@@ -22,10 +22,10 @@ from collections.abc import Mapping, Sequence
 
 from PIL import Image
 
-from input_pipeline.photo import one_line, read_photo
+from input_pipeline.annotations.photo import one_line, read_photo
 from input_pipeline.schema import InputError
 from truepose_jax.evaluate.pairing import Folder, pair_folders
-from truepose_jax.programs import Parser, parse_size
+from truepose_jax.runtime.cli import Parser, parse_size
 
 REAL = "real"
 TITLE = 'Rating of pictures: write "real" or "generated" for part 1, and a letter for part 2, into answers.csv'

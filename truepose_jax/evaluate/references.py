@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 from input_pipeline.schema import InputError
 from truepose_jax.evaluate import statistics
-from truepose_jax.evaluate.pairing import Folder, image_key, read_names, some
+from truepose_jax.evaluate.pairing import Folder, image_key, read_names, summarize
 from truepose_jax.evaluate.weights import PUBLISHED
 from truepose_jax.metrics.fid import FID_KINDS
 
@@ -55,6 +55,8 @@ def _named(folder: Folder, names: str) -> Folder:
     wanted = read_names(names)
     chosen = folder.chosen([name for name in folder.names if image_key(name) in wanted])
     if absent := sorted(wanted - {image_key(name) for name in chosen.names}):
-        raise InputError(f"--fid-reference={folder.root}: {some(absent)} of --fid-names={names} not there; complete it")
+        raise InputError(
+            f"--fid-reference={folder.root}: {summarize(absent)} of --fid-names={names} not there; complete it"
+        )
     chosen.images()
     return chosen

@@ -8,10 +8,10 @@ from typing import Any
 
 import numpy as np
 
-from input_pipeline.folder import identity_of
-from input_pipeline.market1501 import person_of
 from input_pipeline.schema import InputError
-from input_pipeline.synthetic import person_in
+from input_pipeline.sources.folder import identity_of
+from input_pipeline.sources.market1501 import person_of
+from input_pipeline.synthetic.people import person_in
 from truepose_jax.evaluate.scores import Row
 from truepose_jax.evaluate.statistics import ANOTHER_VERSION
 from truepose_jax.metrics.garments import BINS, GALLERY, retrieval_rate

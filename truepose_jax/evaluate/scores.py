@@ -15,20 +15,20 @@ import numpy as np
 import tqdm
 from PIL import Image
 
-from input_pipeline.parsing import CLOTHES, LabelSet, read_parsing
-from input_pipeline.photo import read_photo
+from input_pipeline.annotations.parsing import CLOTHES, LabelSet, read_parsing
+from input_pipeline.annotations.photo import read_photo
+from input_pipeline.process_group import ALONE, Share
 from input_pipeline.schema import InputError
-from input_pipeline.shares import ALONE, Share
 from truepose_jax.evaluate.pairing import Folder, Pair, image_key, image_size
 from truepose_jax.evaluate.protocols import Protocol, Size
 from truepose_jax.evaluate.reading import read_ahead
 from truepose_jax.evaluate.weights import Network
-from truepose_jax.files import make_folder, writing
 from truepose_jax.metrics.garments import colour_histogram
 from truepose_jax.metrics.lpips import LEAST_SIDE
 from truepose_jax.metrics.psnr import LEAST_PIXELS, psnr, psnr_inside
 from truepose_jax.metrics.regions import group_mask
 from truepose_jax.metrics.ssim import UNIFORM_51, gaussian_window, ssim_51, ssim_256
+from truepose_jax.runtime.files import make_folder, writing
 
 Row = dict[str, Any]
 """What is known of a pair; numbers that are not finite are written as strings (nan, inf)."""
@@ -198,7 +198,7 @@ def score_pairs(
             found = read_ahead(lambda pair: scorer.read(pair, map_names), todo, ahead=2 * batch_size)
             for rows in _with_lpips(scorer.lpips, found, batch_size):
                 for row in rows:
-                    file.write(json.dumps(plain(row | {"stamp": stamps[row["generated"]]})) + "\n")
+                    file.write(json.dumps(to_json(row | {"stamp": stamps[row["generated"]]})) + "\n")
                 file.flush()
                 bar.update(len(rows))
                 share.check()
@@ -254,12 +254,12 @@ def _stamp(scorer: Scorer, pair: Pair) -> str:
     return f"{pair.reference} " + " ".join(f"{s.st_size}-{s.st_mtime_ns}" for s in stats)
 
 
-def plain(value: Any) -> Any:
+def to_json(value: Any) -> Any:
     """JSON knows no nan and no inf: they become strings."""
     if isinstance(value, Mapping):
-        return {name: plain(v) for name, v in value.items()}
+        return {name: to_json(v) for name, v in value.items()}
     if isinstance(value, list):
-        return [plain(v) for v in value]
+        return [to_json(v) for v in value]
     return str(value) if isinstance(value, float) and not math.isfinite(value) else value
 
 

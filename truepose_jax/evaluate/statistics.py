@@ -17,17 +17,17 @@ import tqdm
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-from input_pipeline.photo import one_line, read_photo
+from input_pipeline.annotations.photo import one_line, read_photo
+from input_pipeline.process_group import ALONE, Share
 from input_pipeline.schema import InputError
-from input_pipeline.shares import ALONE, Share
 from truepose_jax.evaluate.pairing import Folder
 from truepose_jax.evaluate.program_hash import program_hash
 from truepose_jax.evaluate.protocols import Protocol, Size
 from truepose_jax.evaluate.reading import batches, read_ahead
 from truepose_jax.evaluate.weights import Network
-from truepose_jax.files import make_folder, whole
 from truepose_jax.metrics.fid import FID_KINDS, SIDE, Statistics
 from truepose_jax.metrics.inception import FEATURES
+from truepose_jax.runtime.files import atomic_write, make_folder
 
 SAVE_EVERY = 2048
 """Images between two saves: 33 MB each."""
@@ -176,7 +176,7 @@ def save(path: pathlib.Path, statistics: Statistics, about: Mapping[str, str]) -
 
 
 def _write(path: pathlib.Path, tensors: Mapping[str, np.ndarray], about: Mapping[str, str]) -> None:
-    with whole(path) as partial:
+    with atomic_write(path) as partial:
         save_file(dict(tensors), partial, metadata=dict(about))
 
 

@@ -23,16 +23,16 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-from input_pipeline.photo import one_line
+from input_pipeline.annotations.photo import one_line
 from input_pipeline.schema import InputError
-from truepose_jax.conversion import from_torch
-from truepose_jax.conversion.key_maps import ModelKeys, Stranger
-from truepose_jax.conversion.safetensors_io import ConversionError
-from truepose_jax.files import whole
 from truepose_jax.metrics.fid import FID_KINDS
 from truepose_jax.metrics.inception import Inception
 from truepose_jax.metrics.lpips import LPIPS
-from truepose_jax.programs import install
+from truepose_jax.pretrained.conversion import from_torch
+from truepose_jax.pretrained.conversion.key_maps import ModelKeys, Stranger
+from truepose_jax.pretrained.conversion.safetensors_io import ConversionError
+from truepose_jax.runtime.cli import install
+from truepose_jax.runtime.files import atomic_write
 
 UNVERIFIED = "_unverified_weights"
 METADATA_SOURCES, METADATA_TENSORS = "sources_sha256", "tensors_sha256"
@@ -212,6 +212,6 @@ def convert(paths: Sequence[str], out: str) -> dict[str, str]:
         tensors |= found
     tensors = {name: np.ascontiguousarray(array) for name, array in tensors.items()}
     metadata = {METADATA_SOURCES: json.dumps(sources), METADATA_TENSORS: tensors_sha256(tensors)}
-    with whole(place) as partial:
+    with atomic_write(place) as partial:
         save_file(tensors, partial, metadata={"format": "pt"} | metadata)
     return sources

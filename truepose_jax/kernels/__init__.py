@@ -1,0 +1,1 @@
+"""Attention for each kind of device, behind one door (attention/api.py)."""

@@ -1,10 +1,10 @@
 """The papers, one file each; `make_method` is the only place that knows their names."""
 
+from truepose_jax.config import Config
 from truepose_jax.methods.base import Method
 from truepose_jax.methods.truepose import TruePose
 from truepose_jax.models.clip import CLIPVisionConfig
 from truepose_jax.models.vae import Autoencoder
-from truepose_jax.schema import Config
 
 METHODS = {"truepose": TruePose}
 

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from truepose_jax import rng
+from truepose_jax.config import DiffusionConfig, ModelConfig
 from truepose_jax.diffusion import losses
 from truepose_jax.methods.base import BatchSpec, Conditioning
 from truepose_jax.methods.truepose_source import SourceReader, positions
@@ -31,8 +31,8 @@ from truepose_jax.models.source_net import without_gradient
 from truepose_jax.models.target_net import Fusion, target_net
 from truepose_jax.models.unet import HIDDEN
 from truepose_jax.models.vae import Autoencoder
-from truepose_jax.schema import DiffusionConfig, ModelConfig
-from truepose_jax.sharding import constrain
+from truepose_jax.runtime import rng
+from truepose_jax.runtime.sharding import constrain
 
 HALF = -1
 """Level of the half cells, beside the UNet's 0, 1, ..."""

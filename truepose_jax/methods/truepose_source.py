@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from truepose_jax import rng
+from truepose_jax.config import ModelConfig
 from truepose_jax.methods.base import Batch, Frozen, Params
 from truepose_jax.models.clip import CLIPVisionConfig
 from truepose_jax.models.clip_source import ClipSource, clip_patches
@@ -22,7 +22,7 @@ from truepose_jax.models.masks import coverage_levels, mean_levels, parsing_mask
 from truepose_jax.models.source_net import ParsingEncoder, self_attention_of, source_features, source_net
 from truepose_jax.models.target_net import SourceSide
 from truepose_jax.models.unet import HIDDEN
-from truepose_jax.schema import ModelConfig
+from truepose_jax.runtime import rng
 
 
 def positions(model: ModelConfig, cells: Float[Array, "b h w c"]) -> Float[Array, ...]:

@@ -53,7 +53,7 @@ def limb_warp(
 ) -> Float[np.ndarray, "h w 3"]:
     """The person of `source` in the target's pose, before the source's own background.
 
-    joints_of_class: which joints a parsing class belongs to (`input_pipeline.parsing.LabelSet.joints`); class 0 is
+    joints_of_class: which joints a parsing class belongs to (`input_pipeline.annotations.parsing.LabelSet.joints`); class 0 is
     background. Missing joints are guessed from the others; without a neck or any hip or shoulder on either side, the source
     comes back as it is.
     """

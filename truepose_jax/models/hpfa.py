@@ -64,7 +64,7 @@ class FusionConfig:
     texture: F' reaches TargetNet through HPFA, or "concat": as further keys and values of its self-attention.
     alignment: attn2 reads the K chosen regions (CAA), or "global": the CLIP token of the whole image.
 
-    What we decided by reading, for the sweeps of benchmarks/ablation.py:
+    What we decided by reading, for the sweeps of experiments/ablation.py:
     source_attention (A5): Eq. 7 is a branch beside SourceNet's self-attention, or "inplace": it is that self-attention.
     score (A17): what of the source attention is averaged per region: A', A' with Eq. 6's weights, or its softmax.
 

@@ -10,7 +10,7 @@
     python -m truepose_jax.prepare inspect --synthetic=6 --out=sheet.png
 
 `label` makes the parsing maps and poses that a raw folder lacks, by models of transformers (the [torch] extra). `build`
-turns a raw dataset into records (input_pipeline/records.py) and can be stopped and run again; `annotate` puts CLIP's
+turns a raw dataset into records (input_pipeline/records/reader.py) and can be stopped and run again; `annotate` puts CLIP's
 region tokens and VAE latents into them, so that training runs neither; `check` reads every record and says what is
 wrong with it. `inspect` draws what the model will be told about each photo: the parsing map with its classes, the
 skeleton, the region boxes CLIP sees, and the mask M for a target pose. Wrong label sets and swapped sides show at a
@@ -26,7 +26,6 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 
-from truepose_jax.distributed import add_flags, joined, refuse_flags
 from truepose_jax.prepare.annotate import add_annotate
 from truepose_jax.prepare.build import add_build
 from truepose_jax.prepare.check import add_check
@@ -34,7 +33,8 @@ from truepose_jax.prepare.codec import add_codec
 from truepose_jax.prepare.inspection import add_inspect, side_warnings
 from truepose_jax.prepare.label import add_label
 from truepose_jax.prepare.sheet import PANEL_HEIGHT
-from truepose_jax.programs import Parser, run_program
+from truepose_jax.runtime.cli import Parser, run_program
+from truepose_jax.runtime.distributed import add_flags, joined, refuse_flags
 
 SHARED = ("build", "label", "annotate")
 """Sub-commands whose work several processes share."""

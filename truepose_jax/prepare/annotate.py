@@ -11,15 +11,15 @@ from typing import Any
 import cv2
 import numpy as np
 
-from input_pipeline.parsing import label_set
-from input_pipeline.record_rewrite import annotations, rewrite_records
-from input_pipeline.record_schema import pack_latents, pack_tokens
-from input_pipeline.records import read_json
+from input_pipeline.annotations.parsing import label_set
+from input_pipeline.batches.transforms import flip_record
+from input_pipeline.process_group import Share
+from input_pipeline.records.annotate import annotations, rewrite_records
+from input_pipeline.records.reader import read_json
+from input_pipeline.records.schema import pack_latents, pack_tokens
 from input_pipeline.schema import LATENT_FACTOR, ImageRecord, InputError
-from input_pipeline.shares import Share
-from input_pipeline.transforms import flip_record
-from truepose_jax import files
-from truepose_jax.programs import parse_size
+from truepose_jax.runtime import files
+from truepose_jax.runtime.cli import parse_size
 
 VAE_BATCH = 8
 """Pictures the VAE encodes at once: at 512x352 in float32 the encoder takes about 0.5 GB each."""
@@ -102,7 +102,7 @@ class Annotator:
 def clip_annotator(folder: str, size: tuple[int, int], batch: int) -> tuple[Mapping[str, Any], Annotator]:
     """(what metadata.json says of them, the annotator) of the region tokens of a CLIP folder. Raises ConfigError."""
     del batch  # crops of 224 pixels: CLIP's own batches do
-    from truepose_jax.region_tokens import load_encoder
+    from truepose_jax.pretrained.region_tokens import load_encoder
 
     encoder = load_encoder(folder)
 
@@ -121,7 +121,7 @@ def vae_annotator(folder: str, size: tuple[int, int], batch: int) -> tuple[Mappi
     """The same of the latents of a VAE folder, computed in float32."""
     import jax
 
-    from truepose_jax.frozen import load_vae
+    from truepose_jax.pretrained.frozen_networks import load_vae
 
     autoencoder, params, fingerprint = load_vae(folder)
     encode = jax.jit(lambda params, images: autoencoder.module.apply({"params": params}, images, method="encode"))

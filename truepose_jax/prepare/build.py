@@ -9,19 +9,19 @@ import pathlib
 import time
 from typing import Any
 
-from input_pipeline.builder import build_records
-from input_pipeline.ccp import read_ccp
-from input_pipeline.deepfashion import read_deepfashion
-from input_pipeline.market1501 import read_market1501
-from input_pipeline.parsing import LABEL_SETS, label_set
-from input_pipeline.raw import RawSet, limited
-from input_pipeline.raw_files import MissingFiles, checklist
-from input_pipeline.raw_folder import read_folder, synthetic_people
+from input_pipeline.annotations.parsing import LABEL_SETS, label_set
+from input_pipeline.process_group import Share
+from input_pipeline.records.writer import build_records
 from input_pipeline.schema import InputError
-from input_pipeline.shares import Share
-from input_pipeline.wpose import read_wpose
+from input_pipeline.sources.base import RawSet, limited
+from input_pipeline.sources.ccp import read_ccp
+from input_pipeline.sources.deepfashion import read_deepfashion
+from input_pipeline.sources.listing import MissingFiles, checklist
+from input_pipeline.sources.market1501 import read_market1501
+from input_pipeline.sources.own_photos import read_folder, synthetic_people
+from input_pipeline.sources.wpose import read_wpose
 from truepose_jax.prepare.drop_sheet import drop_sheet
-from truepose_jax.programs import parse_size, refuse_unheeded
+from truepose_jax.runtime.cli import parse_size, reject_unused_flags
 
 DATASETS = ("deepfashion", "market1501", "wpose", "ccp", "folder", "synthetic")
 SYNTHETIC_PAIRS, SYNTHETIC_SIZE = 10_000, (256, 176)
@@ -62,7 +62,7 @@ def add_build(commands) -> None:
     parser.add_argument("--workers", type=int, help="processes that read photos (default: one a core)")
     parser.add_argument("--seed", type=int, help="synthetic: of the people (0)")
     parser.add_argument("--poses-per-identity", type=int, metavar="N", help="synthetic: pictures of a person (4)")
-    parser.add_argument("--patterns", choices=("all", "solid"), help="synthetic: clothes (all)")
+    parser.add_argument("--patterns", choices=("all", "solid", "mixed"), help="synthetic: clothes (all)")
     parser.add_argument("--background", choices=("all", "plain"), help="synthetic: scenes (all)")
     parser.add_argument("--framing", choices=("all", "close"), help="synthetic: how near (all)")
     parser.set_defaults(run=build)
@@ -70,7 +70,7 @@ def add_build(commands) -> None:
 
 def build(flags: argparse.Namespace, share: Share) -> None:
     """Reads the lists, says what is missing, builds, and prints what came of it. Raises InputError."""
-    refuse_unheeded(flags, FLAGS_OF, flags.dataset, title=f"--dataset={flags.dataset}")
+    reject_unused_flags(flags, FLAGS_OF, flags.dataset, title=f"--dataset={flags.dataset}")
     if flags.limit is not None and flags.limit < 1:
         raise InputError(f"--limit={flags.limit} leaves nothing to build")
     if flags.workers is not None and flags.workers < 1:

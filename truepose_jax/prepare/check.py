@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from input_pipeline.record_check import check_records
+from input_pipeline.records.check import check_records
 from input_pipeline.schema import InputError
 
 

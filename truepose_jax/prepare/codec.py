@@ -7,10 +7,10 @@ import pathlib
 
 import numpy as np
 
-from input_pipeline.photo import Framing, read_photo
+from input_pipeline.annotations.photo import Framing, read_photo
 from input_pipeline.schema import InputError
-from truepose_jax.files import check_new_file, whole
-from truepose_jax.programs import parse_size
+from truepose_jax.runtime.cli import parse_size
+from truepose_jax.runtime.files import atomic_write, check_new_file
 
 SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp"})
 PHOTOS = 500
@@ -56,7 +56,7 @@ def codec(flags: argparse.Namespace) -> None:
     from truepose_jax.models.patch_codec import fit
 
     basis = fit(patches)
-    with whole(out) as partial:
+    with atomic_write(out) as partial:
         partial.write_bytes(save(basis._asdict()))
     print(f"{out}: of {len(patches):,} patches in {len(chosen)} of {len(files)} photos")
     for kept, psnr in _psnrs(str(out), patches).items():

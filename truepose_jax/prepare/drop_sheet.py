@@ -8,7 +8,7 @@ from typing import Any
 
 from PIL import Image, ImageDraw
 
-from input_pipeline.photo import read_photo
+from input_pipeline.annotations.photo import read_photo
 from input_pipeline.schema import InputError
 from truepose_jax.prepare.sheet import EDGE, FAINT, GAP, INK, PAPER, font
 

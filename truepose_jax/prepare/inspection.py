@@ -10,21 +10,21 @@ from collections.abc import Sequence
 import numpy as np
 from PIL import Image
 
-from input_pipeline.folder import FolderImages
-from input_pipeline.keypoints import JOINT_NAMES, inside
-from input_pipeline.parsing import LABEL_SETS, LabelSet, class_areas, class_on, label_set
-from input_pipeline.records import RecordImages
-from input_pipeline.regions import region_boxes
+from input_pipeline.annotations.keypoints import JOINT_NAMES, inside
+from input_pipeline.annotations.parsing import LABEL_SETS, LabelSet, class_areas, class_on, label_set
+from input_pipeline.annotations.regions import region_boxes
+from input_pipeline.records.reader import RecordImages
 from input_pipeline.schema import MAX_CLASSES, ImageRecord, ImageSet, InputError
-from input_pipeline.synthetic import SyntheticPeople
-from truepose_jax import files
+from input_pipeline.sources.folder import FolderImages
+from input_pipeline.synthetic.people import SyntheticPeople
 from truepose_jax.prepare.sheet import contact_sheet
-from truepose_jax.programs import parse_size, refuse_unheeded
+from truepose_jax.runtime import files
+from truepose_jax.runtime.cli import parse_size, reject_unused_flags
 
 MAX_COUNTED = 1000
 """Of larger sets this many photos, evenly spread, are counted and drawn."""
 SETS = ("root", "records", "synthetic")
-HEEDED_BY = {"labels": ("--root",), "keypoints": ("--root",), "pose-frame": ("--root",), "split": ("--records",)}
+FLAGS_USED_BY = {"labels": ("--root",), "keypoints": ("--root",), "pose-frame": ("--root",), "split": ("--records",)}
 SPLIT = "train"
 
 
@@ -32,7 +32,9 @@ def add_inspect(commands) -> None:
     """The flags of `inspect`."""
     parser = commands.add_parser("inspect", help="draw labels, skeletons, region boxes and masks over photos")
     what = parser.add_mutually_exclusive_group(required=True)
-    what.add_argument("--root", help="folder with image/, parsing/ and keypoints/ (see input_pipeline/folder.py)")
+    what.add_argument(
+        "--root", help="folder with image/, parsing/ and keypoints/ (see input_pipeline/sources/folder.py)"
+    )
     what.add_argument("--records", metavar="DIR", help="a dataset that `build` wrote")
     what.add_argument("--synthetic", type=int, metavar="N", help="N synthetic people, two poses each, instead")
     parser.add_argument("--split", help=f"of the records: {SPLIT} (default), test")
@@ -55,7 +57,7 @@ def inspect(flags: argparse.Namespace) -> None:
         raise InputError(f"--out={out} does not name a picture; end it in .png")
     files.make_folder(out.parent)
     (given,) = (name for name in SETS if getattr(flags, name) is not None)
-    refuse_unheeded(flags, HEEDED_BY, f"--{given}")
+    reject_unused_flags(flags, FLAGS_USED_BY, f"--{given}")
     if flags.synthetic is not None:
         images = synthetic_images(flags.synthetic, flags.size)
     elif flags.records is not None:

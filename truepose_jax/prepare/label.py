@@ -15,20 +15,20 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import tqdm
 
-from input_pipeline.folder import PHOTO_SUFFIXES
-from input_pipeline.grey_png import encode_grey_png
-from input_pipeline.keypoints import name_key
-from input_pipeline.parsing import LABEL_SETS, LABELS_FILE, check_said_labels, label_set, said_labels
-from input_pipeline.photo import read_photo
-from input_pipeline.raw_files import PARSING_FOLDERS, POSE_FOLDERS, files_by_key, first_folder
+from input_pipeline.annotations.grey_png import encode_grey_png
+from input_pipeline.annotations.keypoints import name_key
+from input_pipeline.annotations.parsing import LABEL_SETS, LABELS_FILE, check_said_labels, label_set, said_labels
+from input_pipeline.annotations.photo import read_photo
+from input_pipeline.process_group import Share
 from input_pipeline.schema import NUM_JOINTS, InputError
-from input_pipeline.shares import Share
-from truepose_jax import files
-from truepose_jax.programs import refuse_unheeded
+from input_pipeline.sources.folder import PHOTO_SUFFIXES
+from input_pipeline.sources.listing import PARSING_FOLDERS, POSE_FOLDERS, files_by_key, first_folder
+from truepose_jax.runtime import files
+from truepose_jax.runtime.cli import reject_unused_flags
 
 PHOTO_FOLDERS = ("img_highres", "Img/img_highres", "image", "images", "img", "photos")
 READERS = 4
-HEEDED_BY = {"labels": ("--parsing",), "score": ("--pose",)}
+FLAGS_USED_BY = {"labels": ("--parsing",), "score": ("--pose",)}
 SCORE = 0.3
 
 Label = Callable[[Sequence[np.ndarray]], list[np.ndarray]]
@@ -62,7 +62,7 @@ def label(flags: argparse.Namespace, share: Share) -> None:
         )
     if bool(flags.pose) != bool(flags.detector):
         raise InputError("--pose and --detector belong together: VitPose needs to know where the person is")
-    refuse_unheeded(flags, HEEDED_BY, *(f"--{name}" for name in ("parsing", "pose") if getattr(flags, name)))
+    reject_unused_flags(flags, FLAGS_USED_BY, *(f"--{name}" for name in ("parsing", "pose") if getattr(flags, name)))
     score = SCORE if flags.score is None else flags.score
     if flags.batch_size < 1 or not 0 <= score <= 1:
         raise InputError("--batch-size must be 1 or more and --score from 0 to 1")
@@ -228,5 +228,5 @@ def write_pose(folder: pathlib.Path, name: str, joints: np.ndarray, hw: tuple[in
 def _write(path: pathlib.Path, content: bytes) -> None:
     with files.writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-    with files.whole(path) as partial:
+    with files.atomic_write(path) as partial:
         partial.write_bytes(content)

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from input_pipeline.parsing import LABEL_SETS, LabelSet, label_set
+from input_pipeline.annotations.parsing import LABEL_SETS, LabelSet, label_set
 from input_pipeline.schema import InputError
 from truepose_jax.prepare.torch_models import load_model
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from input_pipeline.keypoints import from_coco
+from input_pipeline.annotations.keypoints import from_coco
 from input_pipeline.schema import NUM_JOINTS, InputError
 from truepose_jax.prepare.torch_models import load_model
 

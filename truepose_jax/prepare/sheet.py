@@ -7,10 +7,10 @@ from collections.abc import Sequence
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from input_pipeline.parsing import LabelSet, class_areas, class_on, colour_parsing
-from input_pipeline.regions import region_boxes
+from input_pipeline.annotations.parsing import LabelSet, class_areas, class_on, colour_parsing
+from input_pipeline.annotations.regions import region_boxes
+from input_pipeline.annotations.skeleton import draw_skeleton_uint8
 from input_pipeline.schema import MAX_CLASSES, ImageRecord
-from input_pipeline.skeleton import draw_skeleton_uint8
 
 PANEL_HEIGHT = 440
 LEGEND_WIDTH = 172

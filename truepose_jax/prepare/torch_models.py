@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from input_pipeline.photo import one_line
+from input_pipeline.annotations.photo import one_line
 from input_pipeline.schema import InputError
-from truepose_jax.programs import install
+from truepose_jax.runtime.cli import install
 
 
 def load_model(flag: str, name: str, automatic: str, device: str) -> tuple[Any, Any]:

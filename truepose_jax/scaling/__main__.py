@@ -31,14 +31,14 @@ import jax
 from absl import flags
 from ml_collections import config_flags
 
-from truepose_jax import atomic, files
-from truepose_jax.checkpoint import Preemption, lock_workdir
-from truepose_jax.initial import resolve_init_from
-from truepose_jax.programs import keep_programs, parse_size, run_with_config
+from truepose_jax.config import Config, ConfigError, from_config_dict, to_dict
+from truepose_jax.runtime import atomic, files
+from truepose_jax.runtime.cli import enable_compilation_cache, parse_size, run_with_config
 from truepose_jax.scaling import batch, devices, memory, times
 from truepose_jax.scaling.hardware import Topology
 from truepose_jax.scaling.table import Row, Table
-from truepose_jax.schema import Config, ConfigError, from_config_dict, to_dict
+from truepose_jax.training.checkpoint import Preemption, lock_workdir
+from truepose_jax.training.init import resolve_init_from
 
 STOPPED = 143
 """Exit code of a study that was asked to stop (SIGTERM, SIGINT) and has saved what it had."""
@@ -261,11 +261,11 @@ def main(argv: list[str]) -> int:
         return _dry_run(work, folder)
     found = Table(folder, work.common)
     _commands(folder)
-    keep_programs()
+    enable_compilation_cache()
     with Preemption() if STUDY.value == "batch" else contextlib.nullcontext() as preemption, lock_workdir(folder):
         todo = [run for run in work.runs if (row := found.done(run.name)) is None or work.again(run, row)]
         for i, run in enumerate(todo):
-            left = times.said(sum(work.seconds(r, found.rows) for r in todo[i:]))
+            left = times.describe(sum(work.seconds(r, found.rows) for r in todo[i:]))
             print(f"{run.name}: row {len(found.rows) + 1}, {len(todo) - i} to do, about {left} left", flush=True)
             row = work.row(run, preemption)
             if row is None:
@@ -290,9 +290,9 @@ def _dry_run(work: Work, folder: pathlib.Path) -> int:
             continue
         seconds = work.seconds(run, done)
         total += seconds
-        print(f"{run.name:48} about {times.said(seconds)}")
+        print(f"{run.name:48} about {times.describe(seconds)}")
     print(
-        f"{len(work.runs)} runs, {len(work.runs) - len(names)} to do: about {times.said(total)} on {os.cpu_count()} cores"
+        f"{len(work.runs)} runs, {len(work.runs) - len(names)} to do: about {times.describe(total)} on {os.cpu_count()} cores"
     )
     return 0
 

@@ -24,21 +24,21 @@ import numpy as np
 import tqdm
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from truepose_jax import noise_scale
-from truepose_jax.assembly import assemble
-from truepose_jax.checkpoint import Checkpoints, Preemption, check_same_config, parameter_table, write_metadata
-from truepose_jax.datasets import Dataset, evaluation_set, training_batches, training_set
-from truepose_jax.evaluation import Pairs
-from truepose_jax.initial import abstract_state, first_state, training_form
-from truepose_jax.monitor import CannotWrite, Monitor, NonFinite
-from truepose_jax.region_tokens import LazyEncoder
+from truepose_jax.config import Config, ConfigError, checked
+from truepose_jax.data.annotations import training_method
+from truepose_jax.data.datasets import Dataset, evaluation_set, training_batches, training_set
+from truepose_jax.pretrained.factory import assemble
+from truepose_jax.pretrained.region_tokens import LazyEncoder
+from truepose_jax.runtime.sharding import batch_parts, put_global_batch, put_whole_batch, replicate
 from truepose_jax.scaling.compiled import mesh_of
 from truepose_jax.scaling.fits import noise_estimate, steps_to
 from truepose_jax.scaling.table import Row
-from truepose_jax.schema import Config, ConfigError, checked
-from truepose_jax.sharding import batch_parts, put_global_batch, put_whole_batch, replicate
-from truepose_jax.stored import training_method
-from truepose_jax.train_step import Trainer, TrainState
+from truepose_jax.training import noise_scale
+from truepose_jax.training.checkpoint import Checkpoints, Preemption, check_same_config, parameter_table, write_metadata
+from truepose_jax.training.init import abstract_state, first_state, training_form
+from truepose_jax.training.run_log import CannotWrite, Monitor, NonFinite
+from truepose_jax.training.step import Trainer, TrainState
+from truepose_jax.training.validation import Pairs
 
 RULES: dict[str, Callable[[float], float]] = {
     "none": lambda ratio: 1.0,

@@ -9,14 +9,14 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from truepose_jax import atomic
-from truepose_jax.markdown import narrow
+from truepose_jax.config import Config
+from truepose_jax.runtime import atomic
+from truepose_jax.runtime.markdown import narrow
 from truepose_jax.scaling import plots
 from truepose_jax.scaling.batch import Settings, evaluations, step_moments
 from truepose_jax.scaling.fits import Hyperbola, hyperbola, noise_estimate
 from truepose_jax.scaling.report import interval, number, origin, table
 from truepose_jax.scaling.table import Row, Table
-from truepose_jax.schema import Config
 
 WINDOWS = 6
 """Pieces of equal length in log examples that a run's noise scale is shown over."""

@@ -6,13 +6,13 @@ import dataclasses
 import pathlib
 from collections.abc import Mapping, Sequence
 
-from truepose_jax import atomic
-from truepose_jax.markdown import narrow
+from truepose_jax.config import Config, ConfigError, checked
+from truepose_jax.runtime import atomic
+from truepose_jax.runtime.markdown import narrow
 from truepose_jax.scaling import plots, worker
 from truepose_jax.scaling.hardware import Topology, predicted
 from truepose_jax.scaling.report import number, origin, table
 from truepose_jax.scaling.table import Row, Table
-from truepose_jax.schema import Config, ConfigError, checked
 
 FAKE = (
     "Devices of one CPU share its cores, with each other and with whatever else runs: these rows show that the programs are "

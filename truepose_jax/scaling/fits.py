@@ -10,7 +10,7 @@ import numpy as np
 import scipy.optimize
 import scipy.stats
 
-from truepose_jax import noise_scale
+from truepose_jax.training import noise_scale
 
 DRAWS = 1000
 """Bootstrap resamples."""

@@ -6,9 +6,9 @@ import dataclasses
 import math
 import re
 
-from truepose_jax.estimate import DEVICES, GIB
-from truepose_jax.flops import peak_flops
-from truepose_jax.schema import ConfigError
+from truepose_jax.config import ConfigError
+from truepose_jax.training.flops import peak_flops
+from truepose_jax.training.memory import DEVICES, GIB
 
 
 @dataclasses.dataclass(frozen=True)

@@ -12,16 +12,16 @@ from typing import Any
 import jax
 import numpy as np
 
-from truepose_jax.assembly import assemble
-from truepose_jax.datasets import training_batches, training_set
-from truepose_jax.initial import abstract_state, batch_spec, training_form
-from truepose_jax.region_tokens import LazyEncoder
+from truepose_jax.config import Config
+from truepose_jax.data.annotations import training_method
+from truepose_jax.data.datasets import training_batches, training_set
+from truepose_jax.pretrained.factory import assemble
+from truepose_jax.pretrained.region_tokens import LazyEncoder
+from truepose_jax.runtime.sharding import put_global_batch, replicate
 from truepose_jax.scaling.collectives import KINDS, collective_bytes, wire_bytes
 from truepose_jax.scaling.compiled import mesh_of, total_bytes
-from truepose_jax.schema import Config
-from truepose_jax.sharding import put_global_batch, replicate
-from truepose_jax.stored import training_method
-from truepose_jax.train_step import Trainer
+from truepose_jax.training.init import abstract_state, batch_spec, training_form
+from truepose_jax.training.step import Trainer
 
 WARM_UP = 2
 TRACED = 3

@@ -8,14 +8,14 @@ import pathlib
 import sys
 from collections.abc import Callable, Sequence
 
-from truepose_jax import atomic
-from truepose_jax.markdown import narrow
+from truepose_jax.config import Config, ConfigError, checked
+from truepose_jax.runtime import atomic
+from truepose_jax.runtime.markdown import narrow
 from truepose_jax.scaling import plots, worker
 from truepose_jax.scaling.devices import PREDICTION
 from truepose_jax.scaling.hardware import Topology
 from truepose_jax.scaling.report import origin, table
 from truepose_jax.scaling.table import Row, Table
-from truepose_jax.schema import Config, ConfigError, checked
 
 MOST = 1 << 20
 """Examples per device beyond which nobody looks."""

@@ -10,7 +10,7 @@ from typing import Any
 
 import jax
 
-from truepose_jax.schema import Config
+from truepose_jax.config import Config
 
 
 def number(value: Any, digits: int = 3) -> str:

@@ -9,8 +9,8 @@ import pathlib
 from collections.abc import Mapping
 from typing import Any
 
-from truepose_jax import atomic, files
-from truepose_jax.schema import ConfigError
+from truepose_jax.config import ConfigError
+from truepose_jax.runtime import atomic, files
 
 Row = dict[str, Any]
 

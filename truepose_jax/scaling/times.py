@@ -8,8 +8,8 @@ from typing import Any
 import jax
 import numpy as np
 
+from truepose_jax.config import Config
 from truepose_jax.scaling.table import Row
-from truepose_jax.schema import Config
 
 COMPILE = {"cpu": 60.0, "gpu": 120.0, "tpu": 120.0}
 """Seconds to compile a train step of the demo's size; SD1.5's takes several times that."""
@@ -21,7 +21,7 @@ TRIED = 4
 """Batch sizes that a memory row compiles."""
 
 
-def said(seconds: float) -> str:
+def describe(seconds: float) -> str:
     if seconds < 90:
         return f"{seconds:.0f} s"
     return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
@@ -55,9 +55,9 @@ _known_flops: dict[Any, float] = {}
 
 def flops_per_example(config: Config) -> float:
     """A training step's, from shapes alone: three times the multiplications of the networks' convolutions and products."""
-    from truepose_jax.assembly import planned
-    from truepose_jax.initial import batch_spec
     from truepose_jax.kernels.attention.api import default_implementation
+    from truepose_jax.pretrained.factory import planned
+    from truepose_jax.training.init import batch_spec
 
     if config.model not in _known_flops:
         (method, frozen), spec = planned(config), batch_spec(config)

@@ -15,7 +15,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from truepose_jax.programs import Parser, run_program
+from truepose_jax.runtime.cli import Parser, run_program
 from truepose_jax.study.attention import add_attention
 from truepose_jax.study.style import add_style
 

@@ -20,12 +20,12 @@ import numpy as np
 import tqdm
 from PIL import Image
 
-from input_pipeline.parsing import LABEL_SETS, LabelSet, label_set
+from input_pipeline.annotations.parsing import LABEL_SETS, LabelSet, label_set
 from input_pipeline.schema import MAX_CLASSES, InputError
-from truepose_jax.markdown import narrow
+from truepose_jax.inference.pipeline import WEIGHTS, Fitted, Run
 from truepose_jax.models.masks import coverage_levels
-from truepose_jax.pipeline import WEIGHTS, Fitted, Run
-from truepose_jax.programs import keep_programs, parse_size, refuse_unheeded
+from truepose_jax.runtime.cli import enable_compilation_cache, parse_size, reject_unused_flags
+from truepose_jax.runtime.markdown import narrow
 from truepose_jax.study import drawing, model, overlays, table
 from truepose_jax.study.baselines import NAMES, Baseline, load_baseline
 from truepose_jax.study.ours import Seen, Watcher, join
@@ -93,9 +93,9 @@ def study_attention(flags: argparse.Namespace) -> None:
     """Reads, measures, writes. Everything given is checked before the weights are read."""
     drawing.need_matplotlib()
     out = _folder(flags.out, flags.overwrite)
-    refuse_unheeded(flags, OF_MODEL, "--workdir" if flags.workdir else "--weights")
+    reject_unused_flags(flags, OF_MODEL, "--workdir" if flags.workdir else "--weights")
     kind = SYNTHETIC if flags.data == SYNTHETIC else RECORDS if are_records(flags.data) else PHOTOS
-    refuse_unheeded(flags, OF_DATA, kind, title=f"--data={flags.data}")
+    reject_unused_flags(flags, OF_DATA, kind, title=f"--data={flags.data}")
     if flags.labels:
         membership(label_set(flags.labels))
     if flags.batch_size < 1:
@@ -114,7 +114,7 @@ def study_attention(flags: argparse.Namespace) -> None:
     membership(labels)
     fitted = [run.fit(sample.request(labels, flags.seed, own=config.model.carry.head)) for sample in samples]
     encoders = [load_baseline(name, getattr(flags, name)) for name in NAMES if getattr(flags, name)]
-    keep_programs()
+    enable_compilation_cache()
     studied = model.of_run(run) if flags.workdir else model.of_weights(config)
     print(
         f"{studied.name}: {len(samples)} photos of {flags.data}, {steps} DDIM steps, guidance {guidance:g}", flush=True

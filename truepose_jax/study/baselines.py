@@ -15,10 +15,10 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from input_pipeline.photo import one_line
+from input_pipeline.annotations.photo import one_line
 from input_pipeline.schema import InputError
-from truepose_jax.frozen import files_sha256
-from truepose_jax.programs import install
+from truepose_jax.pretrained.frozen_networks import files_sha256
+from truepose_jax.runtime.cli import install
 
 NAMES = {"clip": "CLIP", "dino": "DINOv2"}
 CLASSES = {

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from input_pipeline.schema import InputError
-from truepose_jax.programs import install
+from truepose_jax.runtime.cli import install
 from truepose_jax.study.regions import REGIONS
 from truepose_jax.study.table import AFTER, MAPS, MEAN, OVER_T, Row, select
 

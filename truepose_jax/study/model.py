@@ -12,15 +12,15 @@ import jax.numpy as jnp
 import numpy as np
 
 from configs.base import get_config
-from truepose_jax import rng
-from truepose_jax.assembly import assemble
-from truepose_jax.conversion.key_maps import leaves, nest
-from truepose_jax.conversion.weights_folder import WeightsFolder, open_weights
-from truepose_jax.initial import batch_spec, resolve_init_from
-from truepose_jax.pipeline import Pipeline, Run
-from truepose_jax.region_tokens import make_encoder
-from truepose_jax.schema import Config, ConfigError, from_config_dict
-from truepose_jax.sharding import make_mesh, replicate
+from truepose_jax.config import Config, ConfigError, from_config_dict
+from truepose_jax.inference.pipeline import Pipeline, Run
+from truepose_jax.pretrained.conversion.key_maps import leaves, nest
+from truepose_jax.pretrained.conversion.weights_folder import WeightsFolder, open_weights
+from truepose_jax.pretrained.factory import assemble
+from truepose_jax.pretrained.region_tokens import make_encoder
+from truepose_jax.runtime import rng
+from truepose_jax.runtime.sharding import make_mesh, replicate
+from truepose_jax.training.init import batch_spec, resolve_init_from
 
 
 @dataclasses.dataclass(frozen=True)

@@ -24,16 +24,16 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float
 
+from truepose_jax.config import ConfigError
 from truepose_jax.diffusion.guidance import guided
 from truepose_jax.diffusion.samplers import ddim_levels, ddim_step
-from truepose_jax.kernels.attention.reference import Slopes, eq6_slopes, mask_sides, sloped_logits
+from truepose_jax.inference.pipeline import Pipeline
+from truepose_jax.kernels.attention.reference import PiecewiseLinear, eq6_slopes, mask_sides, sloped_logits
 from truepose_jax.methods.base import Method
 from truepose_jax.models.attention import split_heads
 from truepose_jax.models.hpfa import HPFA, FusionConfig, HPFASource
-from truepose_jax.pipeline import Pipeline
-from truepose_jax.schema import ConfigError
 
-PLAIN = Slopes(1.0, 0.0)
+PLAIN = PiecewiseLinear(1.0, 0.0)
 """A softmax without Eq. 6."""
 
 Masses = dict[str, Array]
@@ -87,8 +87,8 @@ def mean_attention(
     key_mask: Bool[Array, "b m"] | None = None,
     query_mask: Bool[Array, "b n"] | None = None,
     *,
-    inside: Slopes = PLAIN,
-    outside: Slopes = PLAIN,
+    inside: PiecewiseLinear = PLAIN,
+    outside: PiecewiseLinear = PLAIN,
 ) -> Float[Array, "b n m"]:
     """Mean over heads of the softmax over keys of the (reweighted) logits. One head of one image at a time: 32 MB at 2,816
     cells."""

@@ -7,9 +7,9 @@ from collections.abc import Mapping, Sequence
 import cv2
 import numpy as np
 
-from input_pipeline.parsing import LabelSet
-from input_pipeline.photo import Framing
-from truepose_jax.pictures import sheet
+from input_pipeline.annotations.parsing import LabelSet
+from input_pipeline.annotations.photo import Framing
+from truepose_jax.sampling.image_grid import sheet
 from truepose_jax.study.regions import outlines
 
 HEIGHT = 192

@@ -6,7 +6,7 @@ import cv2
 import numpy as np
 from jaxtyping import Bool, Float, UInt8
 
-from input_pipeline.parsing import LabelSet
+from input_pipeline.annotations.parsing import LabelSet
 from input_pipeline.schema import MAX_CLASSES, InputError
 
 REGIONS = ("head", "clothes", "rest")

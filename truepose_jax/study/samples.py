@@ -7,14 +7,14 @@ import pathlib
 
 import numpy as np
 
-from input_pipeline.folder import FolderImages
-from input_pipeline.parsing import LabelSet, label_set
-from input_pipeline.records import RecordImages
+from input_pipeline.annotations.parsing import LabelSet, label_set
+from input_pipeline.records.reader import RecordImages
 from input_pipeline.schema import ImageRecord, ImageSet, InputError
-from input_pipeline.synthetic import SyntheticPeople
-from truepose_jax.datasets import EVAL_SEED, spread
-from truepose_jax.pipeline import Request
-from truepose_jax.schema import Config
+from input_pipeline.sources.folder import FolderImages
+from input_pipeline.synthetic.people import SyntheticPeople
+from truepose_jax.config import Config
+from truepose_jax.data.datasets import EVAL_SEED, evenly_spaced
+from truepose_jax.inference.pipeline import Request
 
 SYNTHETIC = "synthetic"
 RECORDS_FILE = "dataset_info.json"
@@ -62,13 +62,13 @@ def read_samples(
         pairs = np.array([(2 * i, 2 * i + 1) for i in range(count)])
     elif are_records(data):
         images = RecordImages(data, split)
-        pairs = spread(images.pairs, count)
+        pairs = evenly_spaced(images.pairs, count)
     else:
         if not labels:
             raise InputError(f"--data={data}: say whose labels its maps are by --labels=atr18|lip20|cihp20")
         images = FolderImages(data, labels=labels, size=config.model.size, keypoints=keypoints, pose_frame=pose_frame)
         posed = images.pairs[:, 0]
-        pairs = spread(np.stack([posed, np.roll(posed, -1)], axis=1), count)
+        pairs = evenly_spaced(np.stack([posed, np.roll(posed, -1)], axis=1), count)
     if len(pairs) == 0:
         raise InputError(f"{data}: its split '{split}' has no pairs; choose another --split")
     found = []

@@ -11,10 +11,10 @@ import numpy as np
 from PIL import Image
 
 from input_pipeline.schema import InputError
-from truepose_jax.editing import Edit, class_mask
-from truepose_jax.pictures import sheet
-from truepose_jax.pipeline import Pipeline, Request, Run
-from truepose_jax.programs import keep_programs
+from truepose_jax.inference.pipeline import Pipeline, Request, Run
+from truepose_jax.runtime.cli import enable_compilation_cache
+from truepose_jax.sampling.image_grid import sheet
+from truepose_jax.sampling.inpainting import Edit, class_mask
 from truepose_jax.study.samples import SYNTHETIC, read_samples
 
 CLASSES = "Upper-clothes,Dress,Skirt,Pants"
@@ -55,7 +55,7 @@ def study_style(flags: argparse.Namespace) -> None:
             request = dataclasses.replace(request, source_joints=style.own_joints)
         plain.append(request)
         edited.append(dataclasses.replace(request, edit=Edit(reference.photo, mask)))
-    keep_programs()
+    enable_compilation_cache()
     pipeline = Pipeline.of_run(run)
     made = [pipeline.batch(requests, steps=flags.steps, guidance=flags.guidance) for requests in (plain, edited)]
     regions = [np.where(r.edit.mask[..., None], r.edit.reference, r.edit.reference // 4) for r in edited]

@@ -21,14 +21,14 @@ from jax.sharding import AbstractMesh, AxisType, PartitionSpec
 from jaxtyping import Array, Bool, Float
 
 from truepose_jax.kernels.attention import reference
-from truepose_jax.kernels.attention.key_rows import key_rows, plain_rows
-from truepose_jax.kernels.attention.reference import Slopes
-from truepose_jax.sharding import LOGICAL_AXES
+from truepose_jax.kernels.attention.key_params import key_params, plain_rows
+from truepose_jax.kernels.attention.reference import PiecewiseLinear
+from truepose_jax.runtime.sharding import LOGICAL_AXES
 
 MASK_AXES = ("key", "query", "outer", "none")
 READINGS = ("printed", "prose")
 IMPLEMENTATIONS = ("reference", "xla", "per_image", "pallas_tpu", "pallas_gpu", "cudnn")
-"""Modules of this folder. All but the first have attend(q, k, v, rows) with the rows of key_rows.py and refuses(...), which
+"""Modules of this folder. All but the first have attend(q, k, v, rows) with the rows of key_params.py and refuses(...), which
 says what of a call they cannot take."""
 UNVERIFIED = ("pallas_gpu", "cudnn")
 """Never run on the hardware they are for: only by name."""
@@ -112,8 +112,8 @@ def sloped_attention(
     v: Float[Array, "b m g d"],
     key_mask: Bool[Array, "b m"],
     *,
-    inside: Slopes,
-    outside: Slopes,
+    inside: PiecewiseLinear,
+    outside: PiecewiseLinear,
     implementation: str | None = None,
 ) -> Float[Array, "b n g d"]:
     """The general form: softmax(slope * a + kink * max(a, 0)) v, a = q k^T / sqrt d, slope and kink by the key's bit."""
@@ -121,7 +121,7 @@ def sloped_attention(
     if name == "reference":
         q, k, v = map(_pinned, (q, k, v))
         return _pinned(reference.reweighted_attention(q, k, v, key_mask, inside=inside, outside=outside))
-    return _on_mesh(name, q, k, v, key_rows(key_mask, inside, outside, q.shape[-1]))
+    return _on_mesh(name, q, k, v, key_params(key_mask, inside, outside, q.shape[-1]))
 
 
 def platform() -> str:

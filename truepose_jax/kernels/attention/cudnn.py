@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from truepose_jax.kernels.attention.key_rows import compute_capability, refused_arrays
+from truepose_jax.kernels.attention.key_params import compute_capability, refused_arrays
 
 DTYPES = (jnp.dtype(jnp.bfloat16), jnp.dtype(jnp.float16))
 MOST_HEAD_DIM, MOST_HEAD_DIM_FROM_HOPPER = 128, 256

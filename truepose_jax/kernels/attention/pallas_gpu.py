@@ -17,7 +17,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float
 
-from truepose_jax.kernels.attention.key_rows import (
+from truepose_jax.kernels.attention.key_params import (
     FLOOR,
     ROWS,
     TINY,
@@ -78,7 +78,7 @@ def attend(
     *,
     interpret: bool = False,
 ) -> Float[Array, "b n g d"]:
-    """softmax(logits) v with the logits of key_rows.py (rows None: q k^T / sqrt d). No gradient reaches rows."""
+    """softmax(logits) v with the logits of key_params.py (rows None: q k^T / sqrt d). No gradient reaches rows."""
     b, n, g, d = q.shape
     m = k.shape[1]
     s = Sizes(b, _up(n, BLOCK), _up(m, BLOCK), g, _up(d, WIDTH_UNIT), jnp.dtype(q.dtype), interpret)

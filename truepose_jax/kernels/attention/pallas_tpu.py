@@ -23,7 +23,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float
 
-from truepose_jax.kernels.attention.key_rows import FLOOR, ROWS, TINY, logits, pad_keys, refused_arrays, slopes
+from truepose_jax.kernels.attention.key_params import FLOOR, ROWS, TINY, logits, pad_keys, refused_arrays, slopes
 
 LANES = 128
 SUBLANES = 16
@@ -105,7 +105,7 @@ def attend(
     *,
     interpret: bool = False,
 ) -> Float[Array, "b n g d"]:
-    """softmax(logits) v with the logits of key_rows.py (rows None: q k^T / sqrt d). No gradient reaches rows."""
+    """softmax(logits) v with the logits of key_params.py (rows None: q k^T / sqrt d). No gradient reaches rows."""
     b, n, g, d = q.shape
     m = k.shape[1]
     s = sizes(b, n, m, g, d, q.dtype, has_rows=rows is not None, interpret=interpret)

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
 
-from truepose_jax.kernels.attention.key_rows import FLOOR, TINY, logits, refused_arrays, slopes
+from truepose_jax.kernels.attention.key_params import FLOOR, TINY, logits, refused_arrays, slopes
 
 DTYPES = (jnp.dtype(jnp.float32), jnp.dtype(jnp.bfloat16), jnp.dtype(jnp.float16))
 
@@ -26,7 +26,7 @@ def attend(
     v: Float[Array, "b m g d"],
     rows: Float[Array, "b 3 m"] | None,
 ) -> Float[Array, "b n g d"]:
-    """softmax(logits) v with the logits of key_rows.py (rows None: q k^T / sqrt d). No gradient reaches rows."""
+    """softmax(logits) v with the logits of key_params.py (rows None: q k^T / sqrt d). No gradient reaches rows."""
     b, n, g, d = q.shape
     heads_first = [x.transpose(0, 2, 1, 3).reshape(b * g, -1, d) for x in (q, k, v)]
     rows = None if rows is None else jnp.repeat(lax.stop_gradient(rows), g, axis=0)

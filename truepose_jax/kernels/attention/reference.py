@@ -9,24 +9,24 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
 
-class Slopes(NamedTuple):
+class PiecewiseLinear(NamedTuple):
     """One side of Eq. 6 as a map of the logit a: slope * a + kink * max(a, 0)."""
 
     slope: float
     kink: float
 
 
-def eq6_slopes(delta: float, sigma: float, reading: str = "printed") -> tuple[Slopes, Slopes]:
+def eq6_slopes(delta: float, sigma: float, reading: str = "printed") -> tuple[PiecewiseLinear, PiecewiseLinear]:
     """Eq. 6 of TruePose as (inside, outside) slopes.
 
     Inside the mask a positive logit is scaled by 1 + delta and a negative one by delta. Outside, `printed` scales
     them by sigma and 1 + sigma, `prose` the other way round (docs/paper.md A23).
     """
-    inside = Slopes(delta, 1.0)
+    inside = PiecewiseLinear(delta, 1.0)
     if reading == "printed":
-        return inside, Slopes(1.0 + sigma, -1.0)
+        return inside, PiecewiseLinear(1.0 + sigma, -1.0)
     if reading == "prose":
-        return inside, Slopes(sigma, 1.0)
+        return inside, PiecewiseLinear(sigma, 1.0)
     raise ValueError(f"eq6 reading is {reading!r}; choose 'printed' or 'prose'")
 
 
@@ -81,8 +81,8 @@ def reweighted_attention(
     v: Float[Array, "b m g d"],
     key_mask: Bool[Array, "b m"],
     *,
-    inside: Slopes,
-    outside: Slopes,
+    inside: PiecewiseLinear,
+    outside: PiecewiseLinear,
     query_mask: Bool[Array, "b n"] | None = None,
 ) -> Float[Array, "b n g d"]:
     """Eq. 6 and 7 of TruePose: softmax((q k^T / sqrt d) * M') v, M' chosen by the key's bit and the logit's sign.
@@ -102,8 +102,8 @@ def sloped_logits(
     q: Float[Array, "b n g d"],
     k: Float[Array, "b m g d"],
     key_mask: Bool[Array, "b m"],
-    inside: Slopes,
-    outside: Slopes,
+    inside: PiecewiseLinear,
+    outside: PiecewiseLinear,
     *,
     query_mask: Bool[Array, "b n"] | None = None,
 ) -> Float[Array, "b g n m"]:

@@ -1,7 +1,7 @@
 """Attention block by block in plain JAX: any backend, any size, memory O(n * block), exact gradients by recomputation.
 
 The online softmax of flash attention as two nested scans, over blocks of queries and of keys. Of the forward pass only q, k,
-v, the output and one logsumexp per query are kept. What the keys' masks and slopes are is told by key_rows.py.
+v, the output and one logsumexp per query are kept. What the keys' masks and slopes are is told by key_params.py.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
 
-from truepose_jax.kernels.attention.key_rows import FLOOR, TINY, logits, pad_keys, refused_arrays, slopes
+from truepose_jax.kernels.attention.key_params import FLOOR, TINY, logits, pad_keys, refused_arrays, slopes
 
 BLOCK_QUERIES = 128
 BLOCK_KEYS = 2048
@@ -36,7 +36,7 @@ def attend(
     v: Float[Array, "b m g d"],
     rows: Float[Array, "b 3 m"] | None,
 ) -> Float[Array, "b n g d"]:
-    """softmax(logits) v with the logits of key_rows.py (rows None: q k^T / sqrt d). No gradient reaches rows."""
+    """softmax(logits) v with the logits of key_params.py (rows None: q k^T / sqrt d). No gradient reaches rows."""
     b, n, _, d = q.shape
     m = k.shape[1]
     n_blocks, block_n = _blocks(n, BLOCK_QUERIES)

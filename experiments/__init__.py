@@ -1,0 +1,1 @@
+"""The paper's tables: ablations on synthetic people, and the rows for who has the data."""

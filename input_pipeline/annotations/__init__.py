@@ -1,0 +1,1 @@
+"""One photo's labels: joints, parsing map, skeleton picture, regions; and reading them from files."""

@@ -1,0 +1,184 @@
+"""How a batch gets its images and region tokens: from an image set with a table of tokens, or straight from records.
+
+Records are read part by part: a target's map is never decoded where nobody asks for it, and where latents are stored no
+photo is. Both readers give an image as it enters, mirrored or not.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Mapping
+from typing import Any, Protocol
+
+import numpy as np
+
+from input_pipeline.annotations.keypoints import flip_joints
+from input_pipeline.annotations.parsing import LabelSet, decode_parsing, flip_parsing, label_set, whole_photo
+from input_pipeline.annotations.photo import Framing, decode_photo
+from input_pipeline.batches.transforms import flip_record
+from input_pipeline.records.reader import RecordImages
+from input_pipeline.records.schema import unpack_latents, unpack_tokens
+from input_pipeline.schema import FORMS, LATENT_FACTOR, ImageRecord, ImageSet, InputError, TokenTable
+
+Tokens = tuple[np.ndarray, np.ndarray]
+"""(tokens float32 [21 e], valid bool [21])."""
+
+
+@dataclasses.dataclass(frozen=True)
+class RecordTokens:
+    """The region tokens that lie in the records of `images`, read when they are wanted: 37,016 images' are 5 GB."""
+
+    images: RecordImages
+    width: int
+    has_flipped: bool
+
+    def of(self, index: int, *, flip: bool) -> Tokens:
+        """(tokens [21 e], valid [21]) of an image as it enters. Raises InputError."""
+        return self.of_fields(self.images.fields(index), index, flip=flip)
+
+    def of_fields(self, fields: Mapping[str, Any], index: int, *, flip: bool) -> Tokens:
+        """The same of a record that is read already."""
+        kind = "flipped_region" if flip else "region"
+        try:
+            tokens, valid = unpack_tokens(fields[f"{kind}_tokens"], fields[f"{kind}_valid"])
+        except ValueError as error:
+            raise InputError(f"{self.images.place(index)}: its region tokens are broken ({error})") from error
+        if tokens.shape[1] != self.width:
+            raise InputError(f"{self.images.place(index)}: region tokens of {tokens.shape[1]}; expected {self.width}")
+        return tokens, valid
+
+    def check(self, images: int) -> None:
+        """Raises InputError where these are not the tokens of so many images."""
+        if len(self.images) != images:
+            raise InputError(f"the tokens of {len(self.images)} records for a set of {images} images")
+
+
+class Reader(Protocol):
+    """Images for a batch by their index; every method raises InputError where a record cannot be read."""
+
+    size: tuple[int, int]
+    labels: LabelSet
+    token_width: int
+
+    def source(self, index: int, *, flip: bool) -> tuple[ImageRecord, Tokens]: ...
+
+    def target(self, index: int, *, flip: bool) -> ImageRecord:
+        """The map may be missing (None) where the batch has none of the target."""
+        ...
+
+
+@dataclasses.dataclass(frozen=True)
+class TableReader:
+    """Reader of any ImageSet."""
+
+    images: ImageSet
+    tokens: TokenTable | RecordTokens
+    size: tuple[int, int]
+
+    @functools.cached_property
+    def labels(self) -> LabelSet:
+        return label_set(self.images.labels)
+
+    @property
+    def token_width(self) -> int:
+        return self.tokens.width
+
+    def source(self, index: int, *, flip: bool) -> tuple[ImageRecord, Tokens]:
+        return self.target(index, flip=flip), self.tokens.of(index, flip=flip)
+
+    def target(self, index: int, *, flip: bool) -> ImageRecord:
+        record = self.images.image(index)
+        return flip_record(record, self.labels) if flip else record
+
+
+@dataclasses.dataclass(frozen=True)
+class StoredReader:
+    """Reader of records. form: a key of schema.FORMS: "latents" gives stored latents, "uint8" photos, both without the
+    targets' maps; "bytes+maps" with them."""
+
+    images: RecordImages
+    tokens: TokenTable | RecordTokens
+    size: tuple[int, int]
+    form: str
+
+    @functools.cached_property
+    def labels(self) -> LabelSet:
+        return label_set(self.images.labels)
+
+    @property
+    def token_width(self) -> int:
+        return self.tokens.width
+
+    def source(self, index: int, *, flip: bool) -> tuple[ImageRecord, Tokens]:
+        fields = self.images.fields(index)
+        record = self._record(fields, index, flip=flip, mapped=True)
+        if isinstance(self.tokens, RecordTokens):
+            return record, self.tokens.of_fields(fields, index, flip=flip)
+        return record, self.tokens.of(index, flip=flip)
+
+    def target(self, index: int, *, flip: bool) -> ImageRecord:
+        fields = self.images.fields(index)
+        return self._record(fields, index, flip=flip, mapped="target_parsing" in FORMS[self.form])
+
+    def _framing(self, fields: Mapping[str, Any]) -> Framing:
+        h, w = fields["size"].tolist()
+        return Framing.fit((h, w), self.size)
+
+    def _parsing(self, fields: Mapping[str, Any], index: int, hw: tuple[int, int]) -> np.ndarray:
+        if fields["parsing"]:
+            return decode_parsing(fields["parsing"], self.labels, hw, name=self.images.place(index))
+        if self.images.labels == "whole":
+            return whole_photo(hw)
+        raise InputError(f"{self.images.place(index)}: has no parsing map; the set's are {self.images.labels}")
+
+    def _record(self, fields: Mapping[str, Any], index: int, *, flip: bool, mapped: bool) -> ImageRecord:
+        framing = self._framing(fields)
+        parsing = framing.parsing(self._parsing(fields, index, framing.photo_hw)) if mapped else None
+        joints = fields["joints"] if framing.photo_hw == self.size else framing.joints(fields["joints"])
+        if self.form != "latents":
+            photo = decode_photo(fields["image"], name=self.images.place(index))
+            if photo.shape[:2] != framing.photo_hw:
+                raise InputError(f"{self.images.place(index)}: says {framing.photo_hw} and is {photo.shape[:2]}")
+            record = ImageRecord(framing.image(photo), parsing, joints, fields["name"], fields["identity"])
+            return flip_record(record, self.labels) if flip else record
+        image = self._moments(fields, index, flip=flip)
+        if flip:  # the mirrored photo has latents of its own
+            joints = flip_joints(joints, self.size[1])
+            parsing = None if parsing is None else flip_parsing(parsing, self.labels)
+        return ImageRecord(image, parsing, joints, fields["name"], fields["identity"])
+
+    def _moments(self, fields: Mapping[str, Any], index: int, *, flip: bool) -> np.ndarray:
+        """float16 [h/8 w/8 8]."""
+        size = tuple(int(side) for side in fields["latents_size"])
+        try:
+            latents = unpack_latents(fields["flipped_latents" if flip else "latents"], size)
+        except ValueError as error:
+            raise InputError(f"{self.images.place(index)}: its latents are broken ({error})") from error
+        if latents is None or size != tuple(self.size):
+            what = "no latents" if latents is None else f"latents of a {size[0]}x{size[1]} picture"
+            raise InputError(f"{self.images.place(index)}: has {what}; run `prepare annotate` to the end")
+        h, w = (side // LATENT_FACTOR for side in self.size)
+        cells = latents.view(np.uint64)[..., 0]  # four halves moved at once
+        return np.ascontiguousarray(cells.transpose(1, 2, 0)).view(np.float16).reshape(h, w, -1)
+
+
+def make_reader(images: ImageSet, tokens: TokenTable | RecordTokens, form: str) -> Reader:
+    """The reader for batches of `form`. Raises InputError where tokens and images do not belong together, where no image
+    can be read, and for "latents" of anything but records."""
+    tokens.check(len(images))
+    if isinstance(images, RecordImages) and images.size is not None and form != "float32":
+        return StoredReader(images, tokens, tuple(images.size), form)
+    if form == "latents":
+        raise InputError("stored latents are read from records; this set of images is none")
+    return TableReader(images, tokens, _size(images))
+
+
+def _size(images: ImageSet) -> tuple[int, int]:
+    """Of the first image that can be read."""
+    for index in range(len(images)):
+        try:
+            return images.image(index).image.shape[:2]
+        except InputError as error:
+            first = error
+    raise InputError(f"no image of the set can be read; the last error: {first}")

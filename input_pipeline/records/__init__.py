@@ -1,0 +1,1 @@
+"""Built datasets: written once, read at random, annotated and checked."""

@@ -1,0 +1,343 @@
+"""Builds records: reads the photos of a RawSet, in parallel, and writes them shard by shard, so that a build that was
+killed goes on where it stopped.
+
+tensorflow_datasets' own `download_and_prepare` writes into a temporary folder that it throws away when it is stopped,
+and shuffles through a bucket file first. So the shards are written here, with its features, serialiser and ArrayRecord
+writer, and its DatasetInfo is written last: `tfds.builder_from_directory` opens the result like any other.
+
+What a shard holds is a function of the raw set alone: `shard_records` images in the order of their items, less the
+dropped ones. A finished shard has a note in DIR/build/; a shard without one is written again. So several processes can build
+their shares of the shards, and another number of processes can go on; tables, checksums and info are one process's, at the end.
+"""
+
+from __future__ import annotations
+
+import collections
+import contextlib
+import csv
+import dataclasses
+import hashlib
+import io
+import json
+import os
+import pathlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import tqdm
+
+from input_pipeline.annotations.photo import one_line
+from input_pipeline.process_group import ALONE, Share
+from input_pipeline.records.encode import read_items
+from input_pipeline.records.reader import IMAGE_COLUMNS, PAIR_COLUMNS, read_json
+from input_pipeline.records.schema import VERSION, RecordWriter, features
+from input_pipeline.schema import InputError
+from input_pipeline.sources.base import Dropped, Item, RawSet, RawSplit
+
+SHARD_RECORDS = 1024
+"""Images in a shard: what a killed build loses at most. 37,016 photos of 512x352 make 37 shards of about 70 MB."""
+
+NO_JOINT, NO_RECORD = "its target has no visible joint", "one of its images has no record"
+"""Why a pair is dropped."""
+
+Annotator = Callable[[Sequence[dict[str, Any]]], None]
+"""Fills in the optional fields of the records of one shard, in place."""
+
+
+def build_records(
+    raw: RawSet,
+    out: str | pathlib.Path,
+    *,
+    size: tuple[int, int] | None = None,
+    workers: int = 1,
+    annotators: Sequence[Annotator] = (),
+    settings: Mapping[str, Any] | None = None,
+    shard_records: int = SHARD_RECORDS,
+    share: Share = ALONE,
+) -> dict[str, Any]:
+    """Builds `raw` in the folder `out`, or goes on with the build there; returns its report (report.json).
+
+    size: photos are fitted to (h, w) and stored so (None: as they are). workers: processes that read photos; 1 reads
+    here. annotators: run in this process on every shard before it is written. settings: whatever else makes this
+    build what it is; a build of other settings in the same folder is an error. share: of this process, whose shards it
+    builds; `out` is then a folder that all see. Raises InputError.
+    """
+    out = pathlib.Path(out)
+    plan = _plan(raw, size, dict(settings or {}), shard_records)
+    share.agree("the build", plan | {"out": str(out)})
+    if share.lead("the folder", lambda: _begin(out, plan)):
+        return read_json(out / "report.json")
+    work = out / "build"
+    share.see(work / "plan.json")
+    shards = [
+        _Shard(raw.name, split, i, -(-len(content.items) // shard_records), tuple(content.items[start:start + shard_records]))
+        for split, content in sorted(raw.splits.items())
+        for i, start in enumerate(range(0, len(content.items), shard_records))
+    ]  # fmt: skip
+    mine = share.mine(shards)
+    todo = [shard for shard in mine if not shard.is_done(out, work)]
+    total, left = (sum(len(shard.items) for shard in some) for some in (mine, todo))
+    settings_of_bar = {"desc": raw.name, "unit": "image", "delay": 0.5, "disable": not share.leads}
+    with tqdm.tqdm(total=total, initial=total - left, **settings_of_bar) as bar:
+        pictures = read_items([item for shard in todo for item in shard.items], raw.labels, size, workers)
+        writer = RecordWriter() if todo else None
+        for shard in todo:
+            found = []
+            for _ in shard.items:
+                found.append(next(pictures))
+                bar.update()
+                share.check()
+            records = [fields for fields in found if isinstance(fields, dict)]
+            for annotate in annotators:
+                annotate(records)
+            with writing(out):
+                shard.write(out, work, writer, records, [drop for drop in found if isinstance(drop, Dropped)])
+    share.meet("all shards")
+
+    def finish() -> None:
+        for shard in shards:
+            for path in (out / shard.file, shard.note(work)):
+                share.see(path)
+        with writing(out):
+            _finish(raw, out, work, plan, shards)
+
+    share.lead("tables and info", finish)
+    share.see(out / "report.json")
+    return read_json(out / "report.json")
+
+
+# ------------------------------------------------------------------------------------------------- one shard
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class _Shard:
+    dataset: str
+    split: str
+    index: int
+    count: int
+    items: tuple[Item, ...]
+
+    @property
+    def file(self) -> str:
+        return f"{self.dataset}-{self.split}.array_record-{self.index:05d}-of-{self.count:05d}"
+
+    def note(self, work: pathlib.Path) -> pathlib.Path:
+        return work / f"{self.split}-{self.index:05d}.json"
+
+    def is_done(self, out: pathlib.Path, work: pathlib.Path) -> bool:
+        note, file = self.note(work), out / self.file
+        return note.is_file() and file.is_file() and read_json(note)["bytes"] == file.stat().st_size
+
+    def write(self, out, work, writer: RecordWriter, records: Sequence[dict], dropped: Sequence[Dropped]) -> None:
+        """The shard under its own name only when it is whole, and its note after it."""
+        checksum = write_shard(out / self.file, work, writer, records)
+        rows = [
+            [r["name"], r["identity"], *(int(side) for side in r["size"]), int((r["joints"][:, 2] > 0).sum())]
+            for r in records
+        ]
+        note = {
+            "sha256": checksum,
+            "bytes": (out / self.file).stat().st_size,
+            "images": rows,
+            "dropped": [dataclasses.astuple(drop) for drop in dropped],
+        }
+        write_whole(self.note(work), json.dumps(note))
+
+
+# ------------------------------------------------------------------------------------------------- plan and end
+
+
+def _plan(raw: RawSet, size, settings: dict[str, Any], shard_records: int) -> dict[str, Any]:
+    """What makes this build what it is."""
+    splits = {}
+    for name, split in raw.splits.items():
+        if not name.isalnum():
+            raise InputError(f"split '{name}' must be letters and digits, as in train or test")
+        digest = hashlib.sha256("\n".join(f"{item.name}|{item.identity}" for item in split.items).encode())
+        digest.update(np.ascontiguousarray(split.pairs, np.int64).tobytes())
+        splits[name] = {"images": len(split.items), "pairs": len(split.pairs), "list": digest.hexdigest()[:16]}
+    if not any(split["images"] for split in splits.values()):
+        raise InputError(f"{raw.name}: there is no image to build")
+    return {
+        "dataset": raw.name,
+        "version": VERSION,
+        "labels": raw.labels,
+        "size": list(size) if size else None,
+        "shard_records": shard_records,
+        "splits": splits,
+        "settings": settings,
+    }
+
+
+def _begin(out: pathlib.Path, plan: dict[str, Any]) -> bool:
+    """Makes the folder, or checks that what lies there is this build. True: it is finished."""
+    note = out / "build" / "plan.json"
+    if note.is_file():
+        plan = json.loads(json.dumps(plan))
+        old = read_json(note)
+        other = sorted(key for key in plan.keys() | old.keys() if plan.get(key) != old.get(key))
+        if other:
+            raise InputError(
+                f"{out}: holds a build with other {', '.join(other)}; choose another --out, or remove that folder"
+            )
+        return (out / "dataset_info.json").is_file()
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise InputError(f"{out}: exists and is not a build of this program; choose another --out")
+    try:
+        note.parent.mkdir(parents=True, exist_ok=True)
+        write_whole(note, json.dumps(plan, indent=1))
+    except OSError as error:
+        raise InputError(f"{out}: cannot be written ({error.strerror}); choose another --out") from error
+    return False
+
+
+def _finish(raw: RawSet, out: pathlib.Path, work: pathlib.Path, plan: dict, shards: Sequence[_Shard]) -> None:
+    """Writes tables, checksums, the report and, last, what makes the folder a dataset."""
+    notes = {shard: read_json(shard.note(work)) for shard in shards}
+    dropped = list(raw.dropped) + [Dropped(*drop) for note in notes.values() for drop in note["dropped"]]
+    report: dict[str, Any] = {"dataset": raw.name, "plan": plan, "notes": [*raw.notes, *raw.problems], "splits": {}}
+    reasons = collections.Counter(drop.reason for drop in dropped)
+    report["dropped"] = {
+        reason: {"count": count, "images": [_told(drop) for drop in dropped if drop.reason == reason]}
+        for reason, count in reasons.most_common()
+    }
+    lengths: dict[str, list[int]] = {}
+    for split, content in raw.splits.items():
+        mine = [shard for shard in shards if shard.split == split]
+        rows = [row for shard in mine for row in notes[shard]["images"]]
+        if not rows:
+            report["notes"].append(f"split {split} has no image and is left out")
+            continue
+        lengths[split] = [len(notes[shard]["images"]) for shard in mine]
+        pairs, lost = _kept_pairs(content, rows)
+        write_csv(out / f"images-{split}.csv", IMAGE_COLUMNS, rows)
+        write_csv(out / f"pairs-{split}.csv", PAIR_COLUMNS, pairs)
+        report["splits"][split] = {
+            "images": len(rows),
+            "pairs": len(pairs),
+            "identities": len({row[1] for row in rows}),
+            "images_without_joints": sum(row[4] == 0 for row in rows),
+            "pairs_dropped": dict(lost),
+            "bytes": sum(notes[shard]["bytes"] for shard in mine),
+        }
+    write_whole(out / "report.json", json.dumps(report, indent=1))
+    if not lengths:
+        raise InputError(f"{out}: no image could be read, so there is no dataset; report.json says why for each")
+    sums = {shard.file: notes[shard]["sha256"] for shard in shards if shard.split in lengths}
+    sums |= {file: file_checksum(out / file) for split in lengths for file in _tables(split)}
+    digest = hashlib.sha256(json.dumps(sums, sort_keys=True).encode()).hexdigest()
+    write_whole(out / "checksums.json", json.dumps({"digest": digest, "sha256": sums}, indent=1))
+    _write_info(raw, out, plan, lengths, report)
+    for shard in shards:
+        shard.note(work).unlink()
+
+
+def _told(drop: Dropped) -> dict[str, str]:
+    return {"name": drop.name, "detail": drop.detail, "photo": drop.photo}
+
+
+def _tables(split: str) -> tuple[str, str]:
+    return f"images-{split}.csv", f"pairs-{split}.csv"
+
+
+def _kept_pairs(content: RawSplit, rows: Sequence[Sequence]) -> tuple[list[tuple[str, str]], collections.Counter[str]]:
+    """(names of the pairs that can be used, why the others cannot)."""
+    joints = {row[0]: row[4] for row in rows}
+    kept, lost = [], collections.Counter()
+    for source, target in content.pairs:
+        names = content.items[source].name, content.items[target].name
+        if any(name not in joints for name in names):
+            lost[NO_RECORD] += 1
+        elif joints[names[1]] == 0:
+            lost[NO_JOINT] += 1
+        else:
+            kept.append(names)
+    return kept, lost
+
+
+def _write_info(raw: RawSet, out: pathlib.Path, plan: dict, lengths: dict[str, list[int]], report: dict) -> None:
+    """features.json, metadata.json, LICENSE and dataset_info.json, the one that says "finished", last."""
+    import tensorflow_datasets as tfds
+    from tensorflow_datasets.core.dataset_info import DatasetIdentity
+    from tensorflow_datasets.core.naming import ShardedFileTemplate
+    from tensorflow_datasets.core.splits import SplitDict, SplitInfo
+
+    identity = DatasetIdentity(
+        name=raw.name,
+        version=tfds.core.Version(VERSION),
+        data_dir=str(out),
+        module_name="input_pipeline.builder",  # as in every build so far
+    )
+    info = tfds.core.DatasetInfo(
+        builder=identity,
+        features=features(),
+        description=raw.description,
+        citation=raw.citation or None,
+        homepage=raw.homepage or None,
+        license=raw.licence or None,
+        metadata=tfds.core.MetadataDict({"labels": raw.labels, "size": plan["size"]}),
+    )
+    info.set_file_format("array_record")
+    infos = [
+        SplitInfo(
+            name=split,
+            shard_lengths=counts,
+            num_bytes=report["splits"][split]["bytes"],
+            filename_template=ShardedFileTemplate(
+                data_dir=out, dataset_name=raw.name, split=split, filetype_suffix="array_record"
+            ),
+        )
+        for split, counts in lengths.items()
+    ]
+    info.set_splits(SplitDict(infos))
+    info.write_to_directory(out)
+
+
+# ------------------------------------------------------------------------------------------------- files
+
+
+def file_checksum(path: pathlib.Path) -> str:
+    """SHA-256 of a file."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+@contextlib.contextmanager
+def writing(folder: pathlib.Path) -> Iterator[None]:
+    """Errors of the disk inside become InputError."""
+    try:
+        yield
+    except OSError as error:
+        raise InputError(
+            f"{folder}: cannot be written ({one_line(error)}); free space there or see its permissions, then run the same "
+            "command again"
+        ) from error
+
+
+def write_shard(path: pathlib.Path, work: pathlib.Path, writer: RecordWriter, records: Sequence[dict]) -> str:
+    """A shard under its own name only when it is whole; returns its checksum. work: folder for the unfinished file."""
+    partial = work / f"{path.name}.partial"
+    try:
+        writer.write_shard(partial, records)
+        checksum = file_checksum(partial)
+        os.replace(partial, path)
+    finally:
+        with contextlib.suppress(OSError):
+            partial.unlink(missing_ok=True)
+    return checksum
+
+
+def write_whole(path: pathlib.Path, text: str) -> None:
+    """Writes a file that is there whole or not at all."""
+    partial = path.with_name(f"{path.name}.partial")
+    partial.write_text(text, encoding="utf-8")
+    os.replace(partial, path)
+
+
+def write_csv(path: pathlib.Path, columns: Sequence[str], rows: Sequence[Sequence]) -> None:
+    text = io.StringIO()
+    table = csv.writer(text, lineterminator="\n")
+    table.writerow(columns)
+    table.writerows(rows)
+    write_whole(path, text.getvalue())

@@ -1,0 +1,1 @@
+"""Where photos come from: published datasets and folders of one's own."""

@@ -1,0 +1,1 @@
+"""Synthetic people: poses, bodies, clothes and the painter, with exact labels."""

@@ -1,0 +1,112 @@
+"""From a configuration to image sets with region tokens: a folder of photos, its cache, and one file for several processes."""
+
+import types
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from configs.demo import get_config
+from input_pipeline.schema import InputError
+from input_pipeline.synthetic.people import render
+from tests.process_group import share_work
+from tests.shared_data import NoiseImages
+from truepose_jax.config import Config, from_config_dict
+from truepose_jax.data.datasets import evaluation_set, training_set
+from truepose_jax.pretrained.region_tokens import make_encoder, token_table
+from truepose_jax.runtime import atomic, distributed, files
+
+
+def write_folder(root, count=3):
+    for name in ("image", "parsing", "keypoints"):
+        (root / name).mkdir(parents=True)
+    for i in range(count):
+        record = render(seed=0, identity=i, pose=2 * i, size=(64, 48))
+        Image.fromarray(record.image).save(root / "image" / f"p{i}.png")
+        Image.fromarray(record.parsing).save(root / "parsing" / f"p{i}.png")
+        rows = [f"{x} {y}" if seen else "-1 -1" for x, y, seen in record.joints]
+        (root / "keypoints" / f"p{i}.txt").write_text("\n".join(rows) + "\n")
+
+
+def test_folder_gets_tokens_of_both_sides_and_keeps_them(tmp_path):
+    write_folder(tmp_path / "photos")
+    values = get_config()
+    values.model.size = (64, 48)
+    values.data.dataset, values.data.root, values.data.flip = "folder", str(tmp_path / "photos"), True
+    config = from_config_dict(Config, values)
+    encoder = make_encoder(config.model.clip, config.token_width)
+    cache = tmp_path / "cache"
+    first = training_set(config, encoder, str(cache))
+    assert len(first.images) == 3 and first.tokens.valid[:, -1].all() and first.tokens.flipped_valid[:, -1].all()
+    assert np.abs(first.tokens.tokens - first.tokens.flipped_tokens).max() > 0
+    (kept,) = cache.glob("region_tokens_*.safetensors")
+    written = kept.stat().st_mtime_ns
+    again = training_set(config, encoder, str(cache))
+    np.testing.assert_array_equal(first.tokens.tokens, again.tokens.tokens)
+    assert kept.stat().st_mtime_ns == written
+    assert not evaluation_set(config, encoder, None).heldout
+
+    Image.fromarray(np.zeros((64, 48, 3), np.uint8)).save(tmp_path / "photos" / "image" / "p0.png")
+    changed = training_set(config, encoder, str(cache))
+    assert np.abs(changed.tokens.tokens[0] - first.tokens.tokens[0]).max() > 0
+
+
+class Encoder:
+    """Tokens are functions of the photo; counts the images that it was given."""
+
+    fingerprint = "e"
+
+    def __init__(self, error=None):
+        self.seen, self.error = 0, error
+
+    def tokens(self, records, labels):
+        if self.error:
+            raise self.error
+        self.seen += len(records)
+        found = np.stack([np.resize(r.image.reshape(-1)[:500].astype(np.float32), (21, 4)) for r in records])
+        return found, np.ones(found.shape[:2], bool)
+
+
+@pytest.mark.parametrize("count", [1, 3])
+def test_one_of_several_processes_makes_the_tokens(tmp_path, count, monkeypatch):
+    """The others read its file; all have the same table, and so has a second start."""
+    monkeypatch.setattr(distributed, "LOOK_AGAIN", (0.001, 0.01))
+    images, settings = NoiseImages(), {"flip": True, "fingerprint": "f"}
+    alone = token_table(images, Encoder(), cache=None, **settings)
+    for made in (2 * len(images), 0):
+        encoders = [Encoder() for _ in range(count)]
+
+        def work(share, encoders=encoders):
+            return token_table(images, encoders[share.index], cache=str(tmp_path / "c"), share=share, **settings)
+
+        for table in share_work(count, work):
+            for ours, theirs in zip(vars(table).values(), vars(alone).values(), strict=True):
+                np.testing.assert_array_equal(ours, theirs)
+        assert [e.seen for e in encoders] == [made] + [0] * (count - 1)
+
+
+def test_those_who_wait_for_tokens_end_where_the_first_fails(tmp_path, monkeypatch):
+    monkeypatch.setattr(distributed, "LOOK_AGAIN", (0.001, 0.01))
+    monkeypatch.setattr(distributed, "CHECK_EVERY", 0.0)
+
+    def work(share):
+        encoder = Encoder(InputError("no CLIP here"))
+        return token_table(NoiseImages(), encoder, flip=False, cache=str(tmp_path), fingerprint="f", share=share)
+
+    first, second = share_work(2, work)
+    assert str(first) == "no CLIP here" and "process 0 has failed (no CLIP here)" in str(second)
+    (tmp_path / "file").write_text("")
+    with pytest.raises(InputError, match="cannot be written"):
+        token_table(NoiseImages(), Encoder(), flip=False, cache=str(tmp_path / "file"), fingerprint="f")
+
+
+def test_unfinished_files_of_process_1_on_two_hosts_are_two(tmp_path, monkeypatch):
+    """In containers every Python is process 1; the folder is one."""
+    monkeypatch.setattr(atomic, "os", types.SimpleNamespace(getpid=lambda: 1, fsync=lambda file: None))
+    with atomic.replacing(tmp_path / "x") as ours, atomic.replacing(tmp_path / "x") as theirs:
+        ours.write_text("a")
+        theirs.write_text("b")
+        assert ours != theirs and all(p.name.startswith(".x.1-") and p.suffix == ".partial" for p in (ours, theirs))
+    assert (tmp_path / "x").read_text() == "a"
+    files.make_folder(tmp_path)
+    assert [p.name for p in tmp_path.iterdir()] == ["x"]

@@ -1,0 +1,247 @@
+"""Schedule, predictions and DDIM against diffusers' scheduler with SD1.5's configuration."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+from diffusers import DDIMScheduler
+
+from truepose_jax.diffusion import losses
+from truepose_jax.diffusion.guidance import guided
+from truepose_jax.diffusion.samplers import ddim_sample, ddim_timesteps
+from truepose_jax.diffusion.schedule import PREDICTIONS, Schedule
+
+SD15 = Schedule()
+SD15_SCHEDULER = {
+    "num_train_timesteps": 1000,
+    "beta_start": 0.00085,
+    "beta_end": 0.012,
+    "beta_schedule": "scaled_linear",
+    "clip_sample": False,
+    "set_alpha_to_one": False,
+    "steps_offset": 1,
+    "timestep_spacing": "leading",
+    "prediction_type": "epsilon",
+}
+SHAPE = (2, 3, 4, 5)
+
+
+def normal(seed, *shape):
+    return np.random.default_rng(seed).standard_normal(shape).astype(np.float32)
+
+
+# diffusers multiplies a thousand float32 numbers; ours are rounded once (test below).
+@pytest.mark.parametrize("ours,theirs", [("scaled_linear", "scaled_linear"), ("linear", "linear")])
+def test_schedule_equals_diffusers(ours, theirs):
+    scheduler = DDIMScheduler(**SD15_SCHEDULER | {"beta_schedule": theirs})
+    found = dataclasses.replace(SD15, betas=ours).alphas_cumprod
+    assert found.shape == (1000,) and found.dtype == np.float32
+    np.testing.assert_allclose(found, scheduler.alphas_cumprod.numpy(), rtol=2e-5)
+
+
+def test_schedule_is_the_float64_product():
+    betas = [(0.00085**0.5 + i / 999 * (0.012**0.5 - 0.00085**0.5)) ** 2 for i in range(1000)]
+    exact = np.cumprod(1 - np.array(betas))
+    np.testing.assert_allclose(SD15.alphas_cumprod, exact, rtol=1e-6)
+    np.testing.assert_allclose(exact[[0, 953, 999]], [0.99915, 0.00797, 0.00466], rtol=1e-3)
+
+
+def test_cosine_schedule_equals_diffusers():
+    scheduler = DDIMScheduler(beta_schedule="squaredcos_cap_v2")
+    np.testing.assert_allclose(
+        Schedule(betas="cosine").alphas_cumprod[:-1], scheduler.alphas_cumprod.numpy()[:-1], rtol=2e-4
+    )
+
+
+def test_leading_timesteps():
+    got = ddim_timesteps(35)
+    assert got.dtype == np.int32
+    np.testing.assert_array_equal(got, range(953, 0, -28))
+    for steps, first in ((50, 981), (20, 951), (1, 1), (1000, 999)):
+        assert ddim_timesteps(steps)[0] == first
+
+
+@pytest.mark.parametrize("steps", [1, 2, 7, 20, 35, 50, 250, 333])
+@pytest.mark.parametrize("spacing", ["leading", "trailing"])
+def test_timesteps_equal_diffusers(steps, spacing):
+    scheduler = DDIMScheduler(**SD15_SCHEDULER | {"timestep_spacing": spacing})
+    scheduler.set_timesteps(steps)
+    np.testing.assert_array_equal(ddim_timesteps(steps, spacing=spacing), scheduler.timesteps.numpy())
+
+
+@pytest.mark.parametrize("spacing", ["leading", "trailing"])
+def test_timesteps_are_valid_for_every_count(spacing):
+    for steps in range(1, 1001):
+        found = ddim_timesteps(steps, spacing=spacing)
+        assert len(found) == steps
+        assert found[0] <= 999 and found[-1] >= 0 and np.all(np.diff(found) < 0), steps
+
+
+def test_trailing_timesteps():
+    got = ddim_timesteps(35, spacing="trailing")
+    assert (got[0], got[1], got[-1], len(got)) == (999, 970, 28, 35)
+
+
+@pytest.mark.parametrize("steps,spacing", [(0, "leading"), (1001, "leading"), (10, "linspace")])
+def test_timesteps_refuse(steps, spacing):
+    with pytest.raises(ValueError, match="sampling"):
+        ddim_timesteps(steps, spacing=spacing)
+
+
+@pytest.mark.parametrize("fields", [{"betas": "sqrt"}, {"prediction": "score"}])
+def test_schedule_refuses(fields):
+    with pytest.raises(ValueError, match=next(iter(fields))):
+        Schedule(**fields)
+
+
+def test_add_noise_and_v_equal_diffusers():
+    x0, eps, t = normal(0, 4, 3, 2, 5), normal(1, 4, 3, 2, 5), np.array([0, 17, 500, 999])
+    scheduler = DDIMScheduler(**SD15_SCHEDULER)
+    a, b, index = torch.from_numpy(x0), torch.from_numpy(eps), torch.from_numpy(t)
+    np.testing.assert_allclose(SD15.add_noise(x0, eps, t), scheduler.add_noise(a, b, index), atol=2e-5)
+    v = dataclasses.replace(SD15, prediction="v").regression_target(x0, eps, t)
+    np.testing.assert_allclose(v, scheduler.get_velocity(a, b, index), atol=2e-5)
+
+
+@pytest.mark.parametrize("prediction", PREDICTIONS)
+def test_split_undoes_add_noise(prediction):
+    """A perfect network gives back x0 and eps, at both ends of the schedule."""
+    schedule = dataclasses.replace(SD15, prediction=prediction)
+    x0, eps, t = normal(2, 5, 3, 2, 4), normal(3, 5, 3, 2, 4), np.array([0, 1, 400, 953, 999])
+    output = schedule.regression_target(x0, eps, t)
+    got_x0, got_eps = schedule.split(schedule.add_noise(x0, eps, t), output, t)
+    np.testing.assert_allclose(got_x0, x0, atol=2e-5)
+    np.testing.assert_allclose(got_eps, eps, atol=1e-4)  # x0: at t = 0 the noise is 3 % of x_t
+
+
+@pytest.mark.parametrize("prediction", PREDICTIONS)
+def test_clipped_x0_keeps_x_t(prediction):
+    """clip_x0 bounds x0, and eps follows so that both still make x_t."""
+    schedule = dataclasses.replace(SD15, prediction=prediction, clip_x0=1.0)
+    x_t, output, t = normal(4, 3, 2, 2, 4), normal(5, 3, 2, 2, 4), np.array([10, 500, 990])
+    x0, eps = schedule.split(x_t, output, t)
+    assert np.abs(x0).max() == 1.0
+    np.testing.assert_allclose(schedule.add_noise(x0, eps, t), x_t, atol=1e-4)
+
+
+def linear_network(seed):
+    """predict(x, t) = x W + t / 1000, W random, in NumPy or torch or JAX arrays alike."""
+    w = normal(seed, SHAPE[-1], SHAPE[-1]) / SHAPE[-1]
+    return w, lambda x, t, weight: x @ weight + t / 1000.0
+
+
+def trajectory_of_diffusers(noise, w, *, steps, **changes):
+    """float64, so that what differs is ours."""
+    scheduler = DDIMScheduler(**SD15_SCHEDULER | changes)
+    scheduler.alphas_cumprod = scheduler.alphas_cumprod.double()
+    scheduler.final_alpha_cumprod = scheduler.alphas_cumprod[0]
+    scheduler.set_timesteps(steps)
+    x, weight = torch.from_numpy(noise).double(), torch.from_numpy(w).double()
+    for t in scheduler.timesteps:
+        x = scheduler.step(x @ weight + float(t) / 1000.0, t, x, eta=0.0).prev_sample
+    return x.numpy()
+
+
+@pytest.mark.parametrize("prediction,name", [("eps", "epsilon"), ("v", "v_prediction"), ("x0", "sample")])
+@pytest.mark.parametrize("steps,spacing", [(35, "leading"), (50, "leading"), (50, "trailing"), (20, "trailing")])
+def test_ddim_equals_diffusers(prediction, name, steps, spacing):
+    """The whole trajectory, its last step to abar[0] included. Trailing: only where steps divides 1000 (docs/paper.md 6)."""
+    w, network = linear_network(7)
+    noise = normal(8, *SHAPE)
+    schedule = dataclasses.replace(SD15, prediction=prediction)
+
+    def predict(x, t):
+        return network(x, t[:, None, None, None].astype(jnp.float32), w)
+
+    got = ddim_sample(predict, noise, schedule, steps=steps, spacing=spacing)
+    want = trajectory_of_diffusers(noise, w, steps=steps, prediction_type=name, timestep_spacing=spacing)
+    assert np.abs(got - want).max() / np.abs(want).max() < 3e-4
+
+
+def test_ddim_with_the_true_noise_lands_near_x0():
+    """eps = the noise itself: z_0 with abar[0]'s rest of noise, whatever the steps; trailing 35 included."""
+    x0, eps = normal(0, *SHAPE), normal(1, *SHAPE)
+    for spacing in ("leading", "trailing"):
+        start = np.full(SHAPE[0], ddim_timesteps(35, spacing=spacing)[0])
+        got = ddim_sample(
+            lambda x, t: jnp.asarray(eps), SD15.add_noise(x0, eps, start), SD15, steps=35, spacing=spacing
+        )
+        np.testing.assert_allclose(got, SD15.add_noise(x0, eps, np.zeros(SHAPE[0], int)), atol=1e-3)
+
+
+def test_ddim_is_one_scan_and_sees_every_timestep():
+    calls = []
+
+    def predict(x, t):
+        calls.append(t.shape)
+        jax.debug.callback(lambda t: seen.append(int(t[0])), t, ordered=True)
+        return x
+
+    seen: list[int] = []
+    ddim_sample(predict, normal(0, *SHAPE), SD15, steps=35)
+    jax.effects_barrier()
+    assert calls == [(SHAPE[0],)]
+    assert seen == list(range(953, 0, -28))
+
+
+def test_guidance():
+    """Eq. 11, and no unconditional branch at scale 1."""
+    conditional, null = normal(0, *SHAPE), normal(1, *SHAPE)
+    calls = []
+
+    def unconditional():
+        calls.append(1)
+        return null
+
+    np.testing.assert_array_equal(guided(lambda: conditional, unconditional, 1.0), conditional)
+    assert not calls
+    got = guided(lambda: conditional, unconditional, 3.5)
+    np.testing.assert_allclose(got, null + 3.5 * (conditional - null), rtol=1e-6)
+    np.testing.assert_array_equal(guided(lambda: conditional, unconditional, 0.0), null)
+    assert len(calls) == 2
+
+
+def test_timesteps_of_training():
+    u = np.linspace(0, 1, 100_001, dtype=np.float32)[:-1]
+    uniform = np.asarray(losses.timesteps(u, 1000))
+    np.testing.assert_allclose(np.bincount(uniform, minlength=1000), 100, atol=2)
+    assert losses.timesteps(np.float32([1.0]), 1000)[0] == 999
+    assert np.mean(losses.timesteps(u, 1000, power=0.5)) == pytest.approx(1000 * 2 / 3, abs=1)
+
+
+def test_weighted_mean_and_bins():
+    values, weights = np.array([1.0, 4.0, np.nan, 2.0], np.float32), np.array([1, 1, 0, 1], np.float32)
+    assert losses.weighted_mean(values, weights) == pytest.approx(7 / 3)
+    assert losses.weighted_mean(values, 0 * weights) == 0
+    grad = jax.grad(losses.weighted_mean)(values, weights)
+    np.testing.assert_allclose(grad, weights / 3)
+    sums, counts = losses.timestep_bins(values, weights, np.array([0, 99, 500, 999]), 1000)
+    np.testing.assert_allclose(sums, [5, *[0] * 8, 2])
+    np.testing.assert_allclose(counts, [2, *[0] * 8, 1])
+
+
+def test_charbonnier():
+    """Of pixels and of their differences along x and y, by loops; about the absolute errors, and 0.03 where there are none."""
+    a, b = normal(0, 2, 5, 4, 3), normal(1, 2, 5, 4, 3)
+    for smooth in (0.01, 0.5):
+        for i in range(2):
+            d = (a[i] - b[i]).astype(np.float64)
+            smoothed = lambda x, smooth=smooth: (x**2 + smooth**2) ** 0.5  # noqa: E731
+            cells = [(y, x, c) for y in range(5) for x in range(4) for c in range(3)]
+            pixels = [smoothed(d[y, x, c]) for y, x, c in cells]
+            along_x = [smoothed(d[y, x, c] - d[y, x - 1, c]) for y, x, c in cells if x]
+            along_y = [smoothed(d[y, x, c] - d[y - 1, x, c]) for y, x, c in cells if y]
+            wanted = np.mean(pixels) + np.mean(along_x) + np.mean(along_y)
+            assert losses.charbonnier(a, b, smooth=smooth)[i] == pytest.approx(wanted, rel=1e-5)
+    np.testing.assert_allclose(losses.charbonnier(a, a), 0.03, rtol=1e-6)
+    one_higher = losses.charbonnier(a + 1, a)
+    np.testing.assert_allclose(one_higher, 1.02, rtol=1e-3)
+    assert not np.any(jax.grad(lambda x: losses.charbonnier(x, a).sum())(a)), "a finite gradient where they are equal"
+
+
+def test_squared_error():
+    a, b = normal(0, *SHAPE), normal(1, *SHAPE)
+    np.testing.assert_allclose(losses.squared_error(a, b), ((a - b) ** 2).mean(axis=(1, 2, 3)), rtol=1e-6)

@@ -1,0 +1,126 @@
+"""What test_sharding.py runs in a process of its own, on eight pretended devices; prints one JSON object."""
+
+import json
+
+import jax
+import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
+
+from tests import tiny
+from truepose_jax.runtime.sharding import (
+    batch_parts,
+    constrain,
+    like_params,
+    make_mesh,
+    param_specs,
+    path_of,
+    put_global_batch,
+    put_whole_batch,
+    replicate,
+)
+from truepose_jax.training.step import Trainer
+
+MESHES = {"data": (8, 1, 1), "fsdp": (1, 8, 1), "tensor": (2, 2, 2)}
+BATCH = 8
+RATE = 0.1
+
+
+def step(made):
+    """(params, batch, keys) -> loss, gradients, parameters after one step of SGD."""
+
+    def call(params, batch, keys):
+        loss, grads = jax.value_and_grad(lambda p: made.loss(p, {}, batch, keys)[0])(params)
+        return loss, grads, jax.tree.map(lambda p, g: p - RATE * g, params, grads)
+
+    return call
+
+
+def on_mesh(sizes, made, cfg, params, batch, keys, want):
+    mesh = make_mesh(**dict(zip(("data", "fsdp", "tensor"), sizes, strict=True)))
+    specs = param_specs(params, mesh, made.param_rules)
+    placed = jax.device_put(params, specs)
+    whole = NamedSharding(mesh, PartitionSpec())
+    with jax.set_mesh(mesh):
+        call = jax.jit(step(made), out_shardings=(whole, specs, specs), compiler_options=tiny.compiler_options())
+        lowered = call.lower(placed, put_global_batch(mesh, batch), replicate(mesh, keys))
+        compiled = lowered.compile()
+        loss, grads, moved = compiled(placed, put_global_batch(mesh, batch), replicate(mesh, keys))
+        trainer = Trainer(cfg, made)
+        state = jax.eval_shape(lambda: trainer.init_state(jax.random.key(0), tiny.spec(cfg)))
+        layout = like_params(state, params, specs, mesh)
+        begin = jax.jit(trainer.state_of, out_shardings=layout, compiler_options=tiny.compiler_options())
+        whole_state = begin.lower(placed).compile()
+    tiny.check_gradients(grads, want[1])
+    tiny.check_gradients(moved, want[2])
+    cut = {axis: 0 for axis in ("fsdp", "tensor")}
+    shards_fit = True
+    for leaf, spec in zip(jax.tree.leaves(placed), jax.tree.leaves(specs), strict=True):
+        parts = 1
+        for axis in cut:
+            if axis in spec.spec and mesh.shape[axis] > 1:
+                cut[axis] += leaf.size
+                parts *= mesh.shape[axis]
+        shards_fit &= leaf.addressable_shards[0].data.size * parts == leaf.size
+    adam = [s for path, s in jax.tree_util.tree_leaves_with_path(layout.opt_state) if "/mu/" in path_of(path)]
+    return {
+        "loss": abs(float(loss) / float(want[0]) - 1),
+        "leaf": tiny.error(grads, want[1]),
+        "gradients": apart(grads, want[1]),
+        "moved": apart(moved, want[2]),
+        # What one device holds, as the compiler counts it, over what all of it takes.
+        "bytes": {
+            "params": (compiled.memory_analysis().argument_size_in_bytes - bytes_of((batch, keys), batch_parts(mesh)))
+            / bytes_of(params),
+            "gradients": compiled.memory_analysis().output_size_in_bytes / bytes_of((params, params)),
+            "state": whole_state.memory_analysis().output_size_in_bytes / bytes_of(state),
+        },
+        "cut": {axis: size / sum(leaf.size for leaf in jax.tree.leaves(params)) for axis, size in cut.items()},
+        "shards_fit": bool(shards_fit),
+        "moments_like_params": adam == jax.tree.leaves(specs),
+        "ema_like_params": jax.tree.leaves(layout.ema) == jax.tree.leaves(specs),
+        "step_replicated": layout.step.spec == PartitionSpec(),
+        "constraints": lowered.as_text().count("sharding_constraint"),
+    }
+
+
+def apart(found, want):
+    """Norm of the difference of two trees over the norm of the second."""
+    a, b = (np.concatenate([np.ravel(np.float64(x)) for x in jax.tree.leaves(tree)]) for tree in (found, want))
+    return float(np.linalg.norm(a - b) / np.linalg.norm(b))
+
+
+def bytes_of(tree, parts=1):
+    return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(tree)) / parts
+
+
+def batches():
+    mesh = make_mesh(data=2, fsdp=-1, tensor=2)
+    host = {"valid": np.arange(8, dtype=np.float32), "target": np.arange(96, dtype=np.float32).reshape(8, 4, 3)}
+    found = {}
+    for name, put in (("global", put_global_batch), ("whole", put_whole_batch)):
+        placed = put(mesh, host)
+        rows = {tuple(np.asarray(s.data).tolist()) for s in placed["valid"].addressable_shards}
+        found[name] = {
+            "equal": all(np.array_equal(placed[k], host[k]) for k in host),
+            "rows": sorted(rows),
+            "shape": placed["target"].addressable_shards[0].data.shape,
+        }
+    with jax.set_mesh(mesh):
+        x = jax.jit(lambda x: constrain(x, "batch", "tokens", "heads"))(np.zeros((8, 3, 4)))
+    return found | {"parts": batch_parts(mesh), "constrained": x.addressable_shards[0].data.shape}
+
+
+def main():
+    assert jax.device_count() == 8
+    cfg = tiny.config(tiny.MIDDLE_ONLY, {"batch_size": BATCH, "optim": {"ema_decay": 0.9}})
+    made = tiny.method(cfg)
+    params, batch = jax.device_get(tiny.params(made, cfg)), tiny.batch(cfg, 0, targets=BATCH)
+    batch["valid"][3] = 0
+    keys = tiny.keys(1, BATCH)
+    want = tiny.jit(step(made))(params, batch, keys)
+    found = {name: on_mesh(sizes, made, cfg, params, batch, keys, want) for name, sizes in MESHES.items()}
+    print(json.dumps(found | {"batches": batches()}))
+
+
+if __name__ == "__main__":
+    main()

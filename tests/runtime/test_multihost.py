@@ -1,0 +1,203 @@
+"""Several real processes on this machine: training, joined by gloo, with the examples, losses and stops of one process; and work
+that they share (see also test_process_group.py and test_generate_records.py)."""
+
+import json
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+
+from input_pipeline.records.check import check_records
+from input_pipeline.schema import InputError
+from tests.evaluate.test_evaluate import folder
+from tests.metrics.torch_networks import save_weights
+from tests.process import ROOT, Program, environment, free_port
+from tests.process_group import share_work
+from tests.training import test_killed as runs
+from tests.training.test_killed import same_run, start, wait_for_step
+from truepose_jax import prepare
+from truepose_jax.evaluate.__main__ import main as evaluate
+from truepose_jax.runtime import distributed
+
+straight = runs.straight
+
+
+def by_flags(workdir, count, *more):
+    port = free_port()
+    join = [f"--coordinator=localhost:{port}", f"--processes={count}"]
+    return [start(workdir, *join, f"--process={i}", *more, cached=False) for i in range(count)]
+
+
+def finish(processes, code=0):
+    ends = [process.finish() for process in processes]
+    for found, _, errors in ends:
+        assert found == code, errors[-3000:]
+    return [out for _, out, _ in ends]
+
+
+@pytest.mark.slow
+def test_two_processes_with_the_parameters_cut_over_both(tmp_path, straight):
+    """Slow for its compilation alone: the optimizer's update of hundreds of arrays, in each process."""
+    finish(by_flags(tmp_path, 2, "--config.mesh.data=1", "--config.mesh.fsdp=2", "--config.optim.layout=tree"))
+    same_run(tmp_path, straight)
+
+
+@pytest.mark.slow
+def test_two_processes_of_one_tensor_group_hold_the_same_rows(tmp_path, straight):
+    finish(by_flags(tmp_path, 2, "--config.mesh.data=1", "--config.mesh.tensor=2", "--config.optim.layout=tree"))
+    same_run(tmp_path, straight)
+
+
+@pytest.mark.slow
+def test_four_processes(tmp_path, straight):
+    finish(by_flags(tmp_path, 4))
+    same_run(tmp_path, straight)
+
+
+@pytest.mark.slow
+def test_four_processes_in_groups_of_two(tmp_path, straight):
+    """Gloo connects each group by itself, after distributed.connect has connected all."""
+    finish(by_flags(tmp_path, 4, "--config.mesh.data=2", "--config.mesh.fsdp=2", "--config.optim.layout=tree"))
+    same_run(tmp_path, straight)
+
+
+@pytest.mark.slow
+def test_sigterm_to_one_stops_both_at_the_same_step(tmp_path):
+    processes = by_flags(tmp_path, 2, "--config.total_steps=2000", "--config.checkpoint.every=5000")
+    wait_for_step(processes[0], tmp_path, 3)
+    processes[1].send_signal(signal.SIGTERM)
+    outputs = finish(processes, code=143)
+    stopped = [next(line for line in out.splitlines() if "asked to stop" in line) for out in outputs]
+    assert stopped[0] == stopped[1]
+    (saved,) = (int(p.name) for p in (tmp_path / "checkpoints").iterdir() if p.name.isdigit())
+    assert f"saved step {saved};" in stopped[0]
+
+
+def test_all_must_see_the_workdir_of_process_0(tmp_path, monkeypatch):
+    monkeypatch.setattr(distributed, "SEEN_WITHIN", 0.2)
+    monkeypatch.setattr(distributed, "CHECK_EVERY", 0.05)
+    places = [tmp_path / "one", tmp_path / "other"]
+    for place in places:
+        place.mkdir()
+    assert share_work(2, lambda share: distributed.same_folder(share, places[0])) == [None, None]
+    ends = share_work(2, lambda share: distributed.same_folder(share, places[share.index]))
+    assert all(isinstance(end, InputError) and "\n" not in str(end) for end in ends)
+    assert f"{places[1]}/" in str(ends[1]) and "process 1 does not see it" in str(ends[1])
+    assert "process 1 has failed" in str(ends[0])
+    assert not list(places[0].iterdir()) and not list(places[1].iterdir())
+
+
+class Steps:
+    """The steps of a workdir as a process sees them, before and after it looks again."""
+
+    def __init__(self, folder, before, after):
+        self.folder, self._seen, self._after = folder, before, after
+
+    def steps(self):
+        return self._seen
+
+    def look_again(self):
+        self._seen = self._after
+
+
+def test_all_begin_with_the_steps_of_process_0(tmp_path, monkeypatch):
+    monkeypatch.setattr(distributed, "CHECK_EVERY", 0.05)
+    for step in ("4", "8"):
+        (tmp_path / step).mkdir()
+    late = [Steps(tmp_path, [4, 8], [4, 8]), Steps(tmp_path, [4], [4, 8])]
+    assert share_work(2, lambda share: distributed.same_steps(share, late[share.index])) == [None, None]
+    assert late[1].steps() == [4, 8]
+    never = [Steps(tmp_path, [4, 8], [4, 8]), Steps(tmp_path, [4], [4])]
+    ends = share_work(2, lambda share: distributed.same_steps(share, never[share.index]))
+    assert all("saved steps: those of process" in str(end) for end in ends)
+
+
+# ------------------------------------------------------------------------------------------------- shared work
+
+
+def local(count, *arguments):
+    """How launch/local.sh ends with `count` processes: (code, stdout, stderr)."""
+    settings = environment(PYTHON=sys.executable, PORT=str(free_port()))
+    command = [ROOT / "launch" / "local.sh", str(count), *map(str, arguments)]
+    done = subprocess.run(command, cwd=ROOT, env=settings, capture_output=True, text=True, timeout=500)
+    return done.returncode, done.stdout, done.stderr
+
+
+def contents(root):
+    return {path.name: path.read_bytes() for path in root.iterdir() if path.suffix != ".png" and path.is_file()}
+
+
+def test_two_processes_build_what_one_builds(tmp_path):
+    flags = ["build", "--dataset=synthetic", "--size=64x48", "--limit=13", "--poses-per-identity=3", "--workers=1"]
+    code, said, errors = local(2, "prepare", *flags, f"--out={tmp_path / 'two'}")
+    assert code == 0, errors
+    assert "process 0 of 2" in said and "process 1 of 2" in said and said.count("13 pairs") == 1
+    assert prepare.main([*flags, f"--out={tmp_path / 'one'}"]) == 0
+    assert contents(tmp_path / "two") == contents(tmp_path / "one")
+    assert check_records(tmp_path / "two")[0] == []
+
+
+@pytest.mark.slow
+def test_three_processes_evaluate_as_one_does(tmp_path):
+    """With LPIPS and FID by networks of the real size: three compilations of each."""
+    names = [f"p{i}.png" for i in range(9)]
+    reference, generated = folder(tmp_path / "reference", names), folder(tmp_path / "generated", names, offset=9)
+    flags = [f"--reference={reference}", f"--generated={generated}", "--protocol=plain", "--batch-size=2"]
+    flags += [f"--{name}-weights={save_weights(tmp_path, name, 1)[0]}" for name in ("lpips", "fid")]
+    flags += [f"--fid-reference={reference}"]
+    code, said, errors = local(3, "evaluate", *flags, f"--out={tmp_path / 'three.json'}")
+    assert code == 0, errors
+    assert said.count("three.json: the report") == 1
+    assert evaluate([*flags, f"--out={tmp_path / 'one.json'}"]) == 0
+    three, one = (json.loads((tmp_path / f"{name}.json").read_text())["metrics"] for name in ("three", "one"))
+    fid = "fid_unverified_weights"
+    np.testing.assert_allclose(three.pop(fid)["mean"], one.pop(fid)["mean"], rtol=1e-6)
+    assert three == one, "per-image metrics exactly"
+
+
+@pytest.mark.slow
+def test_where_one_is_killed_outright_the_others_end(tmp_path):
+    """Nobody tells them: JAX's service misses it after some 100 seconds."""
+    flags = [
+        "build",
+        "--dataset=synthetic",
+        "--size=256x176",
+        "--limit=60000",
+        f"--out={tmp_path / 'r'}",
+        "--workers=1",
+    ]
+    join = [f"--coordinator=localhost:{free_port()}", "--processes=2"]
+    started = [Program("-m", "truepose_jax.prepare", *flags, *join, f"--process={i}") for i in range(2)]
+    started[0].wait_for((tmp_path / "r" / "build" / "plan.json").exists)
+    started[1].kill()
+    started[1].finish()
+    killed = time.monotonic()
+    assert started[0].finish()[0] not in (0, 143) and 60 < time.monotonic() - killed < 200
+
+
+@pytest.mark.parametrize(
+    ("arguments", "text"),
+    [
+        ({"mode": "of"}, "--distributed is 'of'"),
+        ({"coordinator": "localhost:1"}, "--process is missing"),
+        ({"coordinator": "localhost", "process": 0, "processes": 1}, "HOST:PORT"),
+        ({"coordinator": "localhost:1", "process": 2, "processes": 2}, "from 0 to 1"),
+        ({"mode": "off", "process": 1}, "makes no sense"),
+    ],
+)
+def test_bad_flags(arguments, text):
+    with pytest.raises(InputError, match=text):
+        distributed.start(**arguments)
+
+
+def test_bad_environment(monkeypatch):
+    monkeypatch.setenv("JAX_COORDINATOR_ADDRESS", "localhost:1")
+    monkeypatch.setenv("JAX_PROCESS_ID", "first")
+    with pytest.raises(InputError, match="JAX_PROCESS_ID is 'first'"):
+        distributed.start()
+    monkeypatch.delenv("JAX_PROCESS_ID")
+    with pytest.raises(InputError, match="--process is missing"):
+        distributed.start()

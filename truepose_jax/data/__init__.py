@@ -1,0 +1,1 @@
+"""From a configuration to image sets with their region tokens."""

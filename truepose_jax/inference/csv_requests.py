@@ -1,0 +1,159 @@
+"""Pictures to make whose inputs are files: one of the command line, or the rows of a CSV."""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import dataclasses
+import logging
+import pathlib
+
+from input_pipeline.annotations.keypoints import canonical_name, load_pose
+from input_pipeline.annotations.parsing import LABEL_SETS, label_set, read_parsing
+from input_pipeline.annotations.photo import one_line, read_photo
+from input_pipeline.schema import InputError
+from truepose_jax.inference.pipeline import Fitted, Request, Run
+from truepose_jax.runtime.cli import parse_size
+from truepose_jax.sampling.inpainting import Edit
+
+COLUMNS = ("source", "parsing", "pose", "out")
+OPTIONAL_COLUMNS = ("labels", "pose_frame", "source_pose", "source_pose_frame")
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """A picture to make: the files, as FILE or FILE#NAME, and where it goes. line: in the CSV. source_pose: of the source's
+    person, in pixels of the photo unless the file or source_pose_frame says otherwise."""
+
+    line: int
+    source: str
+    parsing: str
+    pose: str
+    labels: str | None
+    pose_frame: tuple[int, int] | None
+    out: pathlib.Path
+    source_pose: str | None = None
+    source_pose_frame: tuple[int, int] | None = None
+
+    @property
+    def name(self) -> str:
+        """What keys the noise: photo and pose by their names without folders, so that it does not matter where they
+        lie; DeepFashion's photos, whose file names repeat, by the canonical name."""
+        return f"{_short_name(self.source)} > {_short_name(self.pose)}"
+
+    def read(self, run: Run, seed: int, edit: Edit | None = None) -> Fitted:
+        """Reads the files and fits them to the model's size. Raises InputError."""
+        photo = read_photo(self.source)
+        if self.parsing == "none":
+            parsing, labels = None, "whole"
+        elif not self.labels:
+            raise InputError(f"{self.parsing}: say whose labels these are by --labels={'|'.join(LABEL_SETS)}")
+        else:
+            labels = self.labels
+            parsing = read_parsing(self.parsing, label_set(labels), photo.shape[:2])
+        pose = load_pose(self.pose, frame_hw=self.pose_frame)
+        frame = pose.frame_hw if edit is None else pose.frame_hw or edit.reference.shape[:2]
+        if frame is None:
+            raise InputError(f"{self.pose}: the file does not say how large its image was; add --pose-frame=HxW")
+        request = Request(photo, pose.joints, parsing, labels, frame, self.name, seed, edit)
+        if self.source_pose:
+            own = load_pose(self.source_pose, frame_hw=self.source_pose_frame)
+            request = dataclasses.replace(request, source_joints=own.joints, source_frame_hw=own.frame_hw)
+        return run.fit(request)
+
+
+def _short_name(spec: str) -> str:
+    file, _, member = spec.partition("#")
+    name = canonical_name(member or file)
+    return name if name.startswith(("WOMEN/", "MEN/")) else pathlib.PurePosixPath(name).name
+
+
+def read_rows(
+    path: str,
+    out_dir: pathlib.Path,
+    *,
+    labels: str | None,
+    pose_frame: tuple[int, int] | None,
+    source_pose_frame: tuple[int, int] | None = None,
+    source_poses: bool = False,
+) -> tuple[list[Row], list[tuple[int, str]]]:
+    """(rows, [(line, what is wrong with it)]) of a list; labels and the frames serve rows without their own. source_poses:
+    every row must have one.
+
+    Raises InputError where the file cannot be read, lacks columns or holds no pairs.
+    """
+    try:
+        with open(path, newline="", encoding="utf-8-sig") as file:
+            reader = csv.reader(file)
+            lines = [(reader.line_num, [cell.strip() for cell in cells]) for cells in reader]
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise InputError(f"{path}: cannot read the list ({one_line(error)}); give a CSV") from error
+    header = [cell.lower() for cell in lines[0][1]] if lines else []
+    missing = [name for name in COLUMNS if name not in header]
+    if source_poses and not missing and "source_pose" not in header:
+        raise InputError(
+            f"{path}: lacks the column source_pose; this model carries the source's pixels by its pose, so name every "
+            "photo's own"
+        )
+    if missing:
+        raise InputError(f"{path}: lacks columns {', '.join(missing)}; its first line must be {','.join(COLUMNS)}")
+    unknown = [name for name in header if name and name not in COLUMNS + OPTIONAL_COLUMNS]
+    if unknown:
+        logging.warning("%s: columns %s mean nothing here", path, ", ".join(unknown))
+    rows, problems, taken = [], [], {}
+    for line, cells in lines[1:]:
+        if not any(cells):
+            continue
+        values = dict(zip(header, cells, strict=False))
+        try:
+            if source_poses and not values.get("source_pose"):
+                raise InputError("source_pose is empty; this model needs the photo's own pose")
+            row = _row(line, values, pathlib.Path(path).parent, out_dir, labels, pose_frame, source_pose_frame)
+            if row.out in taken:
+                raise InputError(f"out '{values['out']}' is that of line {taken[row.out]} already")
+        except InputError as error:
+            problems.append((line, str(error)))
+            continue
+        taken[row.out] = line
+        rows.append(row)
+    if not rows and not problems:
+        raise InputError(f"{path}: holds no pairs under its header")
+    return rows, problems
+
+
+def _row(
+    line: int,
+    values: dict[str, str],
+    base: pathlib.Path,
+    out_dir: pathlib.Path,
+    labels: str | None,
+    pose_frame: tuple[int, int] | None,
+    source_pose_frame: tuple[int, int] | None,
+) -> Row:
+    empty = [name for name in COLUMNS if not values.get(name)]
+    if empty:
+        raise InputError(f"{empty[0]} is empty" + ("; write none where there is no map" if "parsing" in empty else ""))
+    out = (out_dir / values["out"]).resolve()
+    if not out.is_relative_to(out_dir.resolve()):
+        raise InputError(f"out '{values['out']}' leaves the folder {out_dir}")
+    if out.suffix.lower() != ".png" or out.is_dir():
+        raise InputError(f"out '{values['out']}' is no file name that ends in .png")
+    frames = {"pose_frame": pose_frame, "source_pose_frame": source_pose_frame}
+    for name in frames:
+        if values.get(name):
+            try:
+                frames[name] = parse_size(values[name])
+            except argparse.ArgumentTypeError as error:
+                raise InputError(f"{name} {error}") from error
+    parsing, source_pose = values["parsing"], values.get("source_pose")
+    return Row(
+        line,
+        str(base / values["source"]),
+        parsing if parsing == "none" else str(base / parsing),
+        str(base / values["pose"]),
+        label_set(values["labels"]).name if values.get("labels") else labels,
+        frames["pose_frame"],
+        out,
+        str(base / source_pose) if source_pose else None,
+        frames["source_pose_frame"],
+    )

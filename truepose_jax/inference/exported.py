@@ -1,0 +1,83 @@
+"""A folder that `convert to-torch` wrote, opened as if it were the run: `generate`, `study` and Pipeline.load take it for one.
+
+So a trained model is one folder that both diffusers and this program open. Nothing can be trained on in it (config.init_from
+starts a run from one, by way of `convert from-torch`).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import pathlib
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Sharding
+
+from truepose_jax.config import Config, ConfigError, from_config_dict, with_defaults
+from truepose_jax.pretrained.conversion import key_maps
+from truepose_jax.pretrained.conversion.export import CONFIG_FILE
+from truepose_jax.pretrained.conversion.origins import read_json
+from truepose_jax.pretrained.conversion.plan import Shapes
+from truepose_jax.pretrained.conversion.readers import truepose_export
+from truepose_jax.pretrained.conversion.truepose_names import SETTINGS_FILE
+from truepose_jax.pretrained.conversion.weights_folder import CODEC_FILE, PARAMS_FILE
+from truepose_jax.pretrained.factory import planned
+from truepose_jax.pretrained.frozen_networks import KINDS
+from truepose_jax.training.checkpoint import CheckpointError
+from truepose_jax.training.init import batch_spec
+
+
+@dataclasses.dataclass(frozen=True)
+class Exported:
+    """In the place of a run's Checkpoints. step, weights: which ones were exported ("ema" or "raw"). frozen: fingerprints of
+    the networks that the run was trained with. labels: label set of its parsing maps, "" where it is not known."""
+
+    folder: pathlib.Path
+    config: Config
+    step: int
+    weights: str
+    frozen: Mapping[str, str]
+    labels: str
+
+    @classmethod
+    def is_one(cls, folder: pathlib.Path) -> bool:
+        return (folder / SETTINGS_FILE).is_file() and (folder / CONFIG_FILE).is_file()
+
+    @classmethod
+    def open(cls, folder: pathlib.Path) -> Exported:
+        """Reads what is no tensor. Raises ConversionError and CheckpointError."""
+        try:
+            config = from_config_dict(Config, with_defaults(Config, read_json(folder / CONFIG_FILE)))
+        except ConfigError as error:
+            raise CheckpointError(f"{folder / CONFIG_FILE}: {error}") from error
+        settings = read_json(folder / SETTINGS_FILE)
+        run = settings.get("run")
+        if not isinstance(run, dict) or run.keys() != {"step", "weights", "frozen"}:
+            raise CheckpointError(
+                f"{folder / SETTINGS_FILE} does not say which step and weights it holds: an older version wrote it; export "
+                "the run again"
+            )
+        clip, codec = config.model.clip, folder / CODEC_FILE
+        if (folder / KINDS["clip"].inside / "config.json").is_file():
+            clip = dataclasses.replace(clip, path=str(folder))
+        vae = str(codec) if codec.is_file() else config.model.vae
+        model = dataclasses.replace(config.model, clip=clip, vae=vae)
+        config = dataclasses.replace(config, model=model)
+        return cls(folder, config, run["step"], run["weights"], run["frozen"], settings.get("labels") or "")
+
+    def restore_part(self, name: str, step: int | None = None, *, place: Sharding | None = None) -> Any:
+        """As Checkpoints.restore_part, of the one part and step that there are; every tensor is checked. Raises
+        ConversionError."""
+        del name, step
+        method, _ = planned(self.config)
+        made = jax.eval_shape(lambda: method.init(jax.random.key(0), batch_spec(self.config)))
+        wanted = {path: leaf.dtype for path, leaf in key_maps.leaves(made)}
+        plan = truepose_export(self.folder, Shapes(lambda *_: made, _none_here, _none_here), name=str(self.folder))
+        tensors = plan.check().tensors(PARAMS_FILE)
+        return key_maps.nest({path: jax.device_put(jnp.asarray(x, wanted[path]), place) for path, x in tensors})
+
+
+def _none_here(config: Mapping[str, Any]) -> Any:
+    raise AssertionError("an export holds no other network")

@@ -1,0 +1,423 @@
+"""Pictures from Python: load a run, pass arrays, get arrays.
+
+    pipe = Pipeline.load("runs/demo")                                  # or what `convert to-torch` wrote
+    picture = pipe(photo, parsing, joints, labels="atr18", seed=0)     # uint8 [h w 3]
+    edited = pipe(photo, parsing, joints_of_reference, edit=Edit(reference, mask))     # style transfer, inpainting.py
+    picture = pipe(photo, parsing, joints, source_joints=joints_of_photo)              # a model with the half-cell head
+
+A photo of any size is fitted to the model's (stretched under 2 %, else padded with white) and the padding is
+taken off the result. The pose's frame is fitted into the part that is photo, so no joint falls into the padding.
+Noise is keyed by (seed, name): neither the batch nor its order changes a picture.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import logging
+import math
+import os
+import pathlib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from input_pipeline.annotations.keypoints import inside
+from input_pipeline.annotations.parsing import LabelSet, check_parsing, convert_parsing, label_set, whole_photo
+from input_pipeline.annotations.photo import Framing, fit_photo
+from input_pipeline.annotations.skeleton import draw_skeleton_uint8
+from input_pipeline.batches.transforms import empty_batch, write_picture, write_source, write_target
+from input_pipeline.schema import NUM_JOINTS, ImageRecord, InputError
+from truepose_jax.config import Config, ConfigError
+from truepose_jax.data.datasets import about_records
+from truepose_jax.inference.exported import Exported
+from truepose_jax.methods import Method
+from truepose_jax.pretrained.factory import assemble
+from truepose_jax.pretrained.frozen_networks import KINDS
+from truepose_jax.pretrained.region_tokens import RegionEncoder, make_encoder
+from truepose_jax.runtime import rng
+from truepose_jax.runtime.sharding import batch_parts, make_mesh, put_whole_batch, replicate
+from truepose_jax.sampling.image_grid import to_uint8
+from truepose_jax.sampling.inpainting import MASK_FIELD, Edit, EditSampler, FittedEdit
+from truepose_jax.sampling.sampler import Sampler, cast_kernels, compiler_options
+from truepose_jax.training.checkpoint import CheckpointError, Checkpoints, read_config, read_metadata
+
+WEIGHTS = {"ema": "ema", "raw": "params"}
+"""What a user calls the weights -> the part of a checkpoint that holds them."""
+
+SEEDS = 2**32
+
+NO_MAP = "no parsing map: the whole photo counts as foreground, with the token of the whole image"
+NO_MAP_OF_HEAD = (
+    f"{NO_MAP}; the target's parsing, which this model predicts, finds nothing to match, and no empty studio"
+)
+UNREAD_POSE = "the source's own pose was given, and this model does not read it (config.model.carry.head is off)"
+UNKNOWN_LABELS = "this model's label set is not known (its records are gone); parsing maps are taken as they are"
+
+
+@dataclasses.dataclass(frozen=True)
+class Request:
+    """One picture to make: the person of `source` in the pose of `joints`.
+
+    source: uint8 [h w 3], RGB. joints: [18 3] (x, y in pixels of a frame of `frame_hw`, visible), OpenPose order;
+    frame_hw None: the source's size. parsing: uint8 [h w], ids of the label set `labels`, which need not be the
+    one of the training; None: all of the photo is person. source_joints: as joints, the source's own, in a frame of
+    source_frame_hw; only models with the half-cell head read them, and need them. name, seed: key the noise. edit: what is to
+    be made is a region of this reference; frame_hw None is then the reference's size, and the picture is framed as it is.
+    """
+
+    source: np.ndarray
+    joints: np.ndarray
+    parsing: np.ndarray | None = None
+    labels: str = "atr18"
+    frame_hw: tuple[int, int] | None = None
+    name: str = ""
+    seed: int = 0
+    edit: Edit | None = None
+    source_joints: np.ndarray | None = None
+    source_frame_hw: tuple[int, int] | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Fitted:
+    """A request at the model's size. joints: the target's, float32 [18 3] in the model's pixels. framing: of the picture
+    that will be made, so the source's, or the reference's where one is edited."""
+
+    source: ImageRecord
+    labels: LabelSet
+    joints: np.ndarray
+    framing: Framing
+    name: str
+    seed: int
+    edit: FittedEdit | None = None
+
+    @property
+    def skeleton(self) -> np.ndarray:
+        """The target pose as the model sees it, uint8 [h w 3], black where there is no limb."""
+        hw = self.framing.out_hw
+        return draw_skeleton_uint8(self.joints, joints_hw=hw, out_hw=hw)
+
+
+def fit_request(request: Request, size: tuple[int, int], *, head: bool = False, labels: str = "") -> Fitted:
+    """The request at the model's `size` (h, w). head: whether the model has the half-cell head; labels: its label set, into
+    which the map is then converted (""; it is not known). Raises InputError for arrays that do not fit one another, a map
+    with foreign labels and a pose without a joint in its frame."""
+    photo, name = request.source, request.name or "source"
+    if photo.dtype != np.uint8 or photo.ndim != 3 or photo.shape[2] != 3 or not photo.size:
+        raise InputError(f"{name}: a photo is uint8 [h w 3]; got {photo.dtype} {list(photo.shape)}")
+    if not 0 <= request.seed < SEEDS:
+        raise InputError(f"{name}: seed is {request.seed}; it must be from 0 to {SEEDS - 1}")
+    hw = photo.shape[:2]
+    if head and request.source_joints is None:
+        raise InputError(
+            f"{name}: this model carries the source's pixels by its pose, so it needs the photo's own pose too: give "
+            "--source-pose=FILE (a list: the column source_pose; Python: source_joints)"
+        )
+    if request.source_joints is not None and not head:
+        _say_once(UNREAD_POSE)
+    if request.parsing is None:
+        _say_once(NO_MAP_OF_HEAD if head else NO_MAP)
+        own, parsing = label_set("whole"), whole_photo(hw)
+    else:
+        own = label_set(request.labels)
+        parsing = check_parsing(request.parsing, own, hw, name=f"{name}, map")
+        if parsing.dtype != np.uint8:
+            raise InputError(f"{name}: a parsing map is uint8 [h w]; got {parsing.dtype}")
+        if head and not labels:
+            _say_once(UNKNOWN_LABELS)
+        elif head and labels != own.name:
+            parsing, own = convert_parsing(parsing, own, label_set(labels), name=name), label_set(labels)
+    image, parsing, source_joints, framing = fit_photo(photo, parsing, np.zeros((NUM_JOINTS, 3)), size)
+    if head:
+        frame = request.source_frame_hw or hw
+        source_joints = _place_joints(request.source_joints, frame, framing, name, "the source's pose")
+    edit = None if request.edit is None else FittedEdit.fit(request.edit, size, name)
+    if edit is not None:
+        framing, hw = edit.framing, edit.framing.photo_hw
+    joints = _place_joints(request.joints, request.frame_hw or hw, framing, name)
+    record = ImageRecord(image, parsing, source_joints, name, identity=name)
+    return Fitted(record, own, joints, framing, request.name, request.seed, edit)
+
+
+def _place_joints(
+    joints: np.ndarray, frame_hw: tuple[int, int], framing: Framing, name: str, pose: str = "the pose"
+) -> np.ndarray:
+    """Joints of a frame -> the model's pixels, the whole frame inside the part of the picture that is photo. pose: what errors
+    call them."""
+    joints = np.asarray(joints)
+    if joints.shape != (NUM_JOINTS, 3) or not np.isfinite(joints).all():
+        raise InputError(
+            f"{name}: {pose.replace('the', 'a', 1)} is [18 3] of finite x, y, visible; got {list(joints.shape)}"
+        )
+    if not (joints[:, 2] > 0).any():
+        raise InputError(f"{name}: no joint of {pose} is visible; choose another pose")
+    if min(frame_hw) < 1:
+        raise InputError(f"{name}: {pose}'s frame is {frame_hw[0]}x{frame_hw[1]} pixels; give its real size")
+    x0, y0, x1, y1 = framing.box
+    left, top, right, bottom = Framing.fit(frame_hw, (y1 - y0, x1 - x0)).box
+    placed = Framing(frame_hw, framing.out_hw, (x0 + left, y0 + top, x0 + right, y0 + bottom)).joints(joints)
+    if not inside(placed, framing.out_hw).any():
+        h, w = frame_hw
+        raise InputError(f"{name}: every joint lies outside {pose}'s {h}x{w} frame; give the right frame size")
+    return placed
+
+
+@functools.cache
+def _say_once(text: str) -> None:
+    logging.warning(text)
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """A workdir, or an export, opened for reading, and which of its weights are meant; nothing large is read yet.
+
+    weights: "ema" or "raw". checkpoints: None of weights that no run made.
+    """
+
+    workdir: str
+    config: Config
+    checkpoints: Checkpoints | Exported | None
+    step: int
+    weights: str
+
+    @classmethod
+    def open(cls, workdir: str | os.PathLike[str], *, weights: str | None = None, step: int | None = None) -> Run:
+        """weights None: the EMA where the run keeps one. step None: the last checkpoint. Of an export: those that it holds.
+
+        Raises CheckpointError where there is no run or no checkpoint, or not those weights.
+        """
+        if weights not in (None, *WEIGHTS):
+            raise ConfigError(f"weights is {weights!r}; choose one of {tuple(WEIGHTS)}")
+        if Exported.is_one(pathlib.Path(workdir)):
+            export = Exported.open(pathlib.Path(workdir))
+            if (weights or export.weights, export.step if step is None else step) != (export.weights, export.step):
+                raise CheckpointError(
+                    f"{workdir} holds the {export.weights} weights of step {export.step} and no others"
+                )
+            return cls(os.fspath(workdir), export.config, export, export.step, export.weights)
+        config = read_config(workdir)
+        if weights == "ema" and not config.optim.ema_decay:
+            raise CheckpointError(f"{workdir} keeps no EMA (config.optim.ema_decay is 0); take the raw weights")
+        checkpoints = Checkpoints(workdir, keep=1, every=1, read_only=True)
+        latest = checkpoints.latest_step()
+        if latest is None:
+            raise CheckpointError(f"{checkpoints.folder} holds no checkpoint yet; train first, or wait for one")
+        if step is not None and not (checkpoints.folder / str(step)).is_dir():
+            raise CheckpointError(f"{checkpoints.folder} holds no step {step}; its last is {latest}")
+        weights = weights or ("ema" if config.optim.ema_decay else "raw")
+        return cls(os.fspath(workdir), config, checkpoints, latest if step is None else step, weights)
+
+    @functools.cached_property
+    def labels(self) -> str:
+        """The label set that it was trained on; "" where that is not known (records that are gone)."""
+        if isinstance(self.checkpoints, Exported):
+            return self.checkpoints.labels
+        return self.config.data.labels or about_records(self.config).get("labels", "")
+
+    def fit(self, request: Request) -> Fitted:
+        """The request as this run's model takes it. Raises InputError."""
+        model = self.config.model
+        if not model.carry.head:
+            return fit_request(request, model.size)
+        return fit_request(request, model.size, head=True, labels=self.labels)
+
+    @property
+    def frozen(self) -> Mapping[str, str]:
+        """Fingerprints of the frozen networks that it was trained with, where they are known."""
+        if isinstance(self.checkpoints, Exported):
+            return self.checkpoints.frozen
+        return read_metadata(self.workdir).get("frozen", {})
+
+    def sampling(self, steps: int | None, guidance: float | None) -> tuple[int, float]:
+        """Steps and guidance with the run's own in place of None. Raises InputError where they are out of range."""
+        diffusion = self.config.diffusion
+        steps = diffusion.steps if steps is None else steps
+        guidance = diffusion.guidance if guidance is None else guidance
+        if not 1 <= steps <= diffusion.schedule.steps:
+            raise InputError(f"steps is {steps}; it must be from 1 to {diffusion.schedule.steps}")
+        if not (math.isfinite(guidance) and guidance >= 0):
+            raise InputError(
+                f"guidance is {guidance}; it must be 0 or more (1: none, the run's: {diffusion.guidance:g})"
+            )
+        return steps, guidance
+
+
+@dataclasses.dataclass(frozen=True)
+class Pipeline:
+    """A run's weights on all local devices, ready to make pictures. `run` tells which weights they are."""
+
+    run: Run
+    method: Method
+    params: Any
+    frozen: Mapping[str, Any]
+    encoder: RegionEncoder
+    mesh: Mesh
+    _samplers: dict[tuple[int, float, type[Sampler]], Sampler] = dataclasses.field(default_factory=dict)
+
+    @classmethod
+    def load(
+        cls,
+        workdir: str | os.PathLike[str],
+        *,
+        weights: str | None = None,
+        step: int | None = None,
+        vae: str | None = None,
+        clip: str | None = None,
+    ) -> Pipeline:
+        """Restores the parameters alone; the run may still be training. See `Run.open` for weights and step.
+
+        vae, clip: folders that override the config's (vae: the file of a patch codec). Raises CheckpointError and ConfigError.
+        """
+        return cls.of_run(Run.open(workdir, weights=weights, step=step), vae=vae, clip=clip)
+
+    @classmethod
+    def of_run(cls, run: Run, *, vae: str | None = None, clip: str | None = None) -> Pipeline:
+        """The same of a run that is open. Raises CheckpointError and ConfigError."""
+        config, model = run.config, run.config.model
+        if vae and model.autoencoder == "pixels":
+            raise ConfigError(f"{run.workdir} uses the {model.autoencoder!r} codec; a VAE does not apply to it")
+        model = dataclasses.replace(
+            model, vae=vae or model.vae, clip=dataclasses.replace(model.clip, path=clip or model.clip.path)
+        )
+        encoder = make_encoder(model.clip, config.token_width)
+        method, frozen, _, autoencoder_print = assemble(dataclasses.replace(config, model=model), encoder)
+        recorded = run.frozen
+        _check_frozen("vae", recorded.get("autoencoder"), autoencoder_print, folder=model.vae, override=vae)
+        _check_frozen("clip", recorded.get("clip"), encoder.fingerprint, folder=model.clip.path, override=clip)
+        mesh = make_mesh(data=-1, fsdp=1, tensor=1, devices=jax.local_devices())
+        place = NamedSharding(mesh, PartitionSpec())
+        params = run.checkpoints.restore_part(WEIGHTS[run.weights], run.step, place=place)
+        params = cast_kernels(params, model.dtype)
+        return cls(run, method, params, replicate(mesh, frozen), encoder, mesh)
+
+    def __call__(
+        self,
+        source: np.ndarray,
+        parsing: np.ndarray | None,
+        joints: np.ndarray,
+        *,
+        labels: str = "atr18",
+        frame_hw: tuple[int, int] | None = None,
+        steps: int | None = None,
+        guidance: float | None = None,
+        seed: int = 0,
+        name: str = "",
+        edit: Edit | None = None,
+        source_joints: np.ndarray | None = None,
+        source_frame_hw: tuple[int, int] | None = None,
+    ) -> np.ndarray:
+        """One picture, uint8 [h w 3]; see `Request` for the arguments and `sample` for the result."""
+        request = Request(source, joints, parsing, labels, frame_hw, name, seed, edit, source_joints, source_frame_hw)
+        return self.batch([request], steps=steps, guidance=guidance)[0]
+
+    def batch(
+        self,
+        requests: Sequence[Request],
+        *,
+        steps: int | None = None,
+        guidance: float | None = None,
+        batch_size: int | None = None,
+    ) -> list[np.ndarray]:
+        """A picture for each request. Raises InputError for the first bad one, before any is made."""
+        fitted = [self.run.fit(request) for request in requests]
+        return self.sample(fitted, steps=steps, guidance=guidance, batch_size=batch_size)
+
+    def sample(
+        self,
+        fitted: Sequence[Fitted],
+        *,
+        steps: int | None = None,
+        guidance: float | None = None,
+        batch_size: int | None = None,
+    ) -> list[np.ndarray]:
+        """uint8 [h w 3] for each: of the model's size, less the padding, so of the photo's aspect ratio.
+
+        batch_size None: all at once. Every batch is filled up to it, so that one program serves all of them; there
+        is one program per batch size, steps and guidance, and another for edits. steps, guidance None: the run's.
+        Raises CheckpointError where the weights give values that are not finite.
+        """
+        steps, guidance = self.run.sampling(steps, guidance)
+        diffusion = self.run.config.diffusion
+        kind = EditSampler if any(f.edit for f in fitted) else Sampler
+        sampler = self._samplers.setdefault(
+            (steps, guidance, kind), kind(self.method, diffusion.schedule, steps, diffusion.spacing, guidance)
+        )
+        size = batch_size or max(len(fitted), 1)
+        found = []
+        for start in range(0, len(fitted), size):
+            piece = fitted[start : start + size]
+            batch, keys = self.batch_of(piece, size)
+            if kind is EditSampler:
+                batch[MASK_FIELD] = _edit_masks(piece, batch["target"].shape[:3])
+            with jax.set_mesh(self.mesh):
+                images = np.asarray(sampler(self.params, self.frozen, put_whole_batch(self.mesh, batch), keys))
+            if not np.isfinite(images).all():
+                raise CheckpointError(
+                    f"{self.run.workdir}, step {self.run.step}: the {self.run.weights} weights give values that are "
+                    "not finite; try another step or other weights"
+                )
+            for f, image in zip(piece, to_uint8(images), strict=False):
+                found.append(f.framing.crop(image if f.edit is None else f.edit.finish(image)))
+        return found
+
+    def carried(self, fitted: Sequence[Fitted], pictures: Sequence[np.ndarray]) -> list[np.ndarray]:
+        """The sources as the method's attention carried them, uint8 [h w 3] as the pictures, which `sample` made of requests
+        without an edit. Only where method.carries."""
+        batch, _ = self.batch_of(fitted, len(fitted))
+        batch["target"][:] = 1.0  # the padding is white
+        for row, (f, picture) in enumerate(zip(fitted, pictures, strict=True)):
+            write_picture(picture, out=f.framing.crop(batch["target"][row]))
+        carried = jax.jit(self.method.carried, compiler_options=compiler_options())
+        with jax.set_mesh(self.mesh):
+            images = np.asarray(carried(self.params, self.frozen, put_whole_batch(self.mesh, batch)))
+        return [f.framing.crop(image) for f, image in zip(fitted, to_uint8(images), strict=False)]
+
+    def batch_of(self, fitted: Sequence[Fitted], size: int) -> tuple[dict[str, np.ndarray], jax.Array]:
+        """The batch of schema.BATCH_FIELDS and a key per row. `target` is black, or the reference of an edit. Rows beyond
+        len(fitted), up to a multiple of the devices that holds `size`, repeat the last one."""
+        config = self.run.config
+        batch = empty_batch(
+            batch_size=len(fitted),
+            targets_per_source=1,
+            size=config.model.size,
+            token_width=config.token_width,
+        )
+        for labels in {f.labels.name: f.labels for f in fitted}.values():
+            rows = [row for row, f in enumerate(fitted) if f.labels is labels]
+            tokens, valid = self.encoder.tokens([fitted[row].source for row in rows], labels.name)
+            for i, row in enumerate(rows):
+                source = fitted[row].source
+                target = np.zeros_like(source.image) if fitted[row].edit is None else fitted[row].edit.reference
+                unknown = dataclasses.replace(source, image=target, joints=fitted[row].joints)
+                write_source(batch, row, source, tokens[i], valid[i])
+                write_target(batch, row, unknown, labels)
+        parts = batch_parts(self.mesh)
+        order = np.minimum(np.arange(-(-size // parts) * parts), len(fitted) - 1)
+        keys = jnp.stack([rng.key_of_name(jax.random.key(f.seed), f.name) for f in fitted])
+        return {name: array[order] for name, array in batch.items()}, keys[order]
+
+
+def _edit_masks(fitted: Sequence[Fitted], shape: tuple[int, int, int]) -> np.ndarray:
+    """bool [b h w]: everywhere where a row edits nothing; rows beyond len(fitted) are of no account."""
+    masks = np.ones(shape, bool)
+    for row, f in enumerate(fitted):
+        if f.edit is not None:
+            masks[row] = f.edit.mask
+    return masks
+
+
+def _check_frozen(kind: str, recorded: str | None, found: str, *, folder: str, override: str | None) -> None:
+    """Are these the frozen weights that the run was trained with? An override is believed, and says so."""
+    if recorded in (None, found):
+        return
+    if override:
+        logging.warning("--%s=%s: other weights than those the run was trained with", kind, override)
+        return
+    raise ConfigError(
+        f"{KINDS[kind].setting}={folder!r} holds other weights than those this run was trained with (fingerprint "
+        f"{found[:12]}, then {recorded[:12]}); name their folder by --{kind}=DIR"
+    )

@@ -1,0 +1,1 @@
+"""The model in PyTorch, for readers of an export. Needs the extra [torch]."""

@@ -1,0 +1,1 @@
+"""Weights of others: conversion from and to PyTorch, the networks that no optimizer touches, region tokens."""

@@ -1,0 +1,105 @@
+"""The small files beside weights: configs, the noise schedule, the model card's licence."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, TypeVar
+
+from truepose_jax.config import Schedule
+from truepose_jax.pretrained.conversion.safetensors_io import ConversionError
+
+T = TypeVar("T")
+
+_BETAS = {"scaled_linear": "scaled_linear", "linear": "linear", "squaredcos_cap_v2": "cosine"}
+_PREDICTIONS = {"epsilon": "eps", "v_prediction": "v", "sample": "x0"}
+SCHEDULE_FIELDS = ("betas", "beta_start", "beta_end", "steps", "prediction")
+
+UNKNOWN_LICENCE = "unknown: see where the weights come from"
+
+_MAX_TEXT = 10_000_000  # bytes; a config or card is a few thousand
+
+
+def read_text(path: Path) -> str:
+    """Raises ConversionError where it is missing, huge or no text."""
+    try:
+        if path.stat().st_size > _MAX_TEXT:
+            raise ConversionError(f"{path} is {path.stat().st_size:,} bytes; expected a short text file")
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConversionError(f"{path} cannot be read ({getattr(error, 'strerror', None) or error})") from error
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object. Raises ConversionError."""
+    try:
+        found = json.loads(read_text(path))
+    except json.JSONDecodeError as error:
+        raise ConversionError(f"{path} is no JSON: {error}") from error
+    if not isinstance(found, dict):
+        raise ConversionError(f"{path} holds no JSON object")
+    return found
+
+
+def parsed(path: Path, config: Mapping[str, Any], parse: Callable[[Mapping[str, Any]], T]) -> T:
+    """parse(config), with errors that name the file the config is from. Raises ConversionError."""
+    try:
+        return parse(config)
+    except (ValueError, TypeError, KeyError, AttributeError, ZeroDivisionError) as error:
+        raise ConversionError(f"{path}: {error}") from error
+
+
+def schedule_of(config: Mapping[str, Any], place: Path | str) -> dict[str, Any]:
+    """{betas, beta_start, beta_end, steps, prediction}, as diffusion.Schedule has them, of a scheduler_config.json.
+
+    Raises ConversionError for a schedule that is not fully said or that we do not have.
+    """
+    kind = config.get("_class_name", "scheduler")
+    missing = [k for k in ("beta_schedule", "beta_start", "beta_end", "num_train_timesteps") if k not in config]
+    if missing:
+        raise ConversionError(f"{place}: this {kind} does not say its {', '.join(missing)}; the schedule is unknown")
+    if config["beta_schedule"] not in _BETAS:
+        raise ConversionError(f"{place}: beta_schedule is {config['beta_schedule']!r}; known: {tuple(_BETAS)}")
+    prediction = config.get("prediction_type", "epsilon")
+    if prediction not in _PREDICTIONS:
+        raise ConversionError(f"{place}: prediction_type is {prediction!r}; known: {tuple(_PREDICTIONS)}")
+    for field in ("trained_betas", "rescale_betas_zero_snr"):
+        if config.get(field):
+            raise ConversionError(f"{place}: {field} is {str(config[field])[:40]}; such betas are not supported")
+    found = {
+        "betas": _BETAS[config["beta_schedule"]],
+        "beta_start": config["beta_start"],
+        "beta_end": config["beta_end"],
+        "steps": config["num_train_timesteps"],
+        "prediction": _PREDICTIONS[prediction],
+    }
+    check_schedule(found, place)
+    return found
+
+
+def check_schedule(schedule: Mapping[str, Any], place: Path | str) -> None:
+    """Raises ConversionError where these are not the fields of a Schedule, with sensible numbers."""
+    if schedule.keys() != set(SCHEDULE_FIELDS):
+        raise ConversionError(f"{place}: schedule has {sorted(schedule)}; expected {sorted(SCHEDULE_FIELDS)}")
+    start, end, steps = schedule["beta_start"], schedule["beta_end"], schedule["steps"]
+    numbers = all(isinstance(x, int | float) and not isinstance(x, bool) for x in (start, end, steps))
+    if not numbers or not 0 < start <= end < 1 or not isinstance(steps, int) or not 0 < steps <= 100_000:
+        raise ConversionError(f"{place}: betas from {start} to {end} in {steps} steps make no noise schedule")
+    try:
+        Schedule(**schedule)
+    except ValueError as error:
+        raise ConversionError(f"{place}: {error}") from error
+
+
+def licence_of(folder: Path) -> str:
+    """What the model card's front matter says, or that it is unknown."""
+    card = folder / "README.md"
+    if card.is_file():
+        front = re.match(r"---\r?\n(.*?)\n---", card.read_text(encoding="utf-8", errors="replace"), re.DOTALL)
+        lines = re.findall(r"^license(?:_name)?:[ \t]*['\"]?([^\s'\"#]+)", front[1], re.MULTILINE) if front else []
+        if lines:
+            # "other" comes with a license_name that says which.
+            return lines[-1] if lines[0] == "other" else lines[0]
+    return UNKNOWN_LICENCE

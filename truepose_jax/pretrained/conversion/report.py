@@ -1,0 +1,72 @@
+"""What a conversion prints: the table of a dry run, and the report at the end."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from pathlib import Path
+
+from truepose_jax.pretrained.conversion.plan import CheckedPlan, Item
+from truepose_jax.pretrained.conversion.weights_folder import CLIP_FOLDER, PARAMS_FILE, gib
+
+
+def table(checked: CheckedPlan) -> Iterator[str]:
+    """A line per tensor: name, shape, dtype, and where it comes from."""
+    for file, items in checked.plan.items.items():
+        names = max(len(item.name) for item in items)
+        shapes = max(len(_shape(item)) for item in items)
+        yield file
+        for item in items:
+            origin = f"<- {checked.name_in_source(item)}" if item.tensor else "zeros"
+            yield f"  {item.name:<{names}}  {_shape(item):<{shapes}}  {checked.dtype(item)!s:<8}  {origin}"
+
+
+def _shape(item: Item) -> str:
+    return "x".join(map(str, item.shape))
+
+
+def summary(checked: CheckedPlan) -> Iterator[str]:
+    """Per network tensors, parameters and bytes; then what begins random and what is left out."""
+    details = checked.plan.details
+    origin = details["origin"]
+    yield f"from {origin['name']}, licence {origin['licence']}"
+    if "clip" in origin:
+        yield f"and {origin['clip']['name']}, licence {origin['clip']['licence']}"
+    for network, items in _networks(checked).items():
+        count = sum(math.prod(item.shape) for item in items)
+        size = sum(checked.dtype(item).itemsize * math.prod(item.shape) for item in items)
+        dtypes = ", ".join(sorted({str(checked.dtype(item)) for item in items}))
+        yield f"  {network:<16}{len(items):>6,} tensors {count:>15,} parameters {gib(size):>12}  {dtypes}"
+    for network in details["fresh"]:
+        yield f"  {network:<16}     no weights: begins random"
+    schedule = details["schedule"]
+    yield (
+        f"noise schedule: {schedule['betas']} from {schedule['beta_start']} to {schedule['beta_end']} in "
+        f"{schedule['steps']} steps, predicts {schedule['prediction']}"
+    )
+    for reason, count in checked.left_out.items():
+        yield f"left out: {count:,} tensors: {reason}"
+    yield from checked.plan.notes
+
+
+def _networks(checked: CheckedPlan) -> dict[str, list[Item]]:
+    found: dict[str, list[Item]] = {}
+    for file, items in checked.plan.items.items():
+        for item in items:
+            network = item.name.split("/", 1)[0] if file == PARAMS_FILE else file.split("/", 1)[0]
+            found.setdefault(network, []).append(item)
+    return found
+
+
+def closing(checked: CheckedPlan, dst: Path, *, peak: int) -> Iterator[str]:
+    """The last lines. peak: bytes of memory that the process reached."""
+    size = checked.bytes
+    share = f", {peak / size:.2f} of that" if size >= 2**30 else ""  # below, the program itself is most of it
+    yield f"wrote {gib(size)} to {dst}; peak memory {gib(peak)}{share}"
+    lacks = [
+        f"--config.model.{setting}=DIR"
+        for folder, setting in (("vae", "vae"), (CLIP_FOLDER, "clip.path"))
+        if not any(file.startswith(f"{folder}/") for file in checked.plan.items)
+    ]
+    yield "next: python -m truepose_jax.train --config=configs/truepose_deepfashion_256.py --workdir=DIR \\"
+    yield f"    {' '.join([f'--config.init_from={dst}', *lacks])}"

@@ -1,0 +1,267 @@
+"""Region tokens: every parsing class of every source, and the whole image, through CLIP; computed once and kept.
+
+The encoder is a transformers CLIP vision folder, or, where the config names none, a small seeded one. The latter is
+untrained: its tokens tell regions apart by rough colour and layout and know nothing of clothes.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import hashlib
+import json
+import logging
+import pathlib
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import numpy as np
+import tqdm
+from safetensors.numpy import load_file, save_file
+
+from input_pipeline.annotations.parsing import label_set
+from input_pipeline.annotations.regions import clip_normalise, region_crops
+from input_pipeline.batches.transforms import flip_record
+from input_pipeline.process_group import ALONE, Share
+from input_pipeline.schema import MAX_CLASSES, ImageRecord, ImageSet, InputError, TokenTable
+from truepose_jax.config import ClipConfig, ConfigError
+from truepose_jax.models.clip import CLIPVisionConfig, CLIPVisionModelWithProjection
+from truepose_jax.pretrained.frozen_networks import folder_fingerprint, load_torch_folder, read_torch_config
+from truepose_jax.runtime import files
+
+CROPS_PER_CALL = 512
+IMAGES_PER_CHUNK = 64
+CALIBRATION_CROPS = 256
+
+
+@dataclasses.dataclass(frozen=True)
+class RegionEncoder:
+    """Crops -> tokens: (CLIP(crop) - offset) * scale. offset 0 and scale 1 for trained weights.
+
+    fingerprint: hash of the weights, the key of every cache. trained: False for the seeded stand-in.
+    """
+
+    config: CLIPVisionConfig
+    params: Any
+    fingerprint: str
+    trained: bool
+    offset: np.ndarray | float = 0.0
+    scale: np.ndarray | float = 1.0
+
+    @property
+    def network(self) -> RegionEncoder:
+        return self
+
+    @functools.cached_property
+    def _apply(self):
+        module = CLIPVisionModelWithProjection(self.config)
+        return jax.jit(lambda params, crops: module.apply({"params": params}, crops).image_embeds)
+
+    def encode(self, crops: np.ndarray) -> np.ndarray:
+        """uint8 [n s s 3], s = config.image_size -> float32 [n e]."""
+        found = []
+        for start in range(0, len(crops), CROPS_PER_CALL):
+            piece = clip_normalise(crops[start : start + CROPS_PER_CALL])
+            # Powers of two: few sizes, so few compilations.
+            padded = np.zeros((1 << (len(piece) - 1).bit_length(), *piece.shape[1:]), np.float32)
+            padded[: len(piece)] = piece
+            found.append(np.asarray(self._apply(self.params, padded))[: len(piece)])
+        return (np.concatenate(found) - self.offset) * self.scale
+
+    def tokens(self, records: Sequence[ImageRecord | None], labels: str) -> tuple[np.ndarray, np.ndarray]:
+        """(tokens float32 [n 21 e], valid bool [n 21]) of these images; rows without a region, and all rows of an
+        image that is None, are zero and invalid."""
+        names, size = label_set(labels), self.config.image_size
+        valid = np.zeros((len(records), MAX_CLASSES + 1), bool)
+        tokens = np.zeros((*valid.shape, self.config.projection_dim), np.float32)
+        crops = []
+        for i, record in enumerate(records):
+            if record is not None:
+                cut, valid[i], _ = region_crops(record.image, record.parsing, names, out=size)
+                crops.append(cut[valid[i]])
+        if crops:
+            tokens[valid] = self.encode(np.concatenate(crops))
+        return tokens, valid
+
+
+class LazyEncoder:
+    """The encoder of the config, whose weights are loaded when the first crop is encoded: where all tokens lie in
+    records or in a cache, CLIP is never loaded. Whatever can be checked before is a ConfigError at once."""
+
+    def __init__(self, clip: ClipConfig, token_width: int):
+        self._clip, self._width = clip, token_width
+        if clip.path:
+            _check_width(clip, token_width)
+
+    @functools.cached_property
+    def network(self) -> RegionEncoder:
+        """The encoder itself, loaded now."""
+        return make_encoder(self._clip, self._width)
+
+    @functools.cached_property
+    def fingerprint(self) -> str:
+        return folder_fingerprint(self._clip.path, "clip") if self._clip.path else self.network.fingerprint
+
+    def tokens(self, records: Sequence[ImageRecord | None], labels: str) -> tuple[np.ndarray, np.ndarray]:
+        """See RegionEncoder.tokens."""
+        return self.network.tokens(records, labels)
+
+
+def make_encoder(clip: ClipConfig, token_width: int) -> RegionEncoder:
+    """The encoder of the config. Raises ConfigError where the folder is missing or gives tokens of another width."""
+    if not clip.path:
+        return _untrained(clip, token_width)
+    _check_width(clip, token_width)
+    return load_encoder(clip.path)
+
+
+def load_encoder(folder: str) -> RegionEncoder:
+    """The encoder of a transformers folder. Raises ConfigError."""
+    config = read_torch_config(folder, CLIPVisionConfig.from_transformers, "clip")
+    params, fingerprint = load_torch_folder(folder, vision_shapes(config), "clip")
+    return RegionEncoder(config, params, fingerprint, trained=True)
+
+
+def _check_width(clip: ClipConfig, token_width: int) -> CLIPVisionConfig:
+    config = read_torch_config(clip.path, CLIPVisionConfig.from_transformers, "clip")
+    if config.projection_dim != token_width:
+        raise ConfigError(
+            f"config.model.clip.path={clip.path} gives tokens of {config.projection_dim}; "
+            f"config.model.unet.cross_attention_dim is {token_width}"
+        )
+    return config
+
+
+def vision_shapes(config: CLIPVisionConfig):
+    """Its parameters as shapes."""
+    module = CLIPVisionModelWithProjection(config)
+    pixels = jax.ShapeDtypeStruct((1, config.image_size, config.image_size, 3), np.float32)
+    return jax.eval_shape(module.init, jax.random.key(0), pixels)["params"]
+
+
+def vision_config(clip: ClipConfig, token_width: int) -> CLIPVisionConfig:
+    """What `make_encoder` would load, without its weights. Raises ConfigError."""
+    if not clip.path:
+        return untrained_config(clip, token_width)
+    return _check_width(clip, token_width)
+
+
+def untrained_config(clip: ClipConfig, token_width: int) -> CLIPVisionConfig:
+    """The small network of the config's own sizes."""
+    return CLIPVisionConfig(
+        hidden_size=clip.hidden_size,
+        intermediate_size=4 * clip.hidden_size,
+        projection_dim=token_width,
+        num_hidden_layers=clip.layers,
+        num_attention_heads=clip.heads,
+        image_size=clip.image_size,
+        patch_size=clip.patch_size,
+    )
+
+
+def _untrained(clip: ClipConfig, token_width: int) -> RegionEncoder:
+    logging.warning(
+        "region tokens come from an UNTRAINED, seeded CLIP (config.model.clip.path is empty): fine for synthetic "
+        "people and for trying things out, useless for real clothes"
+    )
+    config = untrained_config(clip, token_width)
+    module = CLIPVisionModelWithProjection(config)
+    pixels = np.zeros((1, clip.image_size, clip.image_size, 3), np.float32)
+    params = jax.jit(module.init)(jax.random.key(clip.seed), pixels)["params"]
+    text = json.dumps(dataclasses.asdict(clip) | {"width": token_width}, sort_keys=True)
+    raw = RegionEncoder(config, params, "untrained-" + hashlib.sha256(text.encode()).hexdigest()[:16], trained=False)
+    # A random network's outputs are one common vector plus a few percent: centre and spread them over seeded crops
+    # of random colours, so that the differences can be seen.
+    random = np.random.default_rng(clip.seed)
+    low = random.integers(0, 256, (CALIBRATION_CROPS, 2, 2, 3), np.uint8)
+    side = clip.image_size
+    half = -(-side // 2)
+    embeds = raw.encode(low.repeat(half, 1).repeat(half, 2)[:, :side, :side])
+    return dataclasses.replace(raw, offset=embeds.mean(0), scale=1.0 / embeds.std(0).clip(1e-6))
+
+
+def token_table(
+    images: ImageSet,
+    encoder: RegionEncoder | LazyEncoder,
+    *,
+    flip: bool,
+    cache: str | None,
+    fingerprint: str,
+    share: Share = ALONE,
+) -> TokenTable:
+    """Tokens of every image of the set (and of its mirror image where `flip`), from `cache` where they lie there.
+
+    cache: a folder, or None. fingerprint: names the images; with the encoder's it names the cache file, so that a
+    file is never taken for another's. Images that cannot be read get no tokens (their batch rows are invalid).
+
+    share: of several processes the first makes the file and the others wait for it, in a `cache` that all of them see;
+    they meet through JAX's coordination service and not on the devices, where a collective that waits for an hour of CLIP
+    runs into its time limit. Raises InputError, on all of them where the first one fails.
+    """
+    key = hashlib.sha256(f"{fingerprint}|{encoder.fingerprint}|{flip}".encode()).hexdigest()[:20]
+    path = pathlib.Path(cache) / f"region_tokens_{key}.safetensors" if cache else None
+    if path is None:
+        return _made(images, encoder, flip)
+    table = _kept(path, images, encoder, flip) if share.leads else None
+    share.meet(f"region tokens {path.name}")
+    if table is None:
+        share.see(path)
+        table = _unpack(load_file(path), len(images))
+    return table
+
+
+def _kept(path: pathlib.Path, images: ImageSet, encoder: RegionEncoder | LazyEncoder, flip: bool) -> TokenTable:
+    """The table in the file `path`; made and kept there where there is none."""
+    if path.exists():
+        return _unpack(load_file(path), len(images))
+    files.make_folder(path.parent)
+    table = _made(images, encoder, flip)
+    with files.atomic_write(path) as partial:
+        save_file(_pack(table), partial)
+    return table
+
+
+def _made(images: ImageSet, encoder: RegionEncoder | LazyEncoder, flip: bool) -> TokenTable:
+    names = label_set(images.labels)
+    parts: list[tuple] = []
+    bar = tqdm.tqdm(total=len(images), desc="region tokens", unit="image", disable=len(images) < 1000, delay=1)
+    for start in range(0, len(images), IMAGES_PER_CHUNK):
+        records = [_record(images, i) for i in range(start, min(start + IMAGES_PER_CHUNK, len(images)))]
+        part = encoder.tokens(records, images.labels)
+        if flip:
+            mirrored = [None if r is None else flip_record(r, names) for r in records]
+            part += encoder.tokens(mirrored, images.labels)
+        parts.append(part)
+        bar.update(len(records))
+    bar.close()
+    return TokenTable(*(np.concatenate(columns) for columns in zip(*parts, strict=True)))
+
+
+def _record(images: ImageSet, index: int) -> ImageRecord | None:
+    try:
+        return images.image(index)
+    except InputError as error:
+        logging.warning("%s (no region tokens for it)", error)
+        return None
+
+
+def _pack(table: TokenTable) -> dict[str, np.ndarray]:
+    """Only the rows that exist: a person has about 8 of 21."""
+    packed = {"tokens": table.tokens[table.valid], "valid": table.valid}
+    if table.flipped_tokens is not None:
+        packed |= {"flipped_tokens": table.flipped_tokens[table.flipped_valid], "flipped_valid": table.flipped_valid}
+    return packed
+
+
+def _unpack(packed: dict[str, np.ndarray], count: int) -> TokenTable:
+    found = []
+    for name in ("", "flipped_"):
+        if f"{name}valid" in packed:
+            valid, rows = packed[f"{name}valid"], packed[f"{name}tokens"]
+            tokens = np.zeros((*valid.shape, rows.shape[-1]), np.float32)
+            tokens[valid] = rows
+            found += [tokens, valid]
+    if len(found[0]) != count:
+        raise InputError(f"a region-token cache holds {len(found[0])} images for a set of {count}; remove the file")
+    return TokenTable(*found)

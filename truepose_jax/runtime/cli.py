@@ -1,0 +1,125 @@
+"""What all command-line programs do alike: bad input gets one clear line on stderr and exit code 2."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import os
+import pathlib
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from typing import NoReturn
+
+from input_pipeline.schema import InputError, UserError
+
+BAD_INPUT = 2
+INTERRUPTED = 130
+CACHE_BYTES = 8 << 30
+"""Compiled programs that enable_compilation_cache keeps: a full-size train step is some 100 MB."""
+
+
+class Parser(argparse.ArgumentParser):
+    """ArgumentParser whose errors are one line (argparse's own prints the usage first); exits with 2."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(BAD_INPUT, f"error: {message}; see --help\n")
+
+
+def run_program(main: Callable[[Sequence[str]], int | None], argv: Sequence[str]) -> int:
+    """main(argv); returns its exit code (None: 0).
+
+    A UserError is printed as `error: ...`, and 2 is returned. Other exceptions are bugs and keep their tracebacks.
+    """
+    try:
+        return main(argv) or 0
+    except UserError as error:
+        sys.stdout.flush()
+        print(f"error: {error}", file=sys.stderr)
+        return BAD_INPUT
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return INTERRUPTED
+
+
+def run_with_config(main: Callable[[Sequence[str]], int | None]) -> NoReturn:
+    """run_program for programs whose settings are --config flags (ml_collections); exits.
+
+    A flag that is unknown or ill-typed, a config file that is missing: one line, exit code 2.
+    """
+    from absl import app, flags, logging
+
+    def parse(argv: Sequence[str]) -> Sequence[str]:
+        try:
+            return flags.FLAGS(argv)
+        except (flags.Error, AttributeError, KeyError, OSError, SyntaxError, TypeError, ValueError) as error:
+            text = " ".join(str(error).split()) or type(error).__name__
+            print(f"error: {text}", file=sys.stderr)
+            sys.exit(BAD_INPUT)
+
+    def run(argv: Sequence[str]) -> None:
+        if not flags.FLAGS["verbosity"].present:
+            logging.set_verbosity(logging.WARNING)  # orbax tells every step of every save otherwise
+        sys.exit(run_program(main, argv))
+
+    app.run(run, flags_parser=parse)
+
+
+KEPT_FROM = 0.1
+"""Seconds of compilation from which a program is kept. JAX's own 1 s leaves out what makes parameters and restores them."""
+
+
+def enable_compilation_cache() -> None:
+    """Lets XLA keep its compiled programs on disk (~/.cache/truepose_jax/programs, at most CACHE_BYTES), so that the next
+    start need not compile them again. JAX_COMPILATION_CACHE_DIR names another folder, JAX_ENABLE_COMPILATION_CACHE=false
+    turns it off."""
+    import jax
+
+    if not jax.config.jax_enable_compilation_cache:
+        return
+    if jax.config.jax_compilation_cache_dir is None:
+        home = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+        folder = pathlib.Path(home, "truepose_jax", "programs")
+        jax.config.update("jax_compilation_cache_dir", str(folder))
+        jax.config.update("jax_compilation_cache_max_size", CACHE_BYTES)
+        drop_half_written(folder)
+    if "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS" not in os.environ:
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", KEPT_FROM)
+
+
+def drop_half_written(folder: pathlib.Path) -> None:
+    """Removes what a start that was killed left of a program: JAX writes KEY-cache, then KEY-atime, under this lock; it never
+    replaces the first, and keeps nothing more where it misses the second."""
+    import filelock
+
+    with contextlib.suppress(OSError, filelock.Timeout), filelock.FileLock(folder / ".lockfile", timeout=10):
+        for program in folder.glob("*-cache"):
+            if not program.with_name(program.name.removesuffix("-cache") + "-atime").exists():
+                program.unlink(missing_ok=True)
+
+
+def install(extra: str) -> str:
+    """How to install an extra of pyproject.toml: no registry has this package, so from its own folder."""
+    return f"pip install -e '.[{extra}]' in the project's folder"
+
+
+def reject_unused_flags(
+    flags: argparse.Namespace, used_by: Mapping[str, Sequence[str]], *modes: str, title: str = ""
+) -> None:
+    """Raises InputError for a flag that was given and that nothing of this call reads.
+
+    used_by: {flag: modes that heed it}; the parser's default of such a flag is None. modes: of this call. title: what to
+    call them, if not by their names.
+    """
+    for flag, heeding in used_by.items():
+        if getattr(flags, flag.replace("-", "_")) is not None and not set(heeding) & set(modes):
+            raise InputError(
+                f"--{flag.replace('_', '-')} means nothing to {title or ' and '.join(modes)}; it is for {', '.join(heeding)}"
+            )
+
+
+def parse_size(text: str) -> tuple[int, int]:
+    """'256x176' -> (256, 176), height first. A `type` for add_argument: raises ArgumentTypeError."""
+    h, _, w = text.partition("x")
+    if not (h.isdecimal() and w.isdecimal() and int(h) > 0 and int(w) > 0):
+        raise argparse.ArgumentTypeError(f"'{text}' is not HEIGHTxWIDTH, as in 256x176")
+    return int(h), int(w)

@@ -1,0 +1,1 @@
+"""From noise to pictures: guided DDIM in one jit, in-painting, and sheets of the results."""

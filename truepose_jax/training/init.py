@@ -1,0 +1,273 @@
+"""The state a run begins with: its own checkpoint, the weights of config.init_from, or random parameters.
+
+config.init_from is a folder that `convert from-torch` wrote, or the workdir of another run (its EMA weights where it keeps
+them). Whatever does not fit is a ConfigError before any long work; nothing is ever left random that was asked for.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import pathlib
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from input_pipeline.schema import batch_shapes
+from truepose_jax.config import Config, ConfigError, to_dict
+from truepose_jax.pretrained.conversion.key_maps import leaves, nest
+from truepose_jax.pretrained.conversion.safetensors_io import ConversionError, TensorInfo
+from truepose_jax.pretrained.conversion.weights_folder import CODEC_FILE, WEIGHTS_FILE, WeightsFolder, open_weights
+from truepose_jax.pretrained.frozen_networks import KINDS
+from truepose_jax.runtime.sharding import like_params, param_specs
+from truepose_jax.training.checkpoint import CheckpointError, Checkpoints, read_config, read_metadata
+from truepose_jax.training.step import Trainer, TrainState
+
+SCRATCH = ("parsing_encoder", "clip_source")
+"""Networks that no UNet has anything for, beside what a weights folder itself calls fresh."""
+
+HPFA_OUT, COSINE_SCALE = "/hpfa/to_out_0/kernel", "/hpfa/cosine_scale"
+"""Of ours, what a plain UNet's folder lacks: rows of the first that read carried latents, which are zero then, and the second."""
+
+SETTINGS = ("autoencoder", "positions", "source_parsing")
+FUSION_SETTINGS = ("reading", "mask_axis", "delta", "sigma", "regions", "carry_latents", "cosine", "residual")
+CARRY_SETTINGS = ("head",)
+"""Of config.model, its fusion and its carry: what no tensor's shape tells well, and trained parameters depend on."""
+HARMLESS = ("fusion.regions",)
+"""CAA reads any number of region tokens; only how well it does depends on the number."""
+
+
+def resolve_init_from(config: Config) -> Config:
+    """The config with what init_from implies: its VAE and CLIP where the config names none. Raises ConfigError."""
+    if not config.init_from:
+        return config
+    folder = pathlib.Path(config.init_from)
+    model = config.model
+    if (folder / WEIGHTS_FILE).is_file():
+        weights = _open(config)
+        _same_network(config, weights.unet, model.unet)
+        _same_settings(config, weights.settings)
+        if weights.schedule is not None:
+            ours = {name: getattr(config.diffusion.schedule, name) for name in weights.schedule}
+            if ours != dict(weights.schedule):
+                logging.warning(
+                    "config.init_from=%s was trained with the schedule %s; this run uses %s",
+                    folder, dict(weights.schedule), ours,
+                )  # fmt: skip
+        inside = {kind: str(folder) for kind, of in KINDS.items() if (folder / of.inside / "config.json").is_file()}
+        if model.autoencoder == "patches":
+            inside["vae"] = str(folder / CODEC_FILE) if (folder / CODEC_FILE).is_file() else ""
+    elif (folder / "checkpoints").is_dir():
+        try:
+            other = read_config(folder)
+        except CheckpointError as error:
+            raise ConfigError(f"config.init_from: {error}") from error
+        _same_network(config, to_dict(other.model.unet), model.unet)
+        _warn(config, _differences(config, to_dict(other.model)))
+        inside = {"vae": other.model.vae, "clip": other.model.clip.path}
+    else:
+        raise ConfigError(
+            f"config.init_from={folder} is neither a folder that `python -m truepose_jax.convert from-torch` wrote "
+            f"(no {WEIGHTS_FILE}) nor the workdir of a run (no checkpoints/)"
+        )
+    vae = model.vae or ("" if model.autoencoder == "pixels" else inside.get("vae", ""))
+    clip = dataclasses.replace(model.clip, path=model.clip.path or inside.get("clip", ""))
+    return dataclasses.replace(config, model=dataclasses.replace(model, vae=vae, clip=clip))
+
+
+def origin(config: Config) -> dict[str, Any] | None:
+    """What the run started from, for metadata.json and the model card: {"name", "licence", "files": {file: sha256}}; of
+    another run what that one started from. None: from nothing."""
+    if not config.init_from:
+        return None
+    if (pathlib.Path(config.init_from) / WEIGHTS_FILE).is_file():
+        return dict(_open(config).origin)
+    return read_metadata(config.init_from).get("origin")
+
+
+def batch_spec(config: Config, *, targets: int | None = None, form: str = "float32") -> dict[str, jax.ShapeDtypeStruct]:
+    """A batch of `targets`; None: of one source, which parameters are initialised with (no parameter's shape depends on
+    the batch size). form: a key of input_pipeline.schema.FORMS."""
+    k = config.data.targets_per_source
+    shapes = batch_shapes(
+        batch_size=targets or k, targets_per_source=k, size=config.model.size, token_width=config.token_width, form=form
+    )
+    return {name: jax.ShapeDtypeStruct(shape, np.dtype(dtype)) for name, (shape, dtype) in shapes.items()}
+
+
+def training_form(config: Config) -> str:
+    """The form in which training's batches travel, a key of input_pipeline.schema.FORMS."""
+    if config.data.latents == "stored":
+        return "latents"
+    return "bytes+maps" if config.model.carry.head else "uint8"
+
+
+def abstract_state(config: Config, trainer: Trainer, mesh: Mesh) -> TrainState:
+    """Shapes, dtypes and shardings of the whole state; nothing is computed."""
+    # The key inside: nothing may be computed while the mesh is of devices that are not here.
+    shapes = jax.eval_shape(lambda: trainer.init_state(jax.random.key(0), batch_spec(config)))
+    specs = param_specs(shapes.params, mesh, trainer.method.param_rules)
+    shardings = like_params(shapes, shapes.params, specs, mesh)
+    return jax.tree.map(
+        lambda shape, sharding: jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=sharding), shapes, shardings
+    )
+
+
+def first_state(config: Config, trainer: Trainer, checkpoints: Checkpoints, abstract: TrainState) -> TrainState:
+    """Resume order: this workdir's checkpoint, config.init_from, random parameters. abstract: the state's shapes with
+    shardings. A checkpoint that cannot be restored is an error, never a fresh start; a damaged one is skipped for the
+    one before it only with config.checkpoint.allow_fallback."""
+    if checkpoints.latest_step() is not None:
+        rest = {name: getattr(abstract, name) for name in ("step", "opt_state", "skipped", "skips_in_a_row")}
+        wanted = {"params": abstract.params, "ema": abstract.ema, "rest": rest}
+        if config.checkpoint.allow_fallback:
+            parts, _, step, skipped = checkpoints.restore_or_fall_back(wanted)
+            for damage in skipped:
+                logging.warning("%s", damage)
+        else:
+            parts, _, step = checkpoints.restore(wanted)
+        print(f"resuming from step {step}", flush=True)
+        return TrainState(params=parts["params"], ema=parts["ema"], **parts["rest"])
+    shardings = jax.tree.map(lambda x: x.sharding, abstract)
+    key = jax.random.key(config.seed)
+    if not config.init_from:
+        print("starting from random parameters: config.init_from is empty", flush=True)
+        init = jax.jit(lambda key: trainer.init_state(key, batch_spec(config)), out_shardings=shardings)
+        return init(key)
+    if (pathlib.Path(config.init_from) / WEIGHTS_FILE).is_file():
+        params = _converted(config, trainer, key, abstract.params)
+    else:
+        params = _of_run(config, abstract.params)
+    # Donated: the parameters of the state are these very buffers, so that memory never holds them twice.
+    return jax.jit(trainer.state_of, donate_argnums=0, out_shardings=shardings)(params)
+
+
+def _converted(config: Config, trainer: Trainer, key: jax.Array, abstract: Mapping[str, Any]) -> dict[str, Any]:
+    """Parameters of a weights folder, each read, widened and put on its devices before the next."""
+    weights = _open(config)
+    wanted = dict(leaves(abstract))
+    # A folder made of a plain UNet (it says so by what is fresh) has nothing for the networks that only we have.
+    without = {*weights.fresh, *(SCRATCH if weights.fresh else ())}
+    fresh = [name for name in abstract if name in without]
+    begun = {p for p in wanted if p.split("/", 1)[0] in without or (weights.fresh and p.endswith(COSINE_SCALE))}
+    # The ablations' networks are smaller than the method's own.
+    surplus = set() if config.model.fusion.is_whole else weights.infos.keys() - wanted.keys()
+    taken = {path: info for path, info in weights.infos.items() if path not in surplus}
+    if weights.fresh and config.model.fusion.carry_latents:
+        widened = {path for path in taken if path in wanted and path.endswith(HPFA_OUT)}
+        taken |= {path: taken[path]._replace(shape=wanted[path].shape) for path in widened}
+    _check_fits(config, taken, {p: leaf for p, leaf in wanted.items() if p not in begun})
+    params: dict[str, jax.Array] = {}
+    if begun:
+
+        def make(key):  # under jit nothing else is computed
+            whole = dict(leaves(trainer.method.init(key, batch_spec(config))))
+            return {path: whole[path] for path in begun}
+
+        params |= jax.jit(make, out_shardings={path: wanted[path].sharding for path in begun})(key)
+    for path in taken:
+        params[path] = _put(weights.read(path), wanted[path])
+    origin = weights.origin.get("name", config.init_from)
+    left = f"; left out, this variant has no use for them: {len(surplus)} tensors" if surplus else ""
+    print(f"parameters of {config.init_from} ({origin}); random: {', '.join(fresh) or 'none'}{left}", flush=True)
+    return nest({path: params[path] for path in wanted})
+
+
+def _put(array: np.ndarray, leaf: jax.ShapeDtypeStruct) -> jax.Array:
+    """On its devices, made float32 there slice by slice; zeros in the rows that it lacks. Copied: an array that shares NumPy's
+    memory cannot be donated."""
+    if array.shape != leaf.shape:
+        array = np.pad(array, [(0, leaf.shape[0] - len(array))] + [(0, 0)] * (array.ndim - 1))
+    placed = jax.make_array_from_callback(
+        leaf.shape, leaf.sharding, lambda index: np.array(array[index], dtype=leaf.dtype, order="C")
+    )
+    return jax.block_until_ready(jnp.copy(placed))
+
+
+def _of_run(config: Config, abstract: Mapping[str, Any]) -> dict[str, Any]:
+    """The last checkpoint's EMA, or its raw weights where that run kept none."""
+    other = read_config(config.init_from)
+    checkpoints = Checkpoints(config.init_from, keep=1, every=1, read_only=True)
+    part = "ema" if other.optim.ema_decay else "params"
+    params, step = checkpoints.restore_like(part, abstract)
+    print(f"parameters of {config.init_from}, step {step}, {'EMA' if part == 'ema' else 'raw'} weights", flush=True)
+    return params
+
+
+def _open(config: Config) -> WeightsFolder:
+    try:
+        return open_weights(pathlib.Path(config.init_from))
+    except (OSError, ConversionError) as error:
+        raise ConfigError(f"config.init_from: {error}") from error
+
+
+def _same_network(config: Config, theirs: Mapping[str, Any], unet: Any) -> None:
+    ours = {name: _plain(value) for name, value in to_dict(unet).items()}
+    for name, value in theirs.items():
+        if name == "attention_head_dim":  # one number, or one per level
+            value, ours[name] = (_per_level(x, len(unet.block_out_channels)) for x in (value, ours[name]))
+        if _plain(value) != ours[name]:
+            raise ConfigError(
+                f"config.init_from={config.init_from} holds a UNet with {name} {value}; "
+                f"config.model.unet.{name} is {ours[name]}"
+            )
+
+
+def _same_settings(config: Config, told: Mapping[str, Any]) -> None:
+    """told: truepose.json of the export that the weights came from, or {}. Raises ConfigError."""
+    codec = told.get("autoencoder", {})
+    found = _differences(config, dict(told) | ({"autoencoder": codec["kind"]} if "kind" in codec else {}))
+    wrong = {name: value for name, value in found.items() if name not in HARMLESS}
+    if wrong:
+        what = ", ".join(f"model.{name} {theirs}" for name, (theirs, _) in wrong.items())
+        give = " ".join(f"--config.model.{name}={theirs}" for name, (theirs, _) in wrong.items())
+        raise ConfigError(
+            f"config.init_from={config.init_from} was trained with {what}; give {give}, or change the settings in its "
+            f"{WEIGHTS_FILE} where another network is meant"
+        )
+    _warn(config, found)
+
+
+def _differences(config: Config, told: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """{setting: (theirs, ours)} of those that `told` has and this configuration has otherwise."""
+    theirs = {name: told[name] for name in SETTINGS if name in told}
+    ours = {name: getattr(config.model, name) for name in SETTINGS}
+    for group, names in (("fusion", FUSION_SETTINGS), ("carry", CARRY_SETTINGS)):
+        found = told.get(group, {})
+        theirs |= {f"{group}.{name}": found[name] for name in names if name in found}
+        ours |= {f"{group}.{name}": getattr(getattr(config.model, group), name) for name in names}
+    return {name: (value, ours[name]) for name, value in theirs.items() if value != ours[name]}
+
+
+def _warn(config: Config, found: Mapping[str, tuple[Any, Any]]) -> None:
+    for name, (theirs, ours) in found.items():
+        logging.warning(
+            "config.init_from=%s was trained with model.%s %s; this run has %s", config.init_from, name, theirs, ours
+        )
+
+
+def _plain(value: Any) -> Any:
+    return list(value) if isinstance(value, list | tuple) else value
+
+
+def _per_level(value: Any, levels: int) -> list[int]:
+    return list(value) if isinstance(value, list | tuple) else [value] * levels
+
+
+def _check_fits(config: Config, infos: Mapping[str, TensorInfo], wanted: Mapping[str, Any]) -> None:
+    """Names and shapes, and no dtype that float32 does not hold exactly."""
+    problems = [f"lacks {path}" for path in wanted if path not in infos]
+    for path, info in infos.items():
+        if path not in wanted:
+            problems.append(f"holds {path}, which this model has not")
+        elif tuple(info.shape) != tuple(wanted[path].shape):
+            problems.append(f"holds {path} of shape {list(info.shape)}; expected {list(wanted[path].shape)}")
+        elif np.promote_types(info.dtype, wanted[path].dtype) != wanted[path].dtype:
+            problems.append(f"holds {path} as {info.dtype}, which {wanted[path].dtype} does not hold exactly")
+    if problems:
+        more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
+        raise ConfigError(f"config.init_from={config.init_from} {problems[0]}{more}")
