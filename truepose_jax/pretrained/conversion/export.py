@@ -152,7 +152,7 @@ def write_export(
     )
 
 
-def _at_home(config: schema.Config, copied: Container[str]) -> schema.Config:
+def _at_home(config: Config, copied: Container[str]) -> Config:
     """The configuration with what was copied in called by its place there: where it lay before is nobody's business."""
     model = config.model
     if f"{CLIP_FOLDER}/config.json" in copied:
