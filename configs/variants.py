@@ -1,4 +1,5 @@
-"""The paper's ablations (section 5.3) and the readings that sweeps compare, as changes of any configuration.
+"""The paper's ablations (section 5.3), the readings that sweeps compare, and our recipe's switches, as changes of any
+configuration: dotted keys under config.
 
     --config=configs/synthetic_ablation.py:B3      --config=configs/truepose_deepfashion_512.py:B4
 
@@ -6,36 +7,59 @@ B1  CLIP's patches through an MLP in SourceNet's place, then HPFA and CAA as in 
 B2  AnimateAnyone's fusion: F' beside TargetNet's own tokens in its self-attention; attn2 reads the whole image's token
 B3  without CAA: HPFA, and attn2 reads the whole image's token
 B4  without HPFA: B2's fusion with CAA, whose scores come from SourceNet's own attention
-<<<<<<< HEAD
-The others change one decision that we took by reading (docs/paper.md A1, A5, A17, A23; zero-initialised HPFA output).
+What is ours (docs/paper.md) stays as the configuration has it, but for what belongs to HPFA, in B2 and B4.
 
-flow  not the paper's: HPFA's softmax also carries the source's latents, with a loss that what it carries lie near the target's;
-      cosine logits; keys and values from H = F' + H'. HPFA's output still starts at zero, so SD1.5's start is untouched
-=======
-The others change one decision that we took by reading (docs/paper.md A1, A5, A17, A23; zero-initialised HPFA output).
->>>>>>> origin/carry
+READINGS change one decision that we took by reading (docs/paper.md A1, A5, A17, A23; zero-initialised HPFA output).
+RECIPE takes out one thing that is ours, where two only work together both, and in "paper" all of it.
+
+flow  ours for real weights: HPFA's softmax also carries the source's latents, with a loss that what it carries lie near the
+      target's; cosine logits; keys and values from H = F' + H'. HPFA's output still starts at zero: SD1.5's start is untouched
 """
 
+WITHOUT_HPFA = {
+    "model.fusion.texture": "concat",
+    "model.fusion.carry_latents": False,
+    "model.fusion.cosine": False,
+    "model.fusion.residual": False,
+}
+WITHOUT_HEAD = {"model.carry.head": False, "diffusion.losses.parsing": 0.0}
+WITHOUT_CAA = {"model.fusion.alignment": "global"}
 ABLATIONS = {
     "full": {},
-    "B1": {"features": "clip"},
-    "B2": {"texture": "concat", "alignment": "global"},
-    "B3": {"alignment": "global"},
-    "B4": {"texture": "concat"},
+    "B1": {"model.fusion.features": "clip"},
+    "B2": WITHOUT_HPFA | WITHOUT_CAA,
+    "B3": WITHOUT_CAA,
+    "B4": WITHOUT_HPFA,
 }
 READINGS = {
-    "A1_query": {"mask_axis": "query"},
-    "A1_outer": {"mask_axis": "outer"},
-    "A1_none": {"mask_axis": "none"},
-    "A5_inplace": {"source_attention": "inplace"},
-    "A17_reweighted": {"score": "reweighted"},
-    "A17_softmax": {"score": "softmax"},
-    "A23_prose": {"reading": "prose"},
-    "zero_init": {"out_init": "zeros"},
+    "A1_query": {"model.fusion.mask_axis": "query"},
+    "A1_outer": {"model.fusion.mask_axis": "outer"},
+    "A1_none": {"model.fusion.mask_axis": "none"},
+    "A5_inplace": {
+        "model.fusion.source_attention": "inplace",
+        "model.fusion.residual": False,
+    },  # H' alone is left there
+    "A17_reweighted": {"model.fusion.score": "reweighted"},
+    "A17_softmax": {"model.fusion.score": "softmax"},
+    "A23_prose": {"model.fusion.reading": "prose"},
+    "zero_init": {"model.fusion.out_init": "zeros"},
 }
-VARIANTS = ABLATIONS | READINGS
-OURS = {"flow": {"carry_latents": True, "cosine": True, "residual": True}}
-FLOW_WEIGHT = 0.3
+RECIPE = {
+    "no_latents": {"model.fusion.carry_latents": False},
+    "no_residual": {"model.fusion.residual": False},
+    "no_flow": {"diffusion.losses.flow": 0.0},
+    "no_pixels": {"diffusion.losses.pixels": 0.0},
+    "no_head": WITHOUT_HEAD,
+    "no_head_no_cosine": WITHOUT_HEAD | {"model.fusion.cosine": False},  # the head's limb coordinates need cosines
+    "paper": WITHOUT_HEAD
+    | {f"model.fusion.{name}": False for name in ("carry_latents", "cosine", "residual")}
+    | {"diffusion.losses.latents": 1.0, "diffusion.losses.flow": 0.0, "diffusion.losses.pixels": 0.0},
+}
+VARIANTS = ABLATIONS | READINGS | RECIPE
+OURS = {
+    "flow": {f"model.fusion.{name}": True for name in ("carry_latents", "cosine", "residual")}
+    | {"diffusion.losses.flow": 0.3}
+}
 
 
 def vary(config, name: str):
@@ -43,8 +67,5 @@ def vary(config, name: str):
     known = VARIANTS | OURS
     if name not in known:
         raise KeyError(f"unknown variant {name!r}; known: {', '.join(known)}")
-    for key, value in known[name].items():
-        config.model.fusion[key] = value
-    if name == "flow":
-        config.diffusion.losses.flow = FLOW_WEIGHT
+    config.update_from_flattened_dict(known[name])
     return config

@@ -14,29 +14,34 @@ import numpy as np
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
 
-from input_pipeline.schema import NUM_JOINTS
-from truepose_jax.config import Config
 from truepose_jax.data.datasets import evaluation_set
+from truepose_jax.evaluate.judge import carrying, sampling
+from truepose_jax.inference.pipeline import Pipeline
+from truepose_jax.metrics.outlines import outline_error, sharpness
 from truepose_jax.metrics.psnr import psnr, psnr_inside
 from truepose_jax.metrics.ssim import gaussian_window, ssim_map
-from truepose_jax.pretrained.factory import assemble
-from truepose_jax.pretrained.region_tokens import make_encoder
 from truepose_jax.runtime import atomic
+from truepose_jax.runtime.cli import enable_compilation_cache
 from truepose_jax.sampling.image_grid import to_uint8
-from truepose_jax.training.checkpoint import Checkpoints, read_config
-from truepose_jax.training.validation import Pairs, make_sampler, swap_costs, swap_scores
+from truepose_jax.training.validation import Pairs, carried_sources, swap_costs, swap_scores
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 
-STEPS, PATTERNS = 1_500, "solid"
+STEPS, PATTERNS = 600, "mixed"
 """Budget and clothes of the table; of other benches there are reports of their own."""
 TRAIN_PAIRS = 12_000
 """1,000 people in 4 poses; one person in 21 is held out of training altogether, with poses of their own."""
 SIZE = "64x48"
+CLIP_SIZE = "(128, 96)"
+"""The region encoder's pictures are the demo's, so that one encoder serves both."""
 PAIRS = 96
 """Held-out pairs that a run is judged on: one or two of each of 50 people."""
 SHOWN = 6
 REGIONS = ("person", "clothes", "face")
+ATTENTION = ("hpfa_tokens", "hpfa_inside", "carry_tokens", "carry_inside")
+"""Of HPFA, at the sites of the latent's own size, and of the half-cell head: of the run's metrics.jsonl."""
+LAST_STEPS = 0.1
+"""Share of the run, its end, that ATTENTION is the mean of."""
 SSIM_WINDOW = gaussian_window(1.5)
 """On 0 to 1 with a range of 1: 11 taps fit into 64x48, the field's 51 do not."""
 
@@ -84,7 +89,6 @@ class Bench:
             f"--workdir={self.workdir(variant, seed)}",
             f"--config.seed={seed}",
             f"--config.total_steps={self.steps}",
-            f"--config.eval.every={self.steps}",
             f"--config.data.root={self.people}",
             f"--config.model.clip.path={self.clip}",
         ]
@@ -108,7 +112,8 @@ def prepare(bench: Bench) -> None:
     """The region encoder and the records with its tokens, where they are not there yet."""
     if not (bench.clip / "model.safetensors").is_file():
         encoder = ["truepose_jax.train_clip", "--config=configs/synthetic_clip.py", f"--out={bench.clip}"]
-        call([*encoder, f"--config.synthetic.patterns={bench.patterns}"], bench.log("clip"))
+        looks = [f"--config.synthetic.patterns={bench.patterns}", f"--config.size={CLIP_SIZE}"]
+        call([*encoder, *looks], bench.log("clip"))
     build = ["truepose_jax.prepare", "build", "--dataset=synthetic", f"--size={SIZE}", f"--limit={TRAIN_PAIRS}"]
     looks = [f"--patterns={bench.patterns}", "--background=plain", "--framing=close"]
     log = bench.log("people")
@@ -131,22 +136,22 @@ def run(bench: Bench, variant: str, seed: int, core: int | None) -> None:
 
 def judge(workdir: str, row: str) -> None:
     """Samples the held-out pairs with the run's EMA weights and writes numbers per pair, and a few pictures."""
-    config = read_config(workdir)
-    encoder = make_encoder(config.model.clip, config.token_width)
-    method, frozen, _, _ = assemble(config, encoder)
-    params = Checkpoints(workdir, keep=1, every=1, read_only=True).restore_part("ema")
-    sampler = make_sampler(config, method, steps=config.diffusion.steps, guidance=config.diffusion.guidance)
-    pairs = held_out_pairs(config, encoder)
-
-    def sample(batch, keys):
-        return np.asarray(sampler(params, frozen, batch, keys))
+    enable_compilation_cache()
+    pipe = Pipeline.load(workdir)
+    config = pipe.run.config
+    wanted = dataclasses.replace(config, eval=dataclasses.replace(config.eval, pairs=PAIRS))
+    pairs = Pairs.read(evaluation_set(wanted, pipe.encoder, cache=None))
 
     # The noise of a pair is the same for every variant and seed, so that differences between them are paired.
-    swaps, images = swap_scores(pairs, sample, 0, config.eval.batch_size)
-    found = per_pair(images, pairs)
+    rows = config.eval.batch_size
+    swaps, images = swap_scores(pairs, sampling(pipe), 0, rows)
+    carried = carried_sources(pairs, images, carrying(pipe), 0, rows)
+    found = per_pair(images, carried, pairs) | attention(workdir, [site.level == 0 for site in config.model.unet.sites])
     found |= {f"swap_{name}": np.array(cost) for name, cost in swap_costs(swaps).items()}
+    about = images, pairs.batch["target"], pairs.mask("person")
+    found |= {"sharpness": np.array(sharpness(*about)), "outline_error": np.array(outline_error(*about))}
     found["who"] = np.unique(pairs.identities, return_inverse=True)[1]
-    found["shown"] = to_uint8(images[:SHOWN])
+    found |= {"shown": to_uint8(images[:SHOWN]), "carried": to_uint8(carried[:SHOWN])}
     for name in ("source", "target"):
         found[name] = to_uint8(pairs.batch[name][:SHOWN])
     found["pose"] = to_uint8(pairs.batch["target_pose"][:SHOWN] * 2 - 1)
@@ -156,31 +161,32 @@ def judge(workdir: str, row: str) -> None:
         np.savez_compressed(file, **found)
 
 
-def held_out_pairs(config: Config, encoder) -> Pairs:
-    """PAIRS pairs of people that no run has seen."""
-    wanted = dataclasses.replace(config, eval=dataclasses.replace(config.eval, pairs=PAIRS))
-    return Pairs.read(evaluation_set(wanted, encoder, cache=None))
+def per_pair(images: np.ndarray, carried: np.ndarray, pairs: Pairs) -> dict[str, np.ndarray]:
+    """{metric: [pairs]}: SSIM, PSNR of the whole picture and inside regions (NaN: region under 50 pixels), and inside the
+    person that of the source as the last attention carried it."""
+    truth, person = pairs.batch["target"], pairs.mask("person")
 
+    def inside(shown: np.ndarray, masks: np.ndarray) -> list[float]:
+        return [psnr_inside(a, b, m, data_range=2.0) for a, b, m in zip(shown, truth, masks, strict=True)]
 
-def per_pair(images: np.ndarray, pairs: Pairs) -> dict[str, np.ndarray]:
-    """{metric: [pairs]}: PSNR of the whole picture and inside regions (NaN: region under 50 pixels), SSIM; and how far
-    the pose moves: mean distance of the joints that both pictures show, in picture heights (inf: they share none)."""
-    truth = pairs.batch["target"]
-    masks = {region: pairs.mask(region) for region in REGIONS}
-    masks["background"] = ~masks["person"]
     values = {
         "psnr": [psnr(a, b, data_range=2.0) for a, b in zip(images, truth, strict=True)],
         "ssim": [ssim(a, b) for a, b in zip(images, truth, strict=True)],
+        "psnr_carried": inside(carried, person),
     }
-    for region, mask in masks.items():
-        triples = zip(images, truth, mask, strict=True)
-        values[f"psnr_{region}"] = [psnr_inside(a, b, m, data_range=2.0) for a, b, m in triples]
-    a, b = pairs.batch["source_joints"], pairs.batch["target_joints"]
-    both = (a[..., 2] > 0) & (b[..., 2] > 0)
-    moved = np.linalg.norm(a[..., :2] - b[..., :2], axis=-1) / images.shape[1]
-    values["moved"] = np.where(both.any(1), (moved * both).sum(1) / np.maximum(both.sum(1), 1), np.inf)
-    assert both.shape[1] == NUM_JOINTS
+    values |= {f"psnr_{region}": inside(images, pairs.mask(region)) for region in REGIONS}
     return {name: np.asarray(value, np.float64) for name, value in values.items()}
+
+
+def attention(workdir: str, full_size: Sequence[bool]) -> dict[str, np.ndarray]:
+    """ATTENTION of the run's last steps; NaN of what the network has not. full_size: of its sites."""
+    lines = [json.loads(line) for line in (pathlib.Path(workdir) / "metrics.jsonl").read_text().splitlines()]
+    last = [line for line in lines if line["step"] > (1 - LAST_STEPS) * lines[-1]["step"]]
+    found = {}
+    for name in ATTENTION:
+        values = np.array([line.get(name, np.nan) for line in last], np.float64)
+        found[name] = np.mean(values[:, list(full_size)] if values.ndim == 2 else values)
+    return found
 
 
 def ssim(a: np.ndarray, b: np.ndarray) -> float:

@@ -91,7 +91,8 @@ def train(config: Config, workdir: str, *, profile: bool = False, minutes: float
         method, frozen, autoencoder, autoencoder_hash = assemble(config, encoder)
         cache = os.path.join(workdir, "cache")
         train_set = training_set(config, encoder, cache, share)
-        eval_set = None if budget else evaluation_set(config, encoder, cache, share)
+        evaluates = config.eval.every and not budget
+        eval_set = evaluation_set(config, encoder, cache, share) if evaluates else None
         if eval_set is not None and not eval_set.heldout:
             logging.warning("config.data.eval_pairs is empty: evaluation runs on the training pairs")
         data = data_digest(train_set.images, config.data.root, (*PHOTO_FOLDERS, PARSING_FOLDER, *POSE_FOLDERS))
@@ -118,7 +119,7 @@ def train(config: Config, workdir: str, *, profile: bool = False, minutes: float
             try:
                 _loop(
                     config, workdir, mesh, share, trainer, state, frozen, train_set,
-                    None if budget else Evaluator(config, method, eval_set, mesh),
+                    Evaluator(config, method, eval_set, mesh) if evaluates else None,
                     checkpoints, metadata, preemption, profile, budget,
                 )  # fmt: skip
             except Stopped as stopped:

@@ -10,9 +10,9 @@ import pathlib
 
 import pytest
 
-from configs import synthetic_ablation, synthetic_clip, truepose_deepfashion_256, truepose_deepfashion_512
+from configs import demo, synthetic_ablation, synthetic_clip, truepose_deepfashion_256, truepose_deepfashion_512
 from configs.base import get_config
-from configs.variants import VARIANTS
+from configs.variants import ABLATIONS, READINGS, RECIPE, VARIANTS, vary
 from tests import tiny
 from truepose_jax.config import Config, ConfigError, from_config_dict, to_dict, with_defaults
 from truepose_jax.training.checkpoint import read_config
@@ -70,14 +70,31 @@ def test_every_config_loads(file):
     assert from_config_dict(Config, json.loads(json.dumps(to_dict(config)))) == config
 
 
+def flat(config):
+    return {path: value for path, value in paths(to_dict(config)) if not isinstance(value, dict)}
+
+
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_every_variant_loads(variant):
-    changed = {**VARIANTS["full"], **VARIANTS[variant]}
+    """It changes what it says and nothing else; without our recipe its ablations and readings are those of the paper."""
+    wanted = VARIANTS[variant]
     for module in (synthetic_ablation, truepose_deepfashion_512, truepose_deepfashion_256):
-        fusion = from_config_dict(Config, module.get_config(variant)).model.fusion
-        assert {name: getattr(fusion, name) for name in changed} == changed
-    # zero_init is the paper's default, and the synthetic network's change.
-    assert variant in ("full", "zero_init") or fusion != from_config_dict(Config, get_config()).model.fusion
+        full, found = (flat(from_config_dict(Config, module.get_config(name))) for name in ("full", variant))
+        moved = {path for path in full if full[path] != found[path]} - {"total_steps"}  # B2's are the paper's
+        assert moved <= set(wanted) and {path: found[path] for path in wanted} == wanted
+        if module is synthetic_ablation:  # full has the whole recipe, so that every change is one
+            assert moved == set(wanted)
+        else:
+            assert bool(moved) == (variant in {**ABLATIONS, **READINGS} and variant not in ("full", "zero_init"))
+
+
+def test_recipe_without_all_of_it():
+    """Variant "paper" of the demo is the demo without every setting that is ours, and each part of it is in another variant."""
+    found = from_config_dict(Config, vary(demo.get_config(), "paper"))
+    assert found.model.fusion.is_paper and found.model.carry == Config().model.carry
+    assert found.diffusion.losses == Config().diffusion.losses
+    parts = {path for name, change in RECIPE.items() if name != "paper" for path in change}
+    assert parts | {"diffusion.losses.latents"} == set(RECIPE["paper"])
 
 
 @pytest.mark.parametrize("module", [truepose_deepfashion_512, truepose_deepfashion_256])

@@ -30,19 +30,16 @@ def test_differences_are_paired_and_seeds_count():
     random = np.random.default_rng(1)
     common = 5 * random.standard_normal((3, PAIRS))
     better, worse = common + 0.3 + 0.1 * random.standard_normal((3, PAIRS)), common
-    moved = np.tile(random.random(PAIRS), (3, 1))
 
     def rows(values, seeds=(0, 1, 2)):
-        return {"x": values, "seed": np.array(seeds), "moved": moved, "who": WHO[None]}
+        return {"x": values, "seed": np.array(seeds), "who": WHO[None]}
 
-    def difference(a, b, **how):
-        return report.difference(rows(a), rows(b), "x", **how)
+    def difference(a, b):
+        return report.difference(rows(a), rows(b), "x")
 
     found = difference(better, worse)
     assert report.verdict(found) == "better" and found["interval"][2] - found["interval"][1] < 0.1
     assert report.verdict(difference(worse, better)) == "worse"
-    far = difference(np.where(moved > np.median(moved[0]), better, np.nan), worse, far=True)
-    assert report.verdict(far) == "better"
     # Paired by the seed's number, not by its place; two seeds prove nothing.
     two = report.difference(rows(better), rows(worse[[2, 1]], (2, 5)), "x")
     np.testing.assert_allclose(two["by_seed"], [(better[2] - worse[2]).mean()])
@@ -52,39 +49,43 @@ def test_differences_are_paired_and_seeds_count():
     assert report.verdict(difference(lucky, common)) == "not distinguished"
 
 
-def row(shift: float, cost: float, seed: int) -> dict[str, np.ndarray]:
+def row(shift: float, cost: float, seed: int, *, hpfa: bool = True) -> dict[str, np.ndarray]:
     random = np.random.default_rng(seed)
     found = {metric: 15 + shift + random.standard_normal(PAIRS) for metric in report.METRICS}
     found["psnr_face"][:7] = np.nan
-    found |= {f"swap_{swap}": np.array(cost) for swap in report.SWAPS}
+    found |= dict.fromkeys(report.DIGITS, np.array(cost))
+    if not hpfa:
+        found |= dict.fromkeys(("hpfa_tokens", "hpfa_inside"), np.array(np.nan))
     cells = random.integers(0, 255, (SHOWN, 8, 6, 3)).astype(np.uint8)
     found |= dict.fromkeys(("source", "target", "pose", "shown"), cells)
-    return found | {"moved": random.random(PAIRS), "who": WHO}
+    return found | {"who": WHO}
 
 
 @pytest.mark.parametrize(("cost", "word"), [(3.4, "passed"), (2.6, "NOT passed")])
 def test_report(tmp_path: pathlib.Path, cost: float, word: str):
     bench = Bench(tmp_path, 7)
     assert report.write(bench, tmp_path / "out") == []
-    for variant, shift in {"full": 2.0, "B3": 2.0, "B1": 0.0, "A23_prose": 0.0}.items():
-        for seed in range(1 if variant == "A23_prose" else 3):
+    for variant, shift in {"full": 2.0, "B3": 2.0, "B2": 0.0, "A23_prose": 0.0, "no_head": 0.0}.items():
+        for seed in range(3 if variant[:1] in "fB" else 1):
             path = bench.row(variant, seed)
             path.parent.mkdir(exist_ok=True)
-            np.savez(path, **row(shift, cost, seed))
+            np.savez(path, **row(shift, cost, seed, hpfa=variant != "B2"))
     (tmp_path / "rows_7" / "full_3.part.npz").write_bytes(b"torn")
     written = report.write(bench, tmp_path / "out")
     found = json.loads(written[0].read_text())
     assert {name: of["seeds"] for name, of in found["variants"].items()} == {
         "full": 3,
-        "B1": 3,
+        "B2": 3,
         "B3": 3,
         "A23_prose": 1,
+        "no_head": 1,
     }
-    assert list(found["paper_order"]) == ["full > B3", "B3 > B1"] and found["steps"] == 7
+    assert list(found["paper_order"]) == ["full > B3", "B3 > B2"] and found["steps"] == 7
     text = written[1].read_text()
     assert f"costs {cost:.2f} dB inside the person; 3 are asked: {word}" in text
-    assert "| full > B3 | not distinguished" in text and "| B3 > B1 | better 2.00" in text
-    assert "| A23_prose | (1 seed) -2.00" in text and "nan" not in text
+    assert "| full > B3 | not distinguished" in text and "| B3 > B2 | better 2.00" in text
+    assert "| A23_prose | (1 seed) -2.00" in text and "## Without what is ours" in text and "nan" not in text
+    assert found["variants"]["B2"]["hpfa_tokens"] == [None] * 3 and f" | - | - | {cost:.2f} | {cost:.2f} |" in text
     assert written[2].stat().st_size > 1000
     assert [path.name for path in written] == ["ablation_7.json", "ablation_7.md", "ablation_7.png"]
     # A report is never replaced by one of less: neither variants nor seeds.

@@ -267,10 +267,10 @@ class CheckpointConfig:
 
 @dataclasses.dataclass(frozen=True)
 class EvalConfig:
-    """Every `every` steps: held-out loss, region PSNR and swap test over `pairs` pairs in batches of `batch_size`, and
-    a sample sheet of `sheet_rows` rows (0: none), sampled with `steps` steps at `guidance`."""
+    """Every `every` steps and after the last one (0: never): held-out loss, region PSNR and swap test over `pairs` pairs in
+    batches of `batch_size`, and a sample sheet of `sheet_rows` rows (0: none), sampled with `steps` steps at `guidance`."""
 
-    every: Positive = 5_000
+    every: Count = 5_000
     pairs: Positive = 64
     batch_size: Positive = 16
     sheet_rows: Count = 8

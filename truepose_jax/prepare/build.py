@@ -62,7 +62,7 @@ def add_build(commands) -> None:
     parser.add_argument("--workers", type=int, help="processes that read photos (default: one a core)")
     parser.add_argument("--seed", type=int, help="synthetic: of the people (0)")
     parser.add_argument("--poses-per-identity", type=int, metavar="N", help="synthetic: pictures of a person (4)")
-    parser.add_argument("--patterns", choices=("all", "solid"), help="synthetic: clothes (all)")
+    parser.add_argument("--patterns", choices=("all", "solid", "mixed"), help="synthetic: clothes (all)")
     parser.add_argument("--background", choices=("all", "plain"), help="synthetic: scenes (all)")
     parser.add_argument("--framing", choices=("all", "close"), help="synthetic: how near (all)")
     parser.set_defaults(run=build)
