@@ -9,11 +9,12 @@ B3  without CAA: HPFA, and attn2 reads the whole image's token
 B4  without HPFA: B2's fusion with CAA, whose scores come from SourceNet's own attention
 What is ours (docs/paper.md) stays as the configuration has it, but for what belongs to HPFA, in B2 and B4.
 
-READINGS change one decision that we took by reading (docs/paper.md A1, A5, A17, A23; zero-initialised HPFA output).
+READINGS change one decision that we took by reading (docs/paper.md A1, A5, A17, A23; zero-initialised HPFA output); in A5's
+SourceNet H' alone is left, so that there is no F' + H'.
 RECIPE takes out one thing that is ours, where two only work together both, and in "paper" all of it.
 
-flow  ours for real weights: HPFA's softmax also carries the source's latents, with a loss that what it carries lie near the
-      target's; cosine logits; keys and values from H = F' + H'. HPFA's output still starts at zero: SD1.5's start is untouched
+flow  not the paper's: HPFA's softmax also carries the source's latents, with a loss that what it carries lie near the target's;
+      cosine logits; keys and values from H = F' + H'. HPFA's output still starts at zero, so SD1.5's start is untouched
 """
 
 WITHOUT_HPFA = {
@@ -35,10 +36,7 @@ READINGS = {
     "A1_query": {"model.fusion.mask_axis": "query"},
     "A1_outer": {"model.fusion.mask_axis": "outer"},
     "A1_none": {"model.fusion.mask_axis": "none"},
-    "A5_inplace": {
-        "model.fusion.source_attention": "inplace",
-        "model.fusion.residual": False,
-    },  # H' alone is left there
+    "A5_inplace": {"model.fusion.source_attention": "inplace", "model.fusion.residual": False},
     "A17_reweighted": {"model.fusion.score": "reweighted"},
     "A17_softmax": {"model.fusion.score": "softmax"},
     "A23_prose": {"model.fusion.reading": "prose"},
@@ -55,17 +53,15 @@ RECIPE = {
     | {f"model.fusion.{name}": False for name in ("carry_latents", "cosine", "residual")}
     | {"diffusion.losses.latents": 1.0, "diffusion.losses.flow": 0.0, "diffusion.losses.pixels": 0.0},
 }
-VARIANTS = ABLATIONS | READINGS | RECIPE
-OURS = {
-    "flow": {f"model.fusion.{name}": True for name in ("carry_latents", "cosine", "residual")}
-    | {"diffusion.losses.flow": 0.3}
+FLOW = {f"model.fusion.{name}": True for name in ("carry_latents", "cosine", "residual")} | {
+    "diffusion.losses.flow": 0.3
 }
+VARIANTS = ABLATIONS | READINGS | RECIPE | {"flow": FLOW}
 
 
 def vary(config, name: str):
     """`config` as the named variant. Raises KeyError with the known names."""
-    known = VARIANTS | OURS
-    if name not in known:
-        raise KeyError(f"unknown variant {name!r}; known: {', '.join(known)}")
-    config.update_from_flattened_dict(known[name])
+    if name not in VARIANTS:
+        raise KeyError(f"unknown variant {name!r}; known: {', '.join(VARIANTS)}")
+    config.update_from_flattened_dict(VARIANTS[name])
     return config

@@ -29,31 +29,15 @@ if "PYTEST_XDIST_WORKER" not in os.environ:
     os.environ["JAX_COMPILATION_CACHE_DIR"] = _programs.name
 
 LONGEST = (
-    "training/test_killed.py",
-    "runtime/test_multihost.py",
-    "parity/test_unet.py",
-    "parity/test_truepose_torch.py",
-    "methods/test_ablations.py",
-    "methods/test_truepose.py",
-    "training/test_memory.py",
-    "programs/test_generate.py",
-    "methods/test_full_size.py",
-    "prepare/test_annotate.py",
-    "training/test_init.py",
-    "runtime/test_sharding.py",
-)
+    "test_killed", "test_truepose", "test_ablations", "test_truepose_torch", "test_unet", "test_annotate", "test_generate",
+    "test_estimate", "test_sharding", "test_initial", "test_generate_records", "test_full_size", "test_pipeline",
+)  # fmt: skip
 """Files of most seconds. They come first (pyproject.toml: files in this order), so that no worker begins one when the other
 has nothing left to do."""
 
 
 def pytest_collection_modifyitems(items):
-    here = pathlib.Path(__file__).parent
-
-    def place(item):
-        name = item.path.relative_to(here).as_posix()
-        return LONGEST.index(name) if name in LONGEST else len(LONGEST)
-
-    items.sort(key=place)
+    items.sort(key=lambda item: LONGEST.index(item.path.stem) if item.path.stem in LONGEST else len(LONGEST))
 
 
 @pytest.fixture(scope="module")

@@ -1,5 +1,6 @@
 """Programs that tests start: their environment, what they say, and how they end."""
 
+import contextlib
 import os
 import pathlib
 import socket
@@ -8,7 +9,7 @@ import sys
 import tempfile
 import textwrap
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 LONGEST = 600
@@ -63,7 +64,10 @@ def run(*words, env: dict[str, str] | None = None) -> tuple[int, str, str]:
     return Program(*words, env=env).finish()
 
 
-def free_port() -> int:
-    with socket.socket() as s:
-        s.bind(("localhost", 0))
-        return s.getsockname()[1]
+def free_port(candidates: Iterable[int] = (0,)) -> int:
+    """The first of these that nobody has; 0: any."""
+    for port in candidates:
+        with socket.socket() as s, contextlib.suppress(OSError):
+            s.bind(("localhost", port))
+            return s.getsockname()[1]
+    raise AssertionError("no free port")

@@ -61,14 +61,15 @@ HEAD = {
         "patch_channels": 4,
         "unet": {"in_channels": 16, "out_channels": 16, **MIDDLE_ONLY["model"]["unet"]},
         "fusion": {"carry_latents": True, "cosine": True, "residual": True},
-        "carry": {"head": True, "width": 8},
+        "carry": {"head": True, "width": 16},
     },
     "diffusion": {
         "schedule": {"prediction": "x0"},
         "losses": {"latents": 0.5, "flow": 0.3, "pixels": 2.0, "parsing": 0.3},
     },
 }
-"""Change to 4x3 cells with all that is ours: one HPFA that carries latents, the half-cell head at 8x6, every loss."""
+"""Change to 4x3 cells with all that is ours: one HPFA that carries latents, the half-cell head at 8x6, every loss. Two
+channels a group in the head's norms: of one alone no bias before them has a gradient."""
 
 
 def settings(*changes: Mapping[str, Any]) -> ConfigDict:

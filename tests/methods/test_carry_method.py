@@ -59,6 +59,9 @@ def test_every_parameter_gets_a_gradient_but_those_of_no_decay():
     assert without and all(name.startswith("source_net/") for name in without)
     assert "source_net/conv_norm_out/scale" not in without, "the head reads what the last convolution reads"
     assert all(np.isfinite(g).all() for g in grads.values())
+    largest = max(np.abs(g).max() for g in grads.values())
+    least = {name: np.abs(g).max() / largest for name, g in grads.items() if name not in without}
+    assert min(least.values()) > 1e-6, min(least, key=least.get)
     assert total == pytest.approx(0.5 * metrics["loss"] + sum(w * metrics[n] for n, w in WEIGHTS.items()), rel=1e-5)
     assert 1 <= metrics["carry_tokens"] <= 48 and np.all((metrics["hpfa_tokens"] >= 1) & (metrics["hpfa_tokens"] <= 12))
     assert 0 < metrics["carry_inside"] < 1 and head()[1].autoencoder.init(jax.random.key(0)) == {}

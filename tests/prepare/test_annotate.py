@@ -163,9 +163,8 @@ def test_loss_and_gradients_are_those_of_the_photos(models, records):
     exact_loss, exact_grads = gradient(trained, exact)
     stored_loss, stored_grads = gradient(trained, batches["latents"])
     assert np.isclose(loss, exact_loss, rtol=1e-5) and np.isclose(loss, stored_loss, rtol=1e-3) and loss > 0
-    assert loss != stored_loss, "the stored latents are rounded to half precision"
     vector, other = (np.concatenate([np.ravel(x) for x in jax.tree.leaves(g)]) for g in (exact_grads, stored_grads))
-    assert 0 < np.linalg.norm(vector - other) < 3e-3 * np.linalg.norm(vector)
+    assert 0 < np.linalg.norm(vector - other) < 3e-3 * np.linalg.norm(vector)  # not 0: stored in half precision
 
 
 @pytest.mark.slow

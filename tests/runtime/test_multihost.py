@@ -16,39 +16,19 @@ from tests.evaluate.test_evaluate import folder
 from tests.metrics.torch_networks import save_weights
 from tests.process import ROOT, Program, environment, free_port
 from tests.process_group import share_work
-from tests.training.test_killed import TINY, steps_of, wait_for_step
+from tests.training import test_killed as runs
+from tests.training.test_killed import same_run, start, wait_for_step
 from truepose_jax import prepare
 from truepose_jax.evaluate.__main__ import main as evaluate
 from truepose_jax.runtime import distributed
 
-STEPS = 6
-SHORT = [
-    *TINY,
-    f"--config.total_steps={STEPS}",
-    "--config.checkpoint.every=100",
-    "--config.batch_size=12",
-    "--config.data.synthetic.identities=8",
-    "--config.eval.pairs=4",
-    "--config.eval.batch_size=4",
-]
-
-
-def launch(workdir, *more, env=None):
-    return Program("-m", "truepose_jax.train", f"--workdir={workdir}", *SHORT, *more, env=env)
+straight = runs.straight
 
 
 def by_flags(workdir, count, *more):
     port = free_port()
     join = [f"--coordinator=localhost:{port}", f"--processes={count}"]
-    return [launch(workdir, *join, f"--process={i}", *more) for i in range(count)]
-
-
-def by_slurm(workdir, count):
-    """The variables of a SLURM job step. JAX derives the port from the job's number: take one that gives a free port."""
-    job = free_port() % 4096
-    step = {"SLURM_JOB_ID": job, "SLURM_NTASKS": count, "SLURM_STEP_NODELIST": "localhost", "SLURM_STEP_NUM_NODES": 1}
-    ranks = [step | {"SLURM_PROCID": i, "SLURM_LOCALID": i} for i in range(count)]
-    return [launch(workdir, env=environment(**{k: str(v) for k, v in rank.items()})) for rank in ranks]
+    return [start(workdir, *join, f"--process={i}", *more, cached=False) for i in range(count)]
 
 
 def finish(processes, code=0):
@@ -58,56 +38,30 @@ def finish(processes, code=0):
     return [out for _, out, _ in ends]
 
 
-@pytest.fixture(scope="module")
-def alone(tmp_path_factory):
-    workdir = tmp_path_factory.mktemp("alone")
-    finish([launch(workdir)])
-    return workdir
-
-
-def same_run(workdir, alone):
-    """Losses, gradient norms and the evaluation: equal up to the order of sums."""
-    records = steps_of(workdir)
-    assert [r["step"] for r in records] == list(range(1, STEPS + 1))
-    for mine, theirs in zip(records, steps_of(alone), strict=True):
-        assert mine["valid"] == theirs["valid"]
-        for name in ("loss", "grad_norm"):
-            np.testing.assert_allclose(mine[name], theirs[name], rtol=1e-5 if mine["step"] == 1 else 2e-4)
-    ours, one = (json.loads((d / "eval.jsonl").read_text())["eval"] for d in (workdir, alone))
-    np.testing.assert_allclose(ours["heldout_loss"], one["heldout_loss"], rtol=1e-3)
-    assert (workdir / "samples" / f"sheet_{STEPS:07d}.png").is_file()
-
-
-def test_two_tasks_of_a_slurm_step(tmp_path, alone):
-    first, second = finish(by_slurm(tmp_path, 2))
-    assert "SLURM job" in first and "2 host(s)" in first and "1 of 2" in second
-    same_run(tmp_path, alone)
-
-
 @pytest.mark.slow
-def test_two_processes_with_the_parameters_cut_over_both(tmp_path, alone):
+def test_two_processes_with_the_parameters_cut_over_both(tmp_path, straight):
     """Slow for its compilation alone: the optimizer's update of hundreds of arrays, in each process."""
     finish(by_flags(tmp_path, 2, "--config.mesh.data=1", "--config.mesh.fsdp=2", "--config.optim.layout=tree"))
-    same_run(tmp_path, alone)
+    same_run(tmp_path, straight)
 
 
 @pytest.mark.slow
-def test_two_processes_of_one_tensor_group_hold_the_same_rows(tmp_path, alone):
+def test_two_processes_of_one_tensor_group_hold_the_same_rows(tmp_path, straight):
     finish(by_flags(tmp_path, 2, "--config.mesh.data=1", "--config.mesh.tensor=2", "--config.optim.layout=tree"))
-    same_run(tmp_path, alone)
+    same_run(tmp_path, straight)
 
 
 @pytest.mark.slow
-def test_four_processes(tmp_path, alone):
+def test_four_processes(tmp_path, straight):
     finish(by_flags(tmp_path, 4))
-    same_run(tmp_path, alone)
+    same_run(tmp_path, straight)
 
 
 @pytest.mark.slow
-def test_four_processes_in_groups_of_two(tmp_path, alone):
+def test_four_processes_in_groups_of_two(tmp_path, straight):
     """Gloo connects each group by itself, after distributed.connect has connected all."""
     finish(by_flags(tmp_path, 4, "--config.mesh.data=2", "--config.mesh.fsdp=2", "--config.optim.layout=tree"))
-    same_run(tmp_path, alone)
+    same_run(tmp_path, straight)
 
 
 @pytest.mark.slow

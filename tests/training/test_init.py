@@ -15,7 +15,7 @@ from tests.tiny_run import STEPS, random_like, shared_run, tiny_config
 from truepose_jax.config import Config, ConfigError, to_dict
 from truepose_jax.methods import make_method
 from truepose_jax.models.vae import PixelAutoencoder
-from truepose_jax.pretrained.conversion.key_maps import leaves
+from truepose_jax.pretrained.conversion.key_maps import leaves, nest
 from truepose_jax.pretrained.conversion.safetensors_io import TensorInfo, write_safetensors
 from truepose_jax.pretrained.conversion.weights_folder import FORMAT, VERSION
 from truepose_jax.runtime.sharding import make_mesh
@@ -107,20 +107,18 @@ def test_carried_latents_leave_a_plain_unets_start_untouched(tmp_path, given):
     zeros = {p: np.zeros_like(a) if "/hpfa/to_out_0/" in p else a for p, a in given.items()}
     folder = write_folder(tmp_path / "weights", zeros, tiny_config())
     flow = {f"model__fusion__{name}": True for name in ("carry_latents", "cosine", "residual")}
-    made = {}
-    for name, changes in (("paper", {}), ("flow", flow)):
-        config = tiny_config(init_from=str(folder), diffusion__losses__flow=0.3 * bool(changes), **changes)
-        state, _ = begin(config, tmp_path / name)
-        made[name] = config, state.params
-    shared, flat = dict(leaves(made["paper"][1])), dict(leaves(made["flow"][1]))
-    wider = {path for path, array in shared.items() if array.shape != flat[path].shape}
-    assert wider == {path for path in shared if path.endswith(HPFA_OUT)}
+    config = tiny_config(init_from=str(folder), diffusion__losses__flow=0.3, **flow)
+    flat = dict(leaves(begin(config, tmp_path / "flow")[0].params))
+    wider = {path for path, array in zeros.items() if array.shape != flat[path].shape}
+    assert wider == {path for path in zeros if path.endswith(HPFA_OUT)}
     for path in wider:
         assert flat[path].shape == (8 + 2 * 48, 8) and not np.any(flat[path])
-    assert {path.rsplit("/", 1)[-1] for path in flat.keys() - shared.keys()} == {"cosine_scale"}
-    assert all(np.array_equal(flat[path], array) for path, array in shared.items() if path not in wider)
+    fresh = {path for path in flat.keys() - zeros.keys() if not path.startswith("pose_encoder/")}
+    assert fresh and all(path.endswith("/cosine_scale") and np.allclose(flat[path], np.log(10.0)) for path in fresh)
+    assert all(np.array_equal(flat[path], zeros[path].astype(np.float32)) for path in zeros.keys() - wider)
 
-    batch = tiny.batch(made["paper"][0], 1, targets=2)
+    paper = {path: array[:8] if path in wider else array for path, array in flat.items() if path not in fresh}
+    batch = tiny.batch(config, 1, targets=2)
 
     def predict(config, params):
         method = trainer_of(config).method
@@ -129,7 +127,8 @@ def test_carried_latents_leave_a_plain_unets_start_untouched(tmp_path, given):
         output, signs, _ = method._target(params, x, jnp.array([3, 700]), conditioning)
         return output, [each["hpfa_rms"] for each in signs.values()]
 
-    (plain, _), (carrying, updates) = (tiny.jit(lambda p, c=c: predict(c, p))(params) for c, params in made.values())
+    carrying, updates = tiny.jit(lambda params: predict(config, params))(nest(flat))
+    plain, _ = tiny.jit(lambda params: predict(tiny_config(), params))(nest(paper))
     assert not np.any(updates) and np.array_equal(plain, carrying) and np.std(plain) > 0.1
 
 

@@ -1,6 +1,8 @@
-"""A run killed with -9 on its way and started again equals the run that was left alone, bit for bit."""
+"""A run killed with -9 on its way and started again equals the run that was left alone, bit for bit; one of several
+processes equals it up to the order of sums (see also tests/runtime/test_multihost.py)."""
 
 import json
+import random
 import signal
 import time
 
@@ -11,25 +13,32 @@ from tests import process
 from tests.training.checkpoint.test_checkpoint import damage
 from truepose_jax.training.checkpoint import Checkpoints
 
-STEPS, EVERY = 40, 8
+STEPS, EVERY = 20, 4
 TINY = [
     "--config=configs/demo.py",
     f"--config.total_steps={STEPS}",
     f"--config.checkpoint.every={EVERY}",
     "--config.checkpoint.keep=2",
     "--config.eval.every=1000",
-    "--config.eval.pairs=2",
-    "--config.eval.batch_size=2",
+    "--config.eval.pairs=4",
+    "--config.eval.batch_size=4",
     "--config.eval.steps=2",
-    "--config.batch_size=6",
+    "--config.batch_size=12",
     "--config.model.size=(32, 24)",
+    "--config.model.autoencoder=pixels",
+    "--config.model.pixel_factor=4",
+    "--config.model.unet.in_channels=48",
+    "--config.model.unet.out_channels=48",
+    "--config.model.fusion.carry_latents=False",
+    "--config.model.carry.head=False",
+    *(f"--config.diffusion.losses.{name}=0" for name in ("flow", "pixels", "parsing")),
     "--config.model.unet.block_out_channels=(8,)",
     "--config.model.unet.down_block_types=('DownBlock2D',)",
     "--config.model.unet.up_block_types=('UpBlock2D',)",
     "--config.model.unet.layers_per_block=0",
     "--config.model.unet.attention_head_dim=(2,)",
     "--config.model.unet.norm_num_groups=4",
-    "--config.data.synthetic.identities=6",
+    "--config.data.synthetic.identities=8",
     "--config.data.synthetic.heldout_identities=2",
 ]
 
@@ -139,6 +148,31 @@ def test_asked_to_stop_saves_and_says_143(tmp_path, straight):
     code, _, errors = run(tmp_path, "--config.eval.every=0")
     assert code == 0 and not (tmp_path / "eval.jsonl").exists(), errors
     assert_same_run(tmp_path, straight)
+
+
+def same_run(workdir, straight):
+    """Losses and gradient norms, until rounding has had its say, and the evaluation."""
+    records = steps_of(workdir)
+    assert [r["step"] for r in records] == list(range(1, STEPS + 1))
+    for mine, theirs in zip(records[:6], steps_of(straight), strict=False):
+        assert mine["valid"] == theirs["valid"]
+        for name in ("loss", "grad_norm"):
+            np.testing.assert_allclose(mine[name], theirs[name], rtol=1e-5 if mine["step"] == 1 else 2e-4)
+    ours, one = (json.loads((d / "eval.jsonl").read_text())["eval"] for d in (workdir, straight))
+    np.testing.assert_allclose(ours["heldout_loss"], one["heldout_loss"], rtol=1e-3)
+    assert (workdir / "samples" / f"sheet_{STEPS:07d}.png").is_file()
+
+
+def test_two_tasks_of_a_slurm_step(tmp_path, straight):
+    """By the variables of a job step. JAX derives its port from the job's number."""
+    job = process.free_port(random.sample(range(65536 - 4096, 65536), 100)) - (65536 - 4096)
+    step = {"SLURM_JOB_ID": job, "SLURM_NTASKS": 2, "SLURM_STEP_NODELIST": "localhost", "SLURM_STEP_NUM_NODES": 1}
+    ranks = [step | {"SLURM_PROCID": i, "SLURM_LOCALID": i} for i in range(2)]
+    tasks = [start(tmp_path, cached=False, **{k: str(v) for k, v in rank.items()}) for rank in ranks]
+    (code, first, errors), (other, second, more) = (task.finish() for task in tasks)
+    assert code == other == 0, errors[-3000:] + more[-3000:]
+    assert "SLURM job" in first and "2 host(s)" in first and "1 of 2" in second
+    same_run(tmp_path, straight)
 
 
 def test_another_configuration_is_refused(straight):

@@ -1,14 +1,27 @@
-"""The swap test takes somebody else's source."""
+"""The swap test takes somebody else's source; the sheet shows what was carried; one number of the head, one a site of HPFA."""
 
 import itertools
 
 import jax
 import numpy as np
+import pytest
 
 from tests.tiny_run import tiny_config
 from truepose_jax.data.datasets import evaluation_set
+from truepose_jax.methods import make_method
+from truepose_jax.pretrained.frozen_networks import load_autoencoder
 from truepose_jax.pretrained.region_tokens import make_encoder
-from truepose_jax.training.validation import IMAGE_FIELDS, TOKEN_FIELDS, Pairs, other_people, swap_costs, swap_scores
+from truepose_jax.runtime.sharding import make_mesh
+from truepose_jax.sampling.image_grid import MARGIN, TITLE, to_uint8
+from truepose_jax.training.validation import (
+    IMAGE_FIELDS,
+    TOKEN_FIELDS,
+    Evaluator,
+    Pairs,
+    other_people,
+    swap_costs,
+    swap_scores,
+)
 
 
 def test_the_next_row_of_somebody_else():
@@ -50,3 +63,35 @@ def test_swapped_rows_show_somebody_else():
     for found, valid in zip(seen, (own, own & theirs, own & theirs, theirs), strict=True):
         np.testing.assert_array_equal(found["region_valid"], valid)
     assert swap_costs(scores)["image_swapped"] > 1 and abs(swap_costs(scores)["tokens_swapped"]) < 1e-9
+
+
+@pytest.mark.parametrize("texture", ["hpfa", "concat"])
+def test_the_sheet_shows_what_was_carried_where_an_attention_carries(texture):
+    """The programs are stand-ins: the picture is the source upside down, what is carried is that picture mirrored."""
+    config = tiny_config(
+        data__synthetic__heldout_identities=3, eval__pairs=3, eval__sheet_rows=2, model__fusion__texture=texture
+    )
+    dataset = evaluation_set(config, make_encoder(config.model.clip, config.token_width), cache=None)
+    method = make_method(config, load_autoencoder(config.model)[0])
+    assert method.carries == (texture == "hpfa")
+    evaluator = Evaluator(config, method, dataset, make_mesh(data=1, fsdp=1, tensor=1, devices=jax.devices()[:1]))
+    sites = [site.name for site in config.model.unet.sites]
+    metrics = {"hpfa_tokens": np.arange(1.0, len(sites) + 1), "carry_tokens": np.float32(7), "flow": np.float32(9)}
+    evaluator._loss = lambda params, frozen, batch, keys: (np.float32(0.5), metrics)
+    evaluator._sample = lambda params, frozen, batch, keys: batch["source"][:, ::-1]
+    if evaluator._carried is not None:
+        evaluator._carried = lambda params, frozen, batch: batch["target"][:, :, ::-1]
+    results, sheet = evaluator.run({}, {})
+    assert results["carry_tokens"] == 7 and "flow" not in results and results["heldout_loss"] == pytest.approx(0.5)
+    assert {f"hpfa_tokens/{site}": i + 1.0 for i, site in enumerate(sites)}.items() <= results.items()
+
+    shown = to_uint8(evaluator.pairs.batch["source"][1])
+    columns = {"source": shown, "pose": None, "carried": shown[::-1, ::-1], "generated": shown[::-1], "truth": None}
+    if texture == "concat":
+        del columns["carried"]
+    h, w = 4 * config.model.size[0], 4 * config.model.size[1]  # enlarged to 128 rows
+    assert sheet.shape[1] == len(columns) * (w + MARGIN) + 2 * MARGIN
+    top = TITLE + h + MARGIN
+    for i, wanted in enumerate(columns.values()):
+        cell = sheet[top : top + h, MARGIN + i * (w + MARGIN) :][:, :w]
+        assert wanted is None or np.array_equal(cell[::4, ::4], wanted)

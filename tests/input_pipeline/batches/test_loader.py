@@ -83,6 +83,21 @@ def test_batches_follow_the_schema(images, tokens):
         assert batch["valid"].all()
 
 
+def test_bytes_with_maps_are_the_floats_and_fit_the_schema(images, tokens):
+    """Of a set that is no set of records: pictures rounded to bytes, everything else as it is."""
+    settings = {"seed": 1, "batch_size": 8, "targets_per_source": 2, "flip": True}
+    loaders = (make_loader(images, tokens, form=form, **settings) for form in ("float32", "uint8+maps"))
+    for floats, compact in zip(*(take(2, loader) for loader in loaders), strict=True):
+        check_batch(compact, "uint8+maps")
+        assert floats.keys() == compact.keys() and compact["target_parsing"].any()
+        for name, wanted in floats.items():
+            if name in ("source", "target"):
+                wanted = np.rint((wanted + 1) * 127.5)
+            elif name == "target_pose":
+                wanted = np.rint(wanted * 255)
+            np.testing.assert_array_equal(compact[name], wanted, err_msg=name)
+
+
 def test_rows_hold_what_they_say(images, tokens):
     labels = LABEL_SETS["atr18"]
     for batch in take(3, make_loader(images, tokens, seed=1, batch_size=8, targets_per_source=2, flip=True)):

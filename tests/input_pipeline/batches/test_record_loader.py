@@ -69,13 +69,15 @@ def assert_same(left, right):
             np.testing.assert_array_equal(a[name], b[name], err_msg=name)
 
 
-def test_bytes_are_the_floats_before_they_are_floats(images):
-    for floats, compact in zip(batches(images, 6), batches(images, 6, form="uint8"), strict=True):
+@pytest.mark.parametrize("form", ["uint8", "uint8+maps"])
+def test_bytes_are_the_floats_before_they_are_floats(images, form):
+    for floats, compact in zip(batches(images, 6), batches(images, 6, form=form), strict=True):
         check_batch(floats)
-        check_batch(compact, "uint8")
+        check_batch(compact, form)
+        assert floats.keys() - compact.keys() == ({"target_parsing"} if form == "uint8" else set())
         for name in compact:
             wanted = floats[name]
-            if compact[name].dtype == np.uint8 and name != "source_parsing":
+            if compact[name].dtype == np.uint8 and not name.endswith("_parsing"):
                 wanted = np.rint(wanted * 255) if name == "target_pose" else np.rint((wanted + 1) * 127.5)
             np.testing.assert_array_equal(compact[name], wanted, err_msg=name)
 
@@ -181,6 +183,18 @@ def test_a_broken_record_keeps_its_slot_and_is_named(root, tmp_path, caplog):
     (line,) = {record.getMessage() for record in caplog.records}
     assert "record 1 (p001)" in line and "weigh nothing" in line
     assert all(b["valid"].all() for b in batches(images, 4, form="latents")), "latents do not need the photo"
+
+
+def test_a_target_needs_its_map_only_where_the_batch_has_maps(root):
+    """Record 1 as a target counts without a map in "uint8", and weighs nothing in "uint8+maps"."""
+    images = RecordImages(root, "train", size=SIZE)
+    data = RecordWriter().serialise({**images.fields(1), "parsing": b"no picture"})
+    images._records = [data if i == 1 else images._records[i] for i in range(len(images))]
+    bare, mapped = (batches(images, 10, form=form) for form in ("uint8", "uint8+maps"))
+    lost = [int((a["valid"] - b["valid"]).sum()) for a, b in zip(bare, mapped, strict=True)]
+    assert sum(lost) > 0 and min(lost) >= 0 and sum(b["valid"].sum() for b in mapped) > 40
+    for batch in mapped:
+        assert np.all(batch["target_parsing"].any(axis=(1, 2)) == (batch["valid"] > 0))
 
 
 def test_what_is_refused(images):
