@@ -276,8 +276,11 @@ def report(measured):
 def test_a_network_from_nothing_samples_alike(tmp_path):
     """Pixels as latents, positions, the parsing map in SourceNet, x0 prediction, clipping: DDIM with guidance, and the
     source's side computed once or at every step."""
-    settings = synthetic_ablation.get_config()
+    settings = synthetic_ablation.get_config("paper")
     settings.model.unet.block_out_channels = (16, 32)
+    settings.model.autoencoder, settings.model.pixel_factor = "pixels", 4
+    settings.model.unet.in_channels = settings.model.unet.out_channels = 48
+    settings.diffusion.schedule.clip_x0 = 1.0
     cfg = from_config_dict(Config, settings)
     made, schedule = tiny.method(cfg), cfg.diffusion.schedule
     params, batch = random_params(made, cfg), tiny.batch(cfg, 1, targets=3, sources=1)

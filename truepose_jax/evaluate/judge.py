@@ -29,7 +29,7 @@ from truepose_jax.runtime.sharding import batch_parts, put_whole_batch
 from truepose_jax.sampling.sampler import compiler_options
 from truepose_jax.training.validation import Pairs, Sample, make_sampler, region_scores, swap_costs, swap_scores
 
-SHIPPED = pathlib.Path(__file__).resolve().parents[2] / "docs" / "models" / "synthetic_64x48"
+SHIPPED = pathlib.Path(__file__).resolve().parents[2] / "docs" / "models" / "synthetic_128x96"
 """The trained model that comes along with the project."""
 
 KINDS: Mapping[str, str] = {"plain": "solid", "patterned": "all"}

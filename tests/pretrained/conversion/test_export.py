@@ -49,7 +49,7 @@ def case(name: str):
     if name == "head":
         cfg = tiny.config(tiny.HEAD)
     elif name == "sincos":
-        settings = synthetic_ablation.get_config()
+        settings = synthetic_ablation.get_config("paper")
         settings.model.unet.block_out_channels = (16, 24)
         cfg = from_config_dict(Config, settings)
     else:
@@ -185,8 +185,8 @@ def test_settings_beside_the_unets(tmp_path):
     ours = dict.fromkeys(("carry_latents", "cosine", "residual"), False)
     paper = {"regions": 2, "delta": 0.6, "sigma": 0.3, "reading": "printed", "mask_axis": "key"}
     assert settings["fusion"] == paper | ours and settings["carry"]["head"] is False
-    assert settings["pose_encoder"] == {"features": 16, "stride": 4}
-    assert settings["autoencoder"] == {"kind": "pixels", "factor": 4, "channels": 48}
+    assert settings["pose_encoder"] == {"features": 16, "stride": 8}
+    assert settings["autoencoder"] == {"kind": "patches", "factor": 8, "channels": 96}
     assert settings["image_size"] == [64, 48] and settings["prediction"] == "x0" and settings["classes"] == 20
     assert (settings["method"], settings["positions"], settings["source_parsing"]) == ("truepose", "sincos", "coverage")
     again = json.loads((tmp_path / "out/training_config.json").read_text())
@@ -222,7 +222,7 @@ def test_all_that_is_ours_comes_back(dtype, codec, tmp_path):
     )
     assert "/gone" not in (tmp_path / "out/training_config.json").read_text()
     settings = json.loads((tmp_path / "out/truepose.json").read_text())
-    assert settings["carry"] == {"head": True, "width": 8} and settings["autoencoder"]["channels"] == 16
+    assert settings["carry"] == {"head": True, "width": 16} and settings["autoencoder"]["channels"] == 16
     text = " ".join(card_of(tmp_path / "out")[1].split())
     for words in (
         "has no half-cell head and refuses the folder",
