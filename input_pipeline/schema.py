@@ -142,11 +142,11 @@ _TRAINED_ON = {name: field for name, field in BATCH_FIELDS.items() if name != "t
 FORMS: Mapping[str, Mapping[str, Field]] = {
     "float32": BATCH_FIELDS,
     "uint8": _TRAINED_ON | _BYTES,
-    "bytes+maps": dict(BATCH_FIELDS) | _BYTES,
+    "uint8+maps": dict(BATCH_FIELDS) | _BYTES,
     "latents": _TRAINED_ON | _MOMENTS,
 }
 """How a batch travels. "float32" is what a Method sees. "uint8" is what training loads: a quarter of the memory to fill and to
-send, made floats on the device; "bytes+maps" has the targets' maps too, where a loss reads them. "latents" has stored latents
+send, made floats on the device; "uint8+maps" has the targets' maps too, where a loss reads them. "latents" has stored latents
 for photos."""
 
 LATENT_FACTOR = 8

@@ -95,7 +95,7 @@ class TableReader:
 @dataclasses.dataclass(frozen=True)
 class StoredReader:
     """Reader of records. form: a key of schema.FORMS: "latents" gives stored latents, "uint8" photos, both without the
-    targets' maps; "bytes+maps" with them."""
+    targets' maps; "uint8+maps" with them."""
 
     images: RecordImages
     tokens: TokenTable | RecordTokens

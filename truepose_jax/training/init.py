@@ -103,7 +103,7 @@ def training_form(config: Config) -> str:
     """The form in which training's batches travel, a key of input_pipeline.schema.FORMS."""
     if config.data.latents == "stored":
         return "latents"
-    return "bytes+maps" if config.model.carry.head else "uint8"
+    return "uint8+maps" if config.model.carry.head else "uint8"
 
 
 def abstract_state(config: Config, trainer: Trainer, mesh: Mesh) -> TrainState:

@@ -86,7 +86,7 @@ def test_batches_follow_the_schema(images, tokens):
 def test_bytes_with_maps_are_the_floats_and_fit_the_schema(images, tokens):
     """Of a set that is no set of records: pictures rounded to bytes, everything else as it is."""
     settings = {"seed": 1, "batch_size": 8, "targets_per_source": 2, "flip": True}
-    loaders = (make_loader(images, tokens, form=form, **settings) for form in ("floats", "uint8+maps"))
+    loaders = (make_loader(images, tokens, form=form, **settings) for form in ("float32", "uint8+maps"))
     for floats, compact in zip(*(take(2, loader) for loader in loaders), strict=True):
         check_batch(compact, "uint8+maps")
         assert floats.keys() == compact.keys() and compact["target_parsing"].any()

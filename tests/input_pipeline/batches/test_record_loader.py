@@ -69,7 +69,7 @@ def assert_same(left, right):
             np.testing.assert_array_equal(a[name], b[name], err_msg=name)
 
 
-@pytest.mark.parametrize("form", ["bytes", "uint8+maps"])
+@pytest.mark.parametrize("form", ["uint8", "uint8+maps"])
 def test_bytes_are_the_floats_before_they_are_floats(images, form):
     for floats, compact in zip(batches(images, 6), batches(images, 6, form=form), strict=True):
         check_batch(floats)
@@ -186,11 +186,11 @@ def test_a_broken_record_keeps_its_slot_and_is_named(root, tmp_path, caplog):
 
 
 def test_a_target_needs_its_map_only_where_the_batch_has_maps(root):
-    """Record 1 as a target counts without a map in "bytes", and weighs nothing in "uint8+maps"."""
+    """Record 1 as a target counts without a map in "uint8", and weighs nothing in "uint8+maps"."""
     images = RecordImages(root, "train", size=SIZE)
     data = RecordWriter().serialise({**images.fields(1), "parsing": b"no picture"})
     images._records = [data if i == 1 else images._records[i] for i in range(len(images))]
-    bare, mapped = (batches(images, 10, form=form) for form in ("bytes", "uint8+maps"))
+    bare, mapped = (batches(images, 10, form=form) for form in ("uint8", "uint8+maps"))
     lost = [int((a["valid"] - b["valid"]).sum()) for a, b in zip(bare, mapped, strict=True)]
     assert sum(lost) > 0 and min(lost) >= 0 and sum(b["valid"].sum() for b in mapped) > 40
     for batch in mapped:

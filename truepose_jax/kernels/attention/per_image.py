@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
 
-from truepose_jax.kernels.attention.key_params import FLOOR, TINY, logits, refused_arrays, slopes
+from truepose_jax.kernels.attention.key_params import FLOOR, logits, refused_arrays, slopes
 
 DTYPES = (jnp.dtype(jnp.float32), jnp.dtype(jnp.bfloat16), jnp.dtype(jnp.float16))
 
@@ -38,7 +38,10 @@ def attend(
         # The slope apart, so that its gradient at the kink is that of the other implementations.
         s = logits(a, each, d**-0.5) if each is None else a * slopes(a, each, d**-0.5) + each[2]
         weights = jnp.exp(s - jnp.maximum(jnp.max(s, axis=-1, keepdims=True), FLOOR))
-        total = jnp.maximum(jnp.sum(weights, axis=-1, keepdims=True), TINY)
+        total = jnp.sum(weights, axis=-1, keepdims=True)
+        total = jnp.where(
+            total > 0, total, 1.0
+        )  # a query without keys: 0, and a gradient of 0, where TINY's square gave NaN
         return (jnp.matmul(weights.astype(v.dtype), v, preferred_element_type=jnp.float32) / total).astype(v.dtype)
 
     _, out = lax.scan(lambda _, each: (None, one(*each)), None, (*heads_first, rows))
