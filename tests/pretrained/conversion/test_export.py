@@ -222,7 +222,7 @@ def test_all_that_is_ours_comes_back(dtype, codec, tmp_path):
     )
     assert "/gone" not in (tmp_path / "out/training_config.json").read_text()
     settings = json.loads((tmp_path / "out/truepose.json").read_text())
-    assert settings["carry"] == {"head": True, "width": 16} and settings["autoencoder"]["channels"] == 16
+    assert settings["carry"] == to_dict(cfg.model.carry) and settings["autoencoder"]["channels"] == 16
     text = " ".join(card_of(tmp_path / "out")[1].split())
     for words in (
         "has no half-cell head and refuses the folder",
