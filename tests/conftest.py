@@ -30,7 +30,7 @@ if "PYTEST_XDIST_WORKER" not in os.environ:
 
 LONGEST = (
     "test_killed", "test_truepose", "test_ablations", "test_truepose_torch", "test_unet", "test_annotate", "test_generate",
-    "test_estimate", "test_sharding", "test_initial", "test_generate_records", "test_full_size", "test_pipeline",
+    "test_memory", "test_sharding", "test_init", "test_carry_method", "test_generate_records", "test_full_size", "test_pipeline",
 )  # fmt: skip
 """Files of most seconds. They come first (pyproject.toml: files in this order), so that no worker begins one when the other
 has nothing left to do."""

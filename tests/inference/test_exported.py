@@ -88,6 +88,11 @@ def test_its_clip_comes_along(tmp_path):
     assert all(np.isfinite(x).all() for x in jax.tree.leaves(pipe.params))
     card = " ".join((tmp_path / "model" / "README.md").read_text().split())
     assert "`image_encoder/`" in card and "fingerprint `" not in card and "--workdir=FOLDER" in card
+    assert all(
+        str(tmp_path) not in file.read_text()
+        for file in (tmp_path / "model").glob("*.*")
+        if file.suffix != ".safetensors"
+    )
 
 
 def test_the_model_that_comes_along():

@@ -220,6 +220,7 @@ def test_all_that_is_ours_comes_back(dtype, codec, tmp_path):
         {path: np.asarray(x) for path, x in restored.items()},
         {path: x.astype(np.float32) for path, x in expected.items()},
     )
+    assert "/gone" not in (tmp_path / "out/training_config.json").read_text()
     settings = json.loads((tmp_path / "out/truepose.json").read_text())
     assert settings["carry"] == {"head": True, "width": 8} and settings["autoencoder"]["channels"] == 16
     text = " ".join(card_of(tmp_path / "out")[1].split())

@@ -135,7 +135,7 @@ def write_export(
             for _ in to_torch.stream(tree, dtype, _tensor_name):
                 pass
 
-    texts = _texts(config, origin, run, infos, frozenset(copied))
+    texts = _texts(_at_home(config, copied), origin, run, infos, copied)
     with new_folder(dst, needed) as partial:
         write_texts(partial, texts)
         for file, tree in trees.items():
@@ -150,6 +150,16 @@ def write_export(
         parameters={file: sum(math.prod(info.shape) for info in found.values()) for file, found in infos.items()},
         bytes=size,
     )
+
+
+def _at_home(config: Config, copied: Container[str]) -> Config:
+    """The configuration with what was copied in called by its place there: where it lay before is nobody's business."""
+    model = config.model
+    if f"{CLIP_FOLDER}/config.json" in copied:
+        model = dataclasses.replace(model, clip=dataclasses.replace(model.clip, path=CLIP_FOLDER))
+    if CODEC_FILE in copied:
+        model = dataclasses.replace(model, vae=CODEC_FILE)
+    return dataclasses.replace(config, model=model)
 
 
 def _tensor_name(path: str) -> str:
