@@ -9,7 +9,8 @@ B3  without CAA: HPFA, and attn2 reads the whole image's token
 B4  without HPFA: B2's fusion with CAA, whose scores come from SourceNet's own attention
 What is ours (docs/paper.md) stays as the configuration has it, but for what belongs to HPFA, in B2 and B4.
 
-READINGS change one decision that we took by reading (docs/paper.md A1, A5, A17, A23; zero-initialised HPFA output).
+READINGS change one decision that we took by reading (docs/paper.md A1, A5, A17, A23; zero-initialised HPFA output); in A5's
+SourceNet H' alone is left, so that there is no F' + H'.
 RECIPE takes out one thing that is ours, where two only work together both, and in "paper" all of it.
 
 flow  not the paper's: HPFA's softmax also carries the source's latents, with a loss that what it carries lie near the target's;
@@ -35,7 +36,7 @@ READINGS = {
     "A1_query": {"model.fusion.mask_axis": "query"},
     "A1_outer": {"model.fusion.mask_axis": "outer"},
     "A1_none": {"model.fusion.mask_axis": "none"},
-    "A5_inplace": {"model.fusion.source_attention": "inplace"},
+    "A5_inplace": {"model.fusion.source_attention": "inplace", "model.fusion.residual": False},
     "A17_reweighted": {"model.fusion.score": "reweighted"},
     "A17_softmax": {"model.fusion.score": "softmax"},
     "A23_prose": {"model.fusion.reading": "prose"},

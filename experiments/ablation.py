@@ -9,8 +9,8 @@
 First a small region encoder is trained (configs/synthetic_clip.py), then frozen; people are rendered into records with its
 tokens; then every run trains, on one CPU core each, and is judged on held-out people. Stopped anywhere, the same command goes
 on: finished rows stay, a run goes on from its checkpoint. The report is written anew after every run, from the rows there are.
-Other budgets and clothes are reported in files of their own. About four minutes of one core for each run of 600 steps, a
-third of them compilation.
+Other budgets and clothes are reported in files of their own. Compiling a variant takes about 80 seconds of one core, beside its
+600 steps.
 """
 
 from __future__ import annotations

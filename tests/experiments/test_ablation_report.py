@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from experiments import ablation_report as report
-from experiments.ablation_runs import PAIRS, SHOWN, Bench
+from experiments.ablation_runs import ATTENTION, PAIRS, SHOWN, Bench, attention
 
 PEOPLE = 48
 WHO = np.repeat(np.arange(PEOPLE), PAIRS // PEOPLE)
@@ -95,3 +95,12 @@ def test_report(tmp_path: pathlib.Path, cost: float, word: str):
         path.unlink()
     assert "3 seeds of B3" in report.would_lose(bench, tmp_path / "out", wanted)
     assert report.would_lose(bench, tmp_path / "elsewhere", wanted) is None
+
+
+def test_attention_of_the_last_steps(tmp_path: pathlib.Path):
+    """The mean of the last tenth, at the sites of the latent's own size; without HPFA there is none."""
+    lines = [{"step": step, "hpfa_tokens": [9.0, step, 1.0], "carry_tokens": 2.0 * step} for step in range(10, 210, 10)]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    found = attention(str(tmp_path), [False, True, True])
+    assert found["hpfa_tokens"] == (190 + 200 + 2) / 4 and found["carry_tokens"] == 390.0
+    assert np.isnan(found["hpfa_inside"]) and found.keys() == set(ATTENTION)

@@ -1,5 +1,6 @@
 """The paper's ablations B1 to B4 and the readings that sweeps compare: each against its equation, every weight random."""
 
+import dataclasses
 import functools
 import re
 
@@ -11,8 +12,10 @@ import torch
 from PIL import Image
 from scipy.ndimage import map_coordinates
 
+from configs import synthetic_ablation
 from input_pipeline.annotations.regions import clip_normalise, square_crop
 from tests import oracle, tiny
+from truepose_jax.config import Config, from_config_dict
 from truepose_jax.methods.truepose import TruePose
 from truepose_jax.models.attention import Site
 from truepose_jax.models.caa import reweighted_scores
@@ -22,6 +25,8 @@ from truepose_jax.models.hpfa import FusionConfig, KeysValues, SourceAttention
 from truepose_jax.models.source_net import self_attention_of, source_features, source_net
 from truepose_jax.models.target_net import SiteFeatures, SourceTokens, TruePoseBlock
 from truepose_jax.models.vae import PixelAutoencoder
+from truepose_jax.pretrained.factory import planned
+from truepose_jax.training.init import batch_spec
 
 N = 4
 SMALL_CLIP = CLIPVisionConfig(
@@ -284,3 +289,17 @@ def test_eq7_in_place_starts_like_hpfa():
 
     for found, identity in zip(kernels(), (True, False), strict=True):
         assert [np.array_equal(x, np.eye(len(x))) for x in found] == [identity] * 3
+
+
+@pytest.mark.parametrize("variant", ["B1", "B4", "paper"])
+def test_with_the_recipe(variant):
+    """What is ours stays on in the ablations but for what is HPFA's, and goes where a variant says so. Traced only."""
+    cfg = from_config_dict(Config, synthetic_ablation.get_config(variant))
+    method, frozen = planned(dataclasses.replace(cfg, model=dataclasses.replace(cfg.model, clip=Config().model.clip)))
+    shapes = jax.eval_shape(lambda key: method.init(key, batch_spec(cfg)), jax.random.key(0))
+    _, metrics = jax.eval_shape(method.loss, shapes, frozen, batch_spec(cfg), jax.eval_shape(lambda: tiny.keys(0, 3)))
+    ours = {"flow", "pixels", "parsing", "carry_tokens", "hpfa_tokens"} & set(metrics)
+    head = {"pixels", "parsing", "carry_tokens"}
+    wanted = {"B1": {"flow", "hpfa_tokens"} | head, "B4": {"flow"} | head}
+    assert ours == wanted.get(variant, {"hpfa_tokens"})
+    assert ("carry_target" in shapes) == (variant in ("B1", "B4")) and method.carries
