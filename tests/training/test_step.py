@@ -290,7 +290,7 @@ def test_accumulation_and_rematerialisation_of_truepose(change):
     params = tiny.params(whole.method, cfg)
     batch = tiny.batch(cfg, 1, targets=tiny.TARGETS)
     batch["valid"] = np.float32([1, 0, 1, 0, 0, 1])
-    for name in ("source", "target"):
+    for name in ("source", "target", "source_joints", "target_joints"):
         batch[name][batch["valid"] == 0] = np.nan
     (got, metrics), (want, want_metrics) = (
         tiny.jit(lambda p, b, k, made=made: made.gradients(p, {}, b, k))(params, batch, tiny.keys(9, tiny.TARGETS))
