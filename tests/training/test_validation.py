@@ -1,5 +1,6 @@
 """The swap test takes somebody else's source; the sheet shows what was carried; one number of the head, one a site of HPFA."""
 
+import dataclasses
 import itertools
 
 import jax
@@ -95,3 +96,7 @@ def test_the_sheet_shows_what_was_carried_where_an_attention_carries(texture):
     for i, wanted in enumerate(columns.values()):
         cell = sheet[top : top + h, MARGIN + i * (w + MARGIN) :][:, :w]
         assert wanted is None or np.array_equal(cell[::4, ::4], wanted)
+
+    no_rows = dataclasses.replace(evaluator.config, eval=dataclasses.replace(evaluator.config.eval, sheet_rows=0))
+    evaluator.config = no_rows
+    assert evaluator.run({}, {})[1] is None

@@ -182,7 +182,8 @@ class Evaluator:
         scores, images = swap_scores(self.pairs, sample, self.config.seed, self.batch_size, check_preemption)
         results |= {f"psnr_{region}": value for region, value in scores["intact"].items()}
         results |= {f"swap_cost_{swap}": cost for swap, cost in swap_costs(scores).items()}
-        return results | norms, self.sheet(images, self._carried_with(params, frozen))
+        shown = self.sheet(images, self._carried_with(params, frozen)) if self.config.eval.sheet_rows else None
+        return results | norms, shown
 
     def sample_with(self, params: Params, frozen: Frozen) -> Sample:
         return lambda batch, keys: np.asarray(self._sample(params, frozen, put_whole_batch(self.mesh, batch), keys))
@@ -223,7 +224,7 @@ class Evaluator:
             "generated": to_uint8(images[:rows]),
             "truth": to_uint8(shown.batch["target"]),
         }
-        if carried is not None and rows:
+        if carried is not None:
             seen = carried_sources(shown, images[:rows], carried, self.config.seed, self.batch_size)
             names = ("source", "pose", "carried", "generated", "truth")
             columns = {name: to_uint8(seen) if name == "carried" else columns[name] for name in names}
