@@ -303,7 +303,7 @@ def test_the_peer_under_autocast(block, monkeypatch):
     with torch.autocast("cpu", torch.bfloat16):
         found, _ = block.least_attended(q, k, coverage, present)
         features, tokens = torch.randn(8, 24, 32, generator=draw), torch.randn(8, 20, 32, generator=draw)
-        block.source_side(features, present[:, :1].expand(8, 24), coverage, tokens, present, torch.ones(8))
+        block.source_side(features, present[:, :1].expand(8, 24), coverage, tokens, present, torch.ones(8), None)
     assert torch.equal(found, plain)
     assert seen == [(torch.bfloat16,) * 3]
 
