@@ -9,15 +9,10 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
 
-from truepose_jax.kernels.attention.key_params import FLOOR, logits, refused_arrays, slopes
+from truepose_jax.kernels.attention.key_params import FLOOR, logits, slopes
+from truepose_jax.kernels.attention.xla import refuses
 
-DTYPES = (jnp.dtype(jnp.float32), jnp.dtype(jnp.bfloat16), jnp.dtype(jnp.float16))
-
-
-def refuses(q: Array, k: Array, v: Array, *, has_rows: bool, platform: str) -> str | None:
-    """What of a call it cannot take; None where it can take all."""
-    del has_rows, platform
-    return refused_arrays(q, k, v, DTYPES)
+__all__ = ["attend", "refuses"]
 
 
 def attend(
@@ -39,9 +34,7 @@ def attend(
         s = logits(a, each, d**-0.5) if each is None else a * slopes(a, each, d**-0.5) + each[2]
         weights = jnp.exp(s - jnp.maximum(jnp.max(s, axis=-1, keepdims=True), FLOOR))
         total = jnp.sum(weights, axis=-1, keepdims=True)
-        total = jnp.where(
-            total > 0, total, 1.0
-        )  # a query without keys: 0, and a gradient of 0, where TINY's square gave NaN
+        total = jnp.where(total > 0, total, 1.0)  # a query without keys gives 0, and a gradient of 0
         return (jnp.matmul(weights.astype(v.dtype), v, preferred_element_type=jnp.float32) / total).astype(v.dtype)
 
     _, out = lax.scan(lambda _, each: (None, one(*each)), None, (*heads_first, rows))
