@@ -214,14 +214,7 @@ class HPFA(nn.Module):
         if source is None:
             joined = width + c.carry_latents * heads * self.latent_channels
             return out(jnp.zeros((x.shape[0], 1, joined), x.dtype)), {}
-        normed = layer_norm(self.dtype, "norm")(x)
-        q = nn.Dense(width, use_bias=False, dtype=self.dtype, name="to_q", **c.square_init)(normed)
-        q = split_heads(q, heads)
-        if c.cosine:
-            q = unit(q) * self._scale("cosine_scale", CONTENT_LOGIT if source.limbs is None else CONTENT_LOGIT / 2)
-            if source.limbs is not None:
-                limbs = _every_head(source.limbs, heads) * self._scale("limb_scale", CONTENT_LOGIT)
-                q = jnp.concatenate([q, limbs], axis=-1)
+        q = self.queries(x, source.limbs)
         scale = 1.0 if c.cosine else self.site.head_dim**-0.5
         account = attention_account(q * scale, source.k, source.inside)
         values = source.v
@@ -233,6 +226,19 @@ class HPFA(nn.Module):
             account["carried"] = jnp.mean(carried, axis=2)
         joined = [merge_heads(features)] + ([merge_heads(carried)] if c.carry_latents else [])
         return out(jnp.concatenate(joined, axis=-1)), account
+
+    def queries(self, x: Float[Array, "b n c"], limbs: Float[Array, "b n l"] | None) -> Float[Array, "b n g d"]:
+        """Q of Eq. 8, as it meets the keys; with config.cosine scaled already."""
+        c, heads = self.config, self.site.heads
+        normed = layer_norm(self.dtype, "norm")(x)
+        q = nn.Dense(x.shape[-1], use_bias=False, dtype=self.dtype, name="to_q", **c.square_init)(normed)
+        q = split_heads(q, heads)
+        if not c.cosine:
+            return q
+        q = unit(q) * self._scale("cosine_scale", CONTENT_LOGIT if limbs is None else CONTENT_LOGIT / 2)
+        if limbs is None:
+            return q
+        return jnp.concatenate([q, _every_head(limbs, heads) * self._scale("limb_scale", CONTENT_LOGIT)], axis=-1)
 
     def _scale(self, name: str, at_birth: float) -> Array:
         made = self.param(name, lambda _: jnp.full((self.site.heads, 1), jnp.log(at_birth)))

@@ -30,7 +30,6 @@ from truepose_jax.diffusion.samplers import ddim_levels, ddim_step
 from truepose_jax.inference.pipeline import Pipeline
 from truepose_jax.kernels.attention.reference import PiecewiseLinear, eq6_slopes, mask_sides, sloped_logits
 from truepose_jax.methods.base import Method
-from truepose_jax.models.attention import split_heads
 from truepose_jax.models.hpfa import HPFA, FusionConfig, HPFASource
 
 PLAIN = PiecewiseLinear(1.0, 0.0)
@@ -68,13 +67,12 @@ def _watching(source: dict[str, SourceSide], queries: dict[str, Array]) -> Itera
 
     def look(call, args, kwargs, context):
         found, module = call(*args, **kwargs), context.module
-        if context.method_name == "__call__":
-            if isinstance(module, HPFASource):
-                keys_values, attention = found
-                source[module.site.name] = SourceSide(attention.q, attention.k, args[1], keys_values.k)
-            elif isinstance(module, nn.Dense) and module.name == "to_q" and isinstance(module.parent, HPFA):
-                site = module.parent.site
-                queries[site.name] = split_heads(found, site.heads)
+        if context.method_name == "__call__" and isinstance(module, HPFASource):
+            keys_values, attention = found
+            source[module.site.name] = SourceSide(attention.q, attention.k, args[1], keys_values.k)
+        elif context.method_name == "queries" and isinstance(module, HPFA):
+            # mean_attention divides by sqrt d; cosines are scaled already.
+            queries[module.site.name] = found * (found.shape[-1] ** 0.5 if module.config.cosine else 1.0)
         return found
 
     with nn.intercept_methods(look):
