@@ -26,7 +26,6 @@ from truepose_jax.metrics.outlines import outline_error, sharpness
 from truepose_jax.metrics.regions import retrieval
 from truepose_jax.pretrained.region_tokens import RegionEncoder, token_table
 from truepose_jax.runtime.sharding import batch_parts, put_whole_batch
-from truepose_jax.sampling.sampler import compiler_options
 from truepose_jax.training.validation import Pairs, Sample, make_sampler, region_scores, swap_costs, swap_scores
 
 SHIPPED = pathlib.Path(__file__).resolve().parents[2] / "docs" / "models" / "synthetic_128x96"
@@ -124,16 +123,7 @@ def sampling(pipe: Pipeline) -> Sample:
 
 def carrying(pipe: Pipeline) -> Sample | None:
     """For evaluation.carried_sources; None of a method whose attention carries nothing that could be shown."""
-    if not pipe.method.carries:
-        return None
-    carried = jax.jit(pipe.method.carried, compiler_options=compiler_options())
-
-    def sample(batch: Mapping[str, np.ndarray], keys: jax.Array) -> np.ndarray:
-        del keys
-        with jax.set_mesh(pipe.mesh):
-            return np.asarray(carried(pipe.params, pipe.frozen, put_whole_batch(pipe.mesh, batch)))
-
-    return sample
+    return (lambda batch, keys: pipe.carried_of(batch)) if pipe.method.carries else None
 
 
 def batch_size(pipe: Pipeline, count: int) -> int:

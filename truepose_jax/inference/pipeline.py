@@ -371,10 +371,17 @@ class Pipeline:
         batch["target"][:] = 1.0  # the padding is white
         for row, (f, picture) in enumerate(zip(fitted, pictures, strict=True)):
             write_picture(picture, out=f.framing.crop(batch["target"][row]))
-        carried = jax.jit(self.method.carried, compiler_options=compiler_options())
+        images = to_uint8(self.carried_of(batch))
+        return [f.framing.crop(image) for f, image in zip(fitted, images, strict=False)]
+
+    def carried_of(self, batch: Mapping[str, np.ndarray]) -> np.ndarray:
+        """Method.carried of a host batch whose targets are the samples, [b h w 3] in [-1, 1]. Only where method.carries."""
         with jax.set_mesh(self.mesh):
-            images = np.asarray(carried(self.params, self.frozen, put_whole_batch(self.mesh, batch)))
-        return [f.framing.crop(image) for f, image in zip(fitted, to_uint8(images), strict=False)]
+            return np.asarray(self._carried(self.params, self.frozen, put_whole_batch(self.mesh, batch)))
+
+    @functools.cached_property
+    def _carried(self):
+        return jax.jit(self.method.carried, compiler_options=compiler_options())
 
     def batch_of(self, fitted: Sequence[Fitted], size: int) -> tuple[dict[str, np.ndarray], jax.Array]:
         """The batch of schema.BATCH_FIELDS and a key per row. `target` is black, or the reference of an edit. Rows beyond

@@ -221,14 +221,13 @@ class Evaluator:
         columns = {
             "source": to_uint8(shown.batch["source"]),
             "pose": to_uint8(shown.batch["target_pose"] * 2 - 1),
-            "generated": to_uint8(images[:rows]),
-            "truth": to_uint8(shown.batch["target"]),
         }
         if carried is not None:
             seen = carried_sources(shown, images[:rows], carried, self.config.seed, self.batch_size)
-            names = ("source", "pose", "carried", "generated", "truth")
-            columns = {name: to_uint8(seen) if name == "carried" else columns[name] for name in names}
-        return sheet(columns)
+            columns["carried"] = to_uint8(seen)
+        return sheet(
+            columns | {"generated": to_uint8(images[:rows]), "truth": to_uint8(shown.batch["target"])},
+        )
 
 
 def make_sampler(config: Config, method: Method, *, steps: int, guidance: float) -> Sampler:
