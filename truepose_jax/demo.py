@@ -25,9 +25,10 @@ from configs.demo import get_config
 from truepose_jax import train
 from truepose_jax.config import Config, ConfigError, from_config_dict
 from truepose_jax.evaluate import judge
-from truepose_jax.evaluate.judge import KINDS, PEOPLE, POSES, SHIPPED, Gates, Judged
+from truepose_jax.evaluate.judge import KINDS, PEOPLE, POSES, Gates, Judged
 from truepose_jax.inference.pipeline import Pipeline
 from truepose_jax.pretrained.conversion.safetensors_io import ConversionError
+from truepose_jax.runtime.bundled import SHIPPED
 from truepose_jax.runtime.cli import enable_compilation_cache, run_with_config
 from truepose_jax.runtime.files import atomic_write, check_new_file
 from truepose_jax.sampling.image_grid import sheet, to_uint8

@@ -11,7 +11,6 @@ from tests.training.test_killed import run
         ("--config.modle.size=(64, 48)", "modle"),
         ("--config.batch_size=many", "many"),
         ("--config.mesh.data=3", "mesh"),
-        ("--config=configs/none.py", "none.py"),
         ("--config.seed=-1", "config.seed is -1"),
         ("--config.optim.b1=nan", "config.optim.b1 is nan"),
     ],

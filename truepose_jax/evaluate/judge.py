@@ -7,7 +7,6 @@ no network: the copied source, the source warped limb by limb, and the mean of t
 from __future__ import annotations
 
 import dataclasses
-import pathlib
 from collections.abc import Mapping, Sequence
 
 import jax
@@ -27,9 +26,6 @@ from truepose_jax.metrics.regions import retrieval
 from truepose_jax.pretrained.region_tokens import RegionEncoder, token_table
 from truepose_jax.runtime.sharding import batch_parts, put_whole_batch
 from truepose_jax.training.validation import Pairs, Sample, make_sampler, region_scores, swap_costs, swap_scores
-
-SHIPPED = pathlib.Path(__file__).resolve().parents[2] / "docs" / "models" / "synthetic_128x96"
-"""The trained model that comes along with the project."""
 
 KINDS: Mapping[str, str] = {"plain": "solid", "patterned": "all"}
 """Kind of clothes -> `patterns` of the synthetic people who wear them."""

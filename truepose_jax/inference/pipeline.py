@@ -40,6 +40,7 @@ from truepose_jax.pretrained.factory import assemble
 from truepose_jax.pretrained.frozen_networks import KINDS
 from truepose_jax.pretrained.region_tokens import RegionEncoder, make_encoder
 from truepose_jax.runtime import rng
+from truepose_jax.runtime.bundled import find_model
 from truepose_jax.runtime.sharding import batch_parts, make_mesh, put_whole_batch, replicate
 from truepose_jax.sampling.image_grid import to_uint8
 from truepose_jax.sampling.inpainting import MASK_FIELD, Edit, EditSampler, FittedEdit
@@ -186,12 +187,14 @@ class Run:
 
     @classmethod
     def open(cls, workdir: str | os.PathLike[str], *, weights: str | None = None, step: int | None = None) -> Run:
-        """weights None: the EMA where the run keeps one. step None: the last checkpoint. Of an export: those that it holds.
+        """workdir: of a run, an export, or the name of a model that comes along. weights None: the EMA where the run keeps
+        one. step None: the last checkpoint. Of an export: those that it holds.
 
         Raises CheckpointError where there is no run or no checkpoint, or not those weights.
         """
         if weights not in (None, *WEIGHTS):
             raise ConfigError(f"weights is {weights!r}; choose one of {tuple(WEIGHTS)}")
+        workdir = find_model(workdir)
         if Exported.is_one(pathlib.Path(workdir)):
             export = Exported.open(pathlib.Path(workdir))
             if (weights or export.weights, export.step if step is None else step) != (export.weights, export.step):

@@ -6,11 +6,13 @@ import argparse
 import contextlib
 import os
 import pathlib
+import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import NoReturn
 
 from input_pipeline.schema import InputError, UserError
+from truepose_jax.runtime.bundled import find_config
 
 BAD_INPUT = 2
 INTERRUPTED = 130
@@ -44,24 +46,56 @@ def run_program(main: Callable[[Sequence[str]], int | None], argv: Sequence[str]
 def run_with_config(main: Callable[[Sequence[str]], int | None]) -> NoReturn:
     """run_program for programs whose settings are --config flags (ml_collections); exits.
 
-    A flag that is unknown or ill-typed, a config file that is missing: one line, exit code 2.
+    A flag that is unknown or ill-typed, a config file that is missing: one line, exit code 2. --config may be a name of
+    runtime/bundled.py.
     """
     from absl import app, flags, logging
-
-    def parse(argv: Sequence[str]) -> Sequence[str]:
-        try:
-            return flags.FLAGS(argv)
-        except (flags.Error, AttributeError, KeyError, OSError, SyntaxError, TypeError, ValueError) as error:
-            text = " ".join(str(error).split()) or type(error).__name__
-            print(f"error: {text}", file=sys.stderr)
-            sys.exit(BAD_INPUT)
 
     def run(argv: Sequence[str]) -> None:
         if not flags.FLAGS["verbosity"].present:
             logging.set_verbosity(logging.WARNING)  # orbax tells every step of every save otherwise
         sys.exit(run_program(main, argv))
 
-    app.run(run, flags_parser=parse)
+    app.run(run, flags_parser=parse_flags)
+
+
+def parse_flags(argv: Sequence[str]) -> Sequence[str]:
+    """The arguments that absl's flags leave; exits where a flag is wrong."""
+    from absl import flags
+
+    try:
+        return flags.FLAGS(_with_config_path(argv))
+    except (flags.Error, AttributeError, KeyError, OSError, SyntaxError, TypeError, ValueError) as error:
+        print(f"error: {_why(error, argv)}", file=sys.stderr)
+        sys.exit(BAD_INPUT)
+
+
+def _with_config_path(argv: Sequence[str]) -> list[str]:
+    """argv with the path of what --config names. Raises InputError."""
+    found = list(argv)
+    for number, word in enumerate(argv):
+        flag, equals, value = word.partition("=")
+        if word == "--":
+            break
+        if flag in ("--config", "-config"):
+            if equals:
+                found[number] = f"{flag}={find_config(value)}"
+            elif number + 1 < len(argv):
+                found[number + 1] = find_config(argv[number + 1])
+    return found
+
+
+def _why(error: Exception, argv: Sequence[str]) -> str:
+    """In one line, what is wrong with these flags."""
+    text = str(error.args[0] if isinstance(error, KeyError) and error.args else error)
+    if "Error whilst parsing config file" in text:  # ml_collections puts a whole traceback there
+        text = text.strip().splitlines()[-1]
+        if "get_config() takes" in text:
+            text = f"{next((w for w in argv if ':' in w), '--config')}: this experiment has no variants; leave ':...' out"
+    elif key := re.match(r"[\"']+(\w+)[\"']+", text):
+        named = [flag for flag in (w.partition("=")[0] for w in argv) if key[1] in flag.split(".")[1:]]
+        text = f"{named[0]}: there is no such setting. {text[key.end():]}" if named else text
+    return " ".join(text.split()) or type(error).__name__
 
 
 KEPT_FROM = 0.1
