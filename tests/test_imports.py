@@ -34,6 +34,7 @@ ROOMS = {
     "input_pipeline.records": Room(f"{INPUT} input_pipeline.sources", outside=DATA),
     "input_pipeline.batches": Room(f"{INPUT} input_pipeline.records", outside=DATA),
     "runtime": Room(INPUT),
+    "detection": Room(f"{INPUT} runtime", torch="late"),
     "metrics": Room(""),
     "interop": Room("", torch="always"),
     "kernels": Room("runtime", never=frozenset(TRAINING_ONLY)),
@@ -55,11 +56,11 @@ ROOMS = {
         "pretrained.conversion runtime sampling training.checkpoint"
     ),
     "inference": Room(
-        f"{INPUT} input_pipeline.records input_pipeline.batches config data methods models pretrained pretrained.conversion "
-        "runtime sampling training training.checkpoint"
+        f"{INPUT} input_pipeline.records input_pipeline.batches config data detection methods models pretrained "
+        "pretrained.conversion runtime sampling training training.checkpoint"
     ),
     "prepare": Room(
-        f"{INPUT} input_pipeline.synthetic input_pipeline.sources input_pipeline.records input_pipeline.batches models "
+        f"{INPUT} input_pipeline.synthetic input_pipeline.sources input_pipeline.records input_pipeline.batches detection models "
         "pretrained runtime",
         torch="late",
     ),
@@ -76,7 +77,7 @@ ROOMS = {
     ),
     "programs": Room(
         f"configs {INPUT} input_pipeline.synthetic input_pipeline.sources input_pipeline.records input_pipeline.batches config "
-        "data evaluate inference methods metrics models pretrained pretrained.conversion runtime sampling training "
+        "data detection evaluate inference methods metrics models pretrained pretrained.conversion runtime sampling training "
         "training.checkpoint",
         torch="late",
     ),

@@ -13,9 +13,9 @@ from input_pipeline.schema import InputError
 from input_pipeline.sources.folder import FolderImages
 from input_pipeline.sources.listing import maps_by_key
 from truepose_jax import prepare
+from truepose_jax.detection.parsing_model import ParsingModel, class_map
+from truepose_jax.detection.pose_model import PoseModel, main_person
 from truepose_jax.prepare import label
-from truepose_jax.prepare.parsing_model import ParsingModel, class_map
-from truepose_jax.prepare.pose_model import PoseModel, main_person
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")

@@ -23,13 +23,15 @@ from input_pipeline.process_group import Share
 from input_pipeline.schema import NUM_JOINTS, InputError
 from input_pipeline.sources.folder import PHOTO_SUFFIXES
 from input_pipeline.sources.listing import PARSING_FOLDERS, POSE_FOLDERS, files_by_key, first_folder
+from truepose_jax.detection.embedded import EMBEDDED, EmbeddedParsing, EmbeddedPose
 from truepose_jax.runtime import files
 from truepose_jax.runtime.cli import reject_unused_flags
 
 PHOTO_FOLDERS = ("img_highres", "Img/img_highres", "image", "images", "img", "photos")
 READERS = 4
 FLAGS_USED_BY = {"labels": ("--parsing",), "score": ("--pose",)}
-SCORE = 0.3
+SCORE, SEEN = 0.3, 0.5
+"""Least score of a joint: of VitPose, of the embedded network."""
 
 Label = Callable[[Sequence[np.ndarray]], list[np.ndarray]]
 
@@ -42,13 +44,13 @@ def add_label(commands) -> None:
     parser.add_argument("--raw", required=True, help="folder as `prepare build --raw` takes it")
     parser.add_argument("--photos", help=f"its folder of photos (default: the first of {', '.join(PHOTO_FOLDERS)})")
     parser.add_argument(
-        "--parsing", metavar="MODEL", help="a semantic segmentation model of people: folder or hub name"
+        "--parsing", metavar="MODEL", help="a semantic segmentation model of people: folder or hub name; or embedded"
     )
     sets = ", ".join(name for name in LABEL_SETS if name != "whole")
     parser.add_argument("--labels", help=f"label set of the maps: {sets} (default: the one that loses fewest classes)")
-    parser.add_argument("--pose", metavar="MODEL", help="a VitPose of COCO's 17 joints; needs --detector")
+    parser.add_argument("--pose", metavar="MODEL", help="a VitPose of COCO's 17 joints, with --detector; or embedded")
     parser.add_argument("--detector", metavar="MODEL", help="an object detector with a class person, such as RT-DETR")
-    parser.add_argument("--score", type=float, help=f"joints below it are missing ({SCORE:g})")
+    parser.add_argument("--score", type=float, help=f"joints below it are missing ({SCORE:g}; embedded: {SEEN:g})")
     parser.add_argument("--batch-size", type=int, default=8, help="photos in a model at once (8)")
     parser.add_argument("--device", default="cpu", help="PyTorch's name of it: cpu, cuda (cpu)")
     parser.set_defaults(run=label)
@@ -60,10 +62,12 @@ def label(flags: argparse.Namespace, share: Share) -> None:
         raise InputError(
             "nothing to do: give --parsing=MODEL for maps, --pose=MODEL and --detector=MODEL for poses, or all"
         )
-    if bool(flags.pose) != bool(flags.detector):
+    if flags.pose == EMBEDDED and flags.detector:
+        raise InputError("--detector means nothing to --pose=embedded, which finds people itself")
+    if bool(flags.pose) != bool(flags.detector) and flags.pose != EMBEDDED:
         raise InputError("--pose and --detector belong together: VitPose needs to know where the person is")
     reject_unused_flags(flags, FLAGS_USED_BY, *(f"--{name}" for name in ("parsing", "pose") if getattr(flags, name)))
-    score = SCORE if flags.score is None else flags.score
+    score = (SEEN if flags.pose == EMBEDDED else SCORE) if flags.score is None else flags.score
     if flags.batch_size < 1 or not 0 <= score <= 1:
         raise InputError("--batch-size must be 1 or more and --score from 0 to 1")
     root = pathlib.Path(flags.raw)
@@ -82,15 +86,20 @@ def label(flags: argparse.Namespace, share: Share) -> None:
         say_left(share, folder, len(every), len(todo), "a map")  # nobody writes maps before all have looked
         if todo:
             check_writable(root, folder)
-            from truepose_jax.prepare.parsing_model import ParsingModel
+            if flags.parsing == EMBEDDED:
+                model = EmbeddedParsing(labels)
+                found_labels, said = model.labels, [f"{EMBEDDED}: joints, mask and colours as {model.labels.name}"]
+            else:
+                from truepose_jax.detection.parsing_model import ParsingModel
 
-            model = ParsingModel(flags.parsing, labels, device)
+                model = ParsingModel(flags.parsing, labels, device)
+                found_labels = model.map.labels
+                said = [f"{flags.parsing}: its {len(model.map.table)} classes as {found_labels.name}"]
+                said += [f"  lost: {line}" for line in model.map.lost]
             if share.leads:
                 if not there:  # maps whose labels nobody has said may be of another set
-                    _write(folder / LABELS_FILE, f"{model.map.labels.name}\n".encode())
-                print(f"{flags.parsing}: its {len(model.map.table)} classes as {model.map.labels.name}")
-                for line in model.map.lost:
-                    print(f"  lost: {line}")
+                    _write(folder / LABELS_FILE, f"{found_labels.name}\n".encode())
+                print("\n".join(said))
 
             def keep_map(name: str, photo: np.ndarray, found: np.ndarray) -> None:
                 del photo
@@ -104,9 +113,12 @@ def label(flags: argparse.Namespace, share: Share) -> None:
         none: list[str] = []
         if todo:
             check_writable(root, folder)
-            from truepose_jax.prepare.pose_model import PoseModel
+            if flags.pose == EMBEDDED:
+                model = EmbeddedPose(score)
+            else:
+                from truepose_jax.detection.pose_model import PoseModel
 
-            model = PoseModel(flags.pose, flags.detector, device, joint_score=score)
+                model = PoseModel(flags.pose, flags.detector, device, joint_score=score)
 
             def keep(name: str, photo: np.ndarray, joints: np.ndarray) -> None:
                 write_pose(folder, name, joints, photo.shape[:2])

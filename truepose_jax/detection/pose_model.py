@@ -9,7 +9,7 @@ import numpy as np
 
 from input_pipeline.annotations.keypoints import from_coco
 from input_pipeline.schema import NUM_JOINTS, InputError
-from truepose_jax.prepare.torch_models import load_model
+from truepose_jax.detection.torch_models import load_model
 
 COCO_JOINTS = 17
 PERSON = "person"

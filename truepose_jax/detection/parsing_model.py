@@ -11,7 +11,7 @@ import numpy as np
 
 from input_pipeline.annotations.parsing import LABEL_SETS, LabelSet, label_set
 from input_pipeline.schema import InputError
-from truepose_jax.prepare.torch_models import load_model
+from truepose_jax.detection.torch_models import load_model
 
 CLASS_OF_NAME: Mapping[str, tuple[str, ...]] = {
     "Background": ("background", "bg", "other", "others", "null", "unlabeled"),
