@@ -10,17 +10,19 @@ import ml_dtypes
 import numpy as np
 import pytest
 
+from configs import demo
 from tests import tiny
 from tests.tiny_run import STEPS, random_like, shared_run, tiny_config
-from truepose_jax.config import Config, ConfigError, to_dict
+from truepose_jax.config import Config, ConfigError, from_config_dict, to_dict
 from truepose_jax.methods import make_method
 from truepose_jax.models.vae import PixelAutoencoder
 from truepose_jax.pretrained.conversion.key_maps import leaves, nest
 from truepose_jax.pretrained.conversion.safetensors_io import TensorInfo, write_safetensors
 from truepose_jax.pretrained.conversion.weights_folder import FORMAT, VERSION
+from truepose_jax.pretrained.factory import planned
 from truepose_jax.runtime.sharding import make_mesh
 from truepose_jax.training.checkpoint import Checkpoints
-from truepose_jax.training.init import HPFA_OUT, abstract_state, first_state, resolve_init_from
+from truepose_jax.training.init import HPFA_OUT, abstract_state, batch_spec, first_state, resolve_init_from
 from truepose_jax.training.step import Trainer
 
 
@@ -239,3 +241,12 @@ def test_frozen_networks_come_along(tmp_path, given):
     assert found.model.clip.path == str(folder) and found.model.vae == ""  # a pixel codec has no VAE
     named = resolve_init_from(tiny_config(init_from=str(folder), model__clip__path="other"))
     assert named.model.clip.path == "other"
+
+
+def test_no_parameter_is_weakly_typed():
+    """The step's results never are, so it would compile twice."""
+    config = from_config_dict(Config, demo.get_config())
+    trainer, spec = Trainer(config, planned(config)[0]), batch_spec(config)
+    state = jax.eval_shape(lambda: trainer.init_state(jax.random.key(0), spec))
+    weak = [path for path, leaf in jax.tree_util.tree_leaves_with_path(state) if getattr(leaf, "weak_type", False)]
+    assert not weak

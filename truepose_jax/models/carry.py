@@ -166,7 +166,7 @@ class CarryTarget(nn.Module):
 
         parts = ((content, CONTENT_LOGIT), (side.limb_queries, LIMB_LOGIT), (worn, PARSING_LOGIT))
         scales = [
-            jnp.exp(self.param(name, lambda _, at=at: jnp.full((1,), jnp.log(at))))
+            jnp.exp(self.param(name, lambda _, at=at: jnp.full((1,), jnp.log(at), jnp.float32)))
             for name, (_, at) in zip(("content_scale", "limb_scale", "parsing_scale"), parts, strict=True)
         ]
         q = jnp.concatenate([x * scale for (x, _), scale in zip(parts, scales, strict=True)], axis=-1)

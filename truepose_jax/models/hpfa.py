@@ -241,7 +241,7 @@ class HPFA(nn.Module):
         return jnp.concatenate([q, _every_head(limbs, heads) * self._scale("limb_scale", CONTENT_LOGIT)], axis=-1)
 
     def _scale(self, name: str, at_birth: float) -> Array:
-        made = self.param(name, lambda _: jnp.full((self.site.heads, 1), jnp.log(at_birth)))
+        made = self.param(name, lambda _: jnp.full((self.site.heads, 1), jnp.log(at_birth), jnp.float32))
         return jnp.exp(made).astype(self.dtype)
 
 
