@@ -8,12 +8,13 @@
 from __future__ import annotations
 
 import argparse
+import importlib
 import runpy
 import sys
 from collections.abc import Sequence
 
 from truepose_jax import BUNDLED, __version__
-from truepose_jax.runtime.cli import Parser
+from truepose_jax.runtime.cli import HELP, Parser, show_help
 
 COMMANDS = {
     "train": "train, or go on where a run has stopped",
@@ -27,6 +28,11 @@ COMMANDS = {
     "env": "versions, devices, caches and disk, for a report of a fault",
 }
 """Programs, truepose_jax.NAME each, and what they do."""
+
+FLAGS = {name: f"truepose_jax.flags.{name}" for name in ("train", "generate", "convert", "demo")} | {
+    name: f"truepose_jax.{name}.flags" for name in ("evaluate", "study", "scaling")
+}
+"""Where --help is found without the second or two that a program takes to import; the others take none."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -44,6 +50,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     flags = parser.parse_args(argv)
     if str(BUNDLED) in sys.path:  # first, in this program of ours: a folder `configs` of somebody's is not meant
         sys.path.insert(0, str(BUNDLED))
+    if HELP & set(flags.arguments) and flags.command in FLAGS:
+        told = importlib.import_module(FLAGS[flags.command])
+        told.make_parser().parse_args(flags.arguments) if hasattr(told, "make_parser") else show_help(told)
     sys.argv = [flags.command, *flags.arguments]
     runpy.run_module(f"truepose_jax.{flags.command}", run_name="__main__", alter_sys=True)
     return 0

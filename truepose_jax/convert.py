@@ -1,17 +1,4 @@
-"""Weights from PyTorch, and trained models to PyTorch.
-
-    python -m truepose_jax.convert from-torch --model=sd15 --src=DIR|FILE|HUB_NAME [--clip=DIR|HUB_NAME] --dst=DIR
-    python -m truepose_jax.convert to-torch --workdir=DIR [--weights=ema|raw] [--dtype=bfloat16] --dst=DIR
-
-from-torch makes a weights folder, which a run begins with: train --config.init_from=DIR. --model=sd15 reads a diffusers
-folder of Stable Diffusion 1.5 (unet/, vae/, scheduler/) or its original single file (.safetensors, .ckpt) and makes
-TruePose's starting point; --model=truepose reads what to-torch wrote. --clip is a transformers folder with CLIP's vision
-tower. A name such as openai/clip-vit-large-patch14 that is no path is fetched from the Hugging Face hub. Everything is
-checked before the first byte is written; --dry-run stops there and prints the table.
-
-to-torch exports a run's last checkpoint: SourceNet and TargetNet as folders that diffusers opens, HPFA and the pose encoder
-beside them, configs, the noise schedule and a model card. generate and study take the folder for a run's.
-"""
+"""Weights from PyTorch, and trained models to PyTorch. What it is told: truepose_jax/flags/convert.py."""
 
 from __future__ import annotations
 
@@ -34,8 +21,9 @@ from jax.sharding import SingleDeviceSharding
 from configs.base import get_config
 from truepose_jax.config import Config, from_config_dict, to_dict
 from truepose_jax.data.datasets import about_records
+from truepose_jax.flags.convert import MODELS, make_parser
 from truepose_jax.inference.exported import Exported
-from truepose_jax.inference.pipeline import WEIGHTS, Run
+from truepose_jax.inference.pipeline import Run
 from truepose_jax.methods import make_method
 from truepose_jax.models.clip import CLIPVisionConfig, CLIPVisionModelWithProjection
 from truepose_jax.models.patch_codec import PatchAutoencoder
@@ -45,13 +33,12 @@ from truepose_jax.pretrained.conversion import readers, report, weights_folder
 from truepose_jax.pretrained.conversion.export import write_export
 from truepose_jax.pretrained.conversion.plan import Plan, Shapes, Tree
 from truepose_jax.pretrained.conversion.safetensors_io import STEMS, ArraySource, ConversionError, open_source
-from truepose_jax.pretrained.conversion.to_torch import DTYPES
 from truepose_jax.pretrained.frozen_networks import folder_of, load_autoencoder
-from truepose_jax.runtime.cli import Parser, install, run_program
+from truepose_jax.runtime.choices import WEIGHTS
+from truepose_jax.runtime.cli import install, run_program
 from truepose_jax.training.checkpoint import read_metadata
 from truepose_jax.training.init import batch_spec
 
-MODELS = ("sd15", "truepose")
 OF_HPFA = ("carry_latents", "cosine", "residual")
 """Settings of config.model.fusion with which HPFA's parameters are others than the paper's."""
 HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
@@ -64,35 +51,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _main(argv: Sequence[str]) -> None:
     flags = make_parser().parse_args(argv)
-    flags.run(flags)
-
-
-def make_parser() -> argparse.ArgumentParser:
-    summary, details = __doc__.split("\n\n", 1)
-    style = {"formatter_class": argparse.RawDescriptionHelpFormatter, "allow_abbrev": False}
-    parser = Parser(prog="python -m truepose_jax.convert", description=summary, epilog=details, **style)
-    commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
-    add = commands.add_parser("from-torch", help="a weights folder out of PyTorch's files", epilog=details, **style)
-    add.set_defaults(run=from_torch)
-    add = add.add_argument
-    add("--model", required=True, choices=MODELS, help="what --src is")
-    add("--src", required=True, help="folder, single file, or hub name")
-    add("--clip", metavar="DIR", help="folder or hub name of CLIP")
-    add("--dst", type=pathlib.Path, metavar="DIR", help="the weights folder, new or empty")
-    add("--variant", help="of --src: fp16, non_ema, ...")
-    add("--dry-run", action="store_true", help="check, print every tensor's name, shape and dtype, and write nothing")
-    add = commands.add_parser(
-        "to-torch", help="a trained model as a folder that diffusers opens", epilog=details, **style
-    )
-    add.set_defaults(run=to_torch)
-    add = add.add_argument
-    add("--workdir", required=True, help="the run; it may still be training")
-    add("--weights", choices=tuple(WEIGHTS), help="ema where the run keeps one, else raw")
-    add("--step", type=int, help="checkpoint (the last)")
-    add("--dtype", choices=tuple(DTYPES), help="of the tensors (float32, as they are trained)")
-    add("--with-clip", action="store_true", help="copy the run's CLIP into the folder, so that it serves by itself")
-    add("--dst", required=True, type=pathlib.Path, metavar="DIR", help="the folder, new or empty")
-    return parser
+    {"from-torch": from_torch, "to-torch": to_torch}[flags.command](flags)
 
 
 def from_torch(flags: argparse.Namespace) -> None:

@@ -1,12 +1,4 @@
-"""make demo: shows the shipped model's pictures, then trains TruePose from nothing in minutes, shows and judges that too.
-
-    python -m truepose_jax.demo --workdir=runs/demo [--minutes=6] [--config=configs/demo.py --config.key=value]
-    python -m truepose_jax.demo --judge=shipped|WORKDIR [--eval_seed=N] [--out=FILE.json] [--pictures=FILE.png]
-
-Everybody shown is a synthetic person whom the models have never seen, in poses that they have never seen. Exit code 1 where
-the model that was trained here misses a gate. --judge trains nothing: it judges the model that comes along, a run or an
-export, on people of any seed. A demo that was stopped goes on where it was with the same command.
-"""
+"""make demo: the shipped model's pictures, then a model from nothing, shown and judged. What it is told: flags/demo.py."""
 
 from __future__ import annotations
 
@@ -18,7 +10,6 @@ from collections.abc import Mapping, Sequence
 import cv2
 import jax
 import numpy as np
-from absl import flags
 from PIL import Image
 
 from configs.demo import get_config
@@ -26,6 +17,9 @@ from truepose_jax import train
 from truepose_jax.config import Config, ConfigError, from_config_dict
 from truepose_jax.evaluate import judge
 from truepose_jax.evaluate.judge import KINDS, PEOPLE, POSES, Gates, Judged
+from truepose_jax.flags import demo as told
+from truepose_jax.flags.demo import EVAL_SEED, JUDGE, MINUTES, ONLY_OF_TRAIN, OUT, PICTURES
+from truepose_jax.flags.train import CONFIG, PROFILE, WORKDIR
 from truepose_jax.inference.pipeline import Pipeline
 from truepose_jax.pretrained.conversion.safetensors_io import ConversionError
 from truepose_jax.runtime.bundled import SHIPPED
@@ -37,8 +31,6 @@ from truepose_jax.training.validation import Pairs, carried_sources
 
 GATES = {"plain": Gates(margin=3.5, retrieval=0.95, outline_error=18.0), "patterned": Gates(2.5, 0.85, 20.5)}
 """What training from nothing in the demo's time must reach."""
-
-MINUTES_OF_TRAINING = 6.0
 
 SHOWN = (
     ("patterned", 0, 0),
@@ -53,23 +45,13 @@ SHOWN = (
 SHOWN_CELL = 256
 """Least height of a picture on the sheet, in pixels: prints can be seen."""
 
-ONLY_OF_TRAIN = (train.ESTIMATE, train.DISTRIBUTED, train.COORDINATOR, train.PROCESS, train.PROCESSES)
-"""Flags that come with train's and mean nothing here."""
-
-JUDGE = flags.DEFINE_string("judge", None, "Judge alone: 'shipped', the workdir of a run, or an export.")
-EVAL_SEED = flags.DEFINE_integer("eval_seed", None, "With --judge: seed of the people (default: the run's own).", 0)
-OUT = flags.DEFINE_string("out", None, "With --judge: write the figures there, as JSON.")
-PICTURES = flags.DEFINE_string("pictures", None, "With --judge: write all pairs there, as a PNG.")
-MINUTES = flags.DEFINE_float("minutes", MINUTES_OF_TRAINING, "Time for training from nothing, set-up included.", 0.1)
-
-
 def main(argv: list[str]) -> int:
     if len(argv) > 1:
         raise ConfigError(f"unknown argument {argv[1]!r}; settings are --config.key=value")
     if given := [flag.name for flag in ONLY_OF_TRAIN if flag.present]:
         raise ConfigError(f"--{given[0]} is of `python -m truepose_jax.train`; the demo runs as one process")
     alone = JUDGE.present
-    unheeded = (train.WORKDIR, train.CONFIG, train.PROFILE, MINUTES) if alone else (EVAL_SEED, OUT, PICTURES)
+    unheeded = (WORKDIR, CONFIG, PROFILE, MINUTES) if alone else (EVAL_SEED, OUT, PICTURES)
     if given := [flag.name for flag in unheeded if flag.present]:
         raise ConfigError(f"--{given[0]} means nothing {'to' if alone else 'without'} --judge")
     if alone and not JUDGE.value:
@@ -77,10 +59,10 @@ def main(argv: list[str]) -> int:
     enable_compilation_cache()
     if alone:
         return _judge_alone(JUDGE.value, EVAL_SEED.value, OUT.value, PICTURES.value)
-    config = from_config_dict(Config, train.CONFIG.value or get_config())
+    config = from_config_dict(Config, CONFIG.value or get_config())
     if config.data.dataset != "synthetic":
         raise ConfigError("the demo judges synthetic people: config.data.dataset must be 'synthetic'")
-    return _show_and_train(config, pathlib.Path(train.WORKDIR.value or "runs/demo"))
+    return _show_and_train(config, pathlib.Path(WORKDIR.value or "runs/demo"))
 
 
 def _judge_alone(which: str, eval_seed: int | None, out: str | None, pictures: str | None) -> int:
@@ -101,7 +83,7 @@ def _judge_alone(which: str, eval_seed: int | None, out: str | None, pictures: s
 
 def _show_and_train(config: Config, workdir: pathlib.Path) -> int:
     shipped = _show_shipped(config, workdir)
-    code = train.train(config, str(workdir), profile=train.PROFILE.value, minutes=MINUTES.value)
+    code = train.train(config, str(workdir), profile=PROFILE.value, minutes=MINUTES.value)
     if code:
         return code
     print("judging what was trained here, on people it has not seen ...", flush=True)
@@ -192,4 +174,4 @@ def _write_json(path: pathlib.Path, verdicts: Mapping[str, judge.Verdict]) -> No
 
 
 if __name__ == "__main__":
-    run_with_config(main)
+    run_with_config(main, told)

@@ -15,15 +15,25 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from absl import flags
 from jax.sharding import Mesh
-from ml_collections import config_flags
 
 from input_pipeline.process_group import Share
 from input_pipeline.sources.folder import PARSING_FOLDER, PHOTO_FOLDERS, POSE_FOLDERS
 from truepose_jax.config import Config, ConfigError, from_config_dict
 from truepose_jax.data.annotations import training_method
 from truepose_jax.data.datasets import Dataset, evaluation_set, training_batches, training_set
+from truepose_jax.flags import train as told
+from truepose_jax.flags.train import (
+    CONFIG,
+    COORDINATOR,
+    DISTRIBUTED,
+    ESTIMATE,
+    MEMORY,
+    PROCESS,
+    PROCESSES,
+    PROFILE,
+    WORKDIR,
+)
 from truepose_jax.pretrained.factory import assemble
 from truepose_jax.pretrained.region_tokens import LazyEncoder
 from truepose_jax.runtime import distributed
@@ -281,19 +291,6 @@ def _print_counts(trainer: Trainer, params: Any) -> None:
     print("parameters: " + ", ".join(f"{n} {c:,}" for n, c in counts.items()) + f"; all {every:,}{rest}", flush=True)
 
 
-CONFIG = config_flags.DEFINE_config_file("config", None, "The experiment: a file under configs/.", lock_config=True)
-WORKDIR = flags.DEFINE_string("workdir", None, "Where checkpoints, metrics and samples go.")
-DISTRIBUTED = flags.DEFINE_enum("distributed", "auto", distributed.MODES, "Whether to join other processes.")
-COORDINATOR = flags.DEFINE_string("coordinator", None, "HOST:PORT of process 0, with --process and --processes.")
-PROCESS = flags.DEFINE_integer("process", None, "This process: 0, 1, ...")
-PROCESSES = flags.DEFINE_integer("processes", None, "How many processes there are.")
-ESTIMATE = flags.DEFINE_bool("estimate", False, "Print how much memory the run will take on a device, and end.")
-MEMORY = flags.DEFINE_float(
-    "memory", None, "With --estimate: GiB that a program may have, for the largest batch in them."
-)
-PROFILE = flags.DEFINE_bool("profile", False, "Write a profiler trace of five steps to WORKDIR/profile.")
-
-
 def main(argv: list[str]) -> int:
     if len(argv) > 1:
         raise ConfigError(f"unknown argument {argv[1]!r}; settings are --config.key=value")
@@ -317,4 +314,4 @@ def main(argv: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    run_with_config(main)
+    run_with_config(main, told)

@@ -2,6 +2,7 @@
 
 import os
 import pathlib
+import re
 import shutil
 import subprocess
 import sys
@@ -12,7 +13,7 @@ import pytest
 from PIL import Image
 
 from input_pipeline.schema import NUM_JOINTS
-from tests.process import LONGEST, ROOT, environment
+from tests.process import LONGEST, ROOT, environment, of_code
 from truepose_jax import __version__
 from truepose_jax.__main__ import COMMANDS, main
 
@@ -98,6 +99,27 @@ def test_env_says_what_there_is(site, tmp_path):
     assert str(site) in facts["truepose-jax"] and "cpu" in facts["device 0"]
     assert facts["jax"].strip()[0].isdigit() and "GiB" in facts["free here"] and "synthetic_128x96" in facts["models"]
     assert os.environ.get("JAX_COMPILATION_CACHE_DIR", "not kept") in facts["compiled programs"]
+
+
+@pytest.mark.parametrize("names", [[name for name in COMMANDS if name != "scaling"], ["scaling"]])  # both have --config
+def test_help_takes_no_library_that_takes_seconds(names):
+    code = """
+        import sys
+        from truepose_jax.__main__ import main
+        for name in sys.argv[1:]:
+            try:
+                main([name, "--help"])
+            except SystemExit as ended:
+                assert not ended.code, name
+            print("END", sorted({"jax", "flax", "optax", "orbax", "torch", "tensorflow"} & set(sys.modules)))
+    """
+    code, out, errors = of_code(code, *names).finish()
+    assert code == 0, errors
+    *pages, rest = out.split("END []\n")
+    assert (len(pages), rest) == (len(names), "")
+    for name, page in zip(names, pages, strict=True):
+        grouped = len(re.findall(r":\n  -", page)) >= 2
+        assert grouped or name in ("env", "prepare", "convert", "study"), f"{name}: flags come in groups"  # sub-commands
 
 
 def test_one_name_for_all_programs(capsys):

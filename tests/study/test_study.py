@@ -23,7 +23,7 @@ from truepose_jax.pretrained.factory import assemble
 from truepose_jax.pretrained.region_tokens import make_encoder
 from truepose_jax.runtime.sharding import make_mesh, path_of
 from truepose_jax.sampling.image_grid import to_uint8
-from truepose_jax.study import baselines, model, table
+from truepose_jax.study import attention, baselines, model, table
 from truepose_jax.study.ours import Watcher
 from truepose_jax.study.regions import densities, grid_coverage, membership, region_classes
 from truepose_jax.study.samples import read_samples
@@ -72,7 +72,7 @@ def opened(monkeypatch):
     """The program opens this model in place of a run's checkpoint."""
     monkeypatch.setattr(Run, "open", lambda workdir, **_: pipeline().run)
     monkeypatch.setattr(Pipeline, "of_run", lambda run, **_: pipeline())
-    monkeypatch.setattr(study.attention, "Watcher", lambda *_, **__: watcher())  # compiled before
+    monkeypatch.setattr(attention, "Watcher", lambda *_, **__: watcher())  # compiled before
 
 
 def softmax(a):
@@ -315,7 +315,7 @@ def test_bad_input_is_one_line_and_exit_code_2(encoders, tmp_path, capsys, monke
         assert error.startswith("error: ") and error.count("\n") == 1 and words in error, (flags, error)
     assert run(workdir, f"--out={photos / 'image' / 'a.png'}") == 2
     assert "cannot make this folder" in capsys.readouterr().err
-    monkeypatch.setattr(study.attention.drawing.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(attention.drawing.importlib.util, "find_spec", lambda name: None)
     assert run(workdir, f"--out={tmp_path / 'out'}") == 2
     assert "pip install -e '.[scaling]'" in capsys.readouterr().err
 

@@ -1,16 +1,4 @@
-"""Measures generated images against the true ones: SSIM, PSNR, LPIPS, FID, and what happens inside regions.
-
-    python -m truepose_jax.evaluate --generated=DIR --reference=DIR --protocol=cfld --size=256x176 --out=report.json
-    python -m truepose_jax.evaluate weights --pth=FILE.pth --out=FILE.safetensors
-    python -m truepose_jax.evaluate sheet --help        (rating by people; then: evaluate score)
-
-Images are paired by name: TARGET, SOURCE_2_TARGET_vis or SOURCE_to_TARGET, DeepFashion's in any spelling. The report
-states the protocol in full, each metric's image count and 95 % interval over images, and the hash of all weights; FID and
-LPIPS of unknown weights are not called so. Work is kept in --cache: run the same command again after a stop. What another
-version of the program has left there is not used.
-Several processes (SLURM, a TPU pod, or --coordinator, --process and --processes) share the work; folders, --cache and --out
-must be where all of them see them, and the first one writes the report.
-"""
+"""python -m truepose_jax.evaluate: the folders, the work in order, and the report. What it is told: evaluate/flags.py."""
 
 from __future__ import annotations
 
@@ -23,10 +11,11 @@ import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from input_pipeline.annotations.parsing import LABEL_SETS, label_set
+from input_pipeline.annotations.parsing import label_set
 from input_pipeline.process_group import ALONE, Share
 from input_pipeline.schema import InputError
 from truepose_jax.evaluate import pairing, rating
+from truepose_jax.evaluate.flags import make_parser
 from truepose_jax.evaluate.pairing import NAMED, OR_ALLOW, Folder, Pairing, summarize
 from truepose_jax.evaluate.program_hash import program_hash
 from truepose_jax.evaluate.protocols import PROTOCOLS, Protocol, Size, check_size
@@ -36,8 +25,8 @@ from truepose_jax.evaluate.scores import Maps, Scorer, score_pairs, to_json
 from truepose_jax.evaluate.statistics import folder_statistics, reference_statistics
 from truepose_jax.evaluate.weights import PUBLISHED, Network, convert, load
 from truepose_jax.metrics.fid import FID_KINDS, frechet_distance
-from truepose_jax.runtime.cli import Parser, parse_size, run_program
-from truepose_jax.runtime.distributed import add_flags, joined
+from truepose_jax.runtime.cli import Parser, run_program
+from truepose_jax.runtime.distributed import joined
 from truepose_jax.runtime.files import atomic_write, make_folder
 
 PACKAGES = ("truepose-jax", "jax", "flax", "numpy", "scipy", "pillow", "opencv-python-headless")
@@ -50,37 +39,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     if argv and argv[0] in others:
         return run_program(others[argv[0]], argv[1:])
     return run_program(_main, argv)
-
-
-def make_parser() -> argparse.ArgumentParser:
-    usage, details = __doc__.split("\n\n", 1)
-    parser = Parser(
-        prog="python -m truepose_jax.evaluate",
-        description=usage,
-        epilog=details,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
-    add = parser.add_argument
-    add("--generated", required=True, metavar="DIR", help="folder of generated images")
-    add("--reference", required=True, metavar="DIR", help="folder of true images, or one with image/ beside parsing/")
-    add("--protocol", required=True, choices=tuple(PROTOCOLS), help="how images are resized and compared")
-    add("--size", type=parse_size, metavar="HxW", help="at which size (not for plain)")
-    add("--out", required=True, metavar="JSON", help="the report")
-    add("--pairs", metavar="CSV", help="columns from,to: the pairs that should be there")
-    add("--allow-missing", action="store_true", help="evaluate what is there, and name what is not")
-    add("--fid-reference", action="append", default=[], metavar="DIR|FILE", help="images, or statistics of them")
-    add("--fid-names", metavar="LIST", help="take only these images of it (train.lst)")
-    add("--lpips-weights", metavar="FILE", help="AlexNet and linear layers; see: evaluate weights")
-    add("--fid-weights", metavar="FILE", help="torchvision's Inception-v3")
-    add("--clean-fid-weights", metavar="FILE", help="the Inception of 2015-12-05")
-    add("--parsing", metavar="DIR", help="parsing maps of the true images, for region metrics")
-    add("--labels", help=f"label set of the maps: {', '.join(LABEL_SETS)}")
-    add("--batch-size", type=int, default=32, help="of the networks (32)")
-    add("--cache", metavar="DIR", help="for work that is kept (OUT without its suffix, .cache)")
-    add("--overwrite", action="store_true", help="replace the report")
-    add_flags(parser)
-    return parser
 
 
 def _main(argv: Sequence[str]) -> None:

@@ -41,14 +41,12 @@ from truepose_jax.pretrained.frozen_networks import KINDS
 from truepose_jax.pretrained.region_tokens import RegionEncoder, make_encoder
 from truepose_jax.runtime import rng
 from truepose_jax.runtime.bundled import find_model
+from truepose_jax.runtime.choices import WEIGHTS
 from truepose_jax.runtime.sharding import batch_parts, make_mesh, put_whole_batch, replicate
 from truepose_jax.sampling.image_grid import to_uint8
 from truepose_jax.sampling.inpainting import MASK_FIELD, Edit, EditSampler, FittedEdit
 from truepose_jax.sampling.sampler import Sampler, cast_kernels, compiler_options
 from truepose_jax.training.checkpoint import CheckpointError, Checkpoints, read_config, read_metadata
-
-WEIGHTS = {"ema": "ema", "raw": "params"}
-"""What a user calls the weights -> the part of a checkpoint that holds them."""
 
 SEEDS = 2**32
 

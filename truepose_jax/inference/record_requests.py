@@ -21,8 +21,7 @@ from input_pipeline.annotations.keypoints import patn_name
 from input_pipeline.records.reader import RecordImages
 from input_pipeline.schema import InputError
 from truepose_jax.inference.pipeline import Fitted, Request, Run
-
-NAMINGS = {"cfld": "{source}_to_{target}.png", "pidm": "{source}_2_{target}_vis.png"}
+from truepose_jax.runtime.choices import NAMINGS
 
 
 @dataclasses.dataclass(frozen=True)

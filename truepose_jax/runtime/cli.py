@@ -9,12 +9,14 @@ import pathlib
 import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from types import ModuleType
 from typing import NoReturn
 
 from input_pipeline.schema import InputError, UserError
 from truepose_jax.runtime.bundled import find_config
 
 BAD_INPUT = 2
+HELP = {"-h", "--help", "-help"}
 INTERRUPTED = 130
 CACHE_BYTES = 8 << 30
 """Compiled programs that enable_compilation_cache keeps: a full-size train step is some 100 MB."""
@@ -43,13 +45,16 @@ def run_program(main: Callable[[Sequence[str]], int | None], argv: Sequence[str]
         return INTERRUPTED
 
 
-def run_with_config(main: Callable[[Sequence[str]], int | None]) -> NoReturn:
+def run_with_config(main: Callable[[Sequence[str]], int | None], told: ModuleType | None = None) -> NoReturn:
     """run_program for programs whose settings are --config flags (ml_collections); exits.
 
     A flag that is unknown or ill-typed, a config file that is missing: one line, exit code 2. --config may be a name of
-    runtime/bundled.py.
+    runtime/bundled.py. told: the module of the flags, for show_help; None: absl shows them.
     """
     from absl import app, flags, logging
+
+    if told is not None and HELP & set(sys.argv):
+        show_help(told)
 
     def run(argv: Sequence[str]) -> None:
         if not flags.FLAGS["verbosity"].present:
@@ -57,6 +62,21 @@ def run_with_config(main: Callable[[Sequence[str]], int | None]) -> NoReturn:
         sys.exit(run_program(main, argv))
 
     app.run(run, flags_parser=parse_flags)
+
+
+def show_help(told: ModuleType) -> NoReturn:
+    """Prints a module of absl's flags: its docstring, then its GROUPS, {title: flags}. --helpfull is absl's, with every flag."""
+    from absl import flags
+
+    print(told.__doc__)
+    for title, holders in told.GROUPS.items():
+        print(f"{title}:")
+        for holder in holders:
+            default = ",".join(holder.default) if isinstance(holder.default, list) else holder.default
+            default = f" ({default})" if default else ""
+            print(f"  --{holder.name:14}{flags.FLAGS[holder.name].help}{default}")
+        print()
+    sys.exit(0)
 
 
 def parse_flags(argv: Sequence[str]) -> Sequence[str]:

@@ -153,7 +153,7 @@ def _initialize(join: Callable[..., object], others: _Others) -> None:
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
     """The flags of `joined`, which are those of training."""
-    add = parser.add_argument
+    add = parser.add_argument_group("several processes").add_argument
     add(
         "--distributed",
         choices=MODES,

@@ -28,9 +28,9 @@ from input_pipeline.schema import InputError
 from truepose_jax.config import ConfigError
 from truepose_jax.diffusion.samplers import StepCallback
 from truepose_jax.methods.base import Batch, Frozen, Params
+from truepose_jax.runtime.choices import OUTSIDE
 from truepose_jax.sampling.sampler import Sampler
 
-OUTSIDE = ("decoded", "pasted")
 MASK_FIELD = "edit_mask"
 """Field of an edited batch beside schema.BATCH_FIELDS: bool [b h w], where the picture is made anew. Its `target` is the
 reference."""

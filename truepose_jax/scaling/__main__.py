@@ -1,17 +1,4 @@
-"""Large-batch scaling studies: how far does a larger batch, or more devices, help this configuration?
-
-    python -m truepose_jax.scaling --config=configs/demo.py --study=batch   --out=DIR --target=0.2 --examples=20000
-    python -m truepose_jax.scaling --config=configs/demo.py --study=devices --out=DIR --devices=1,2,4,8
-    python -m truepose_jax.scaling --config=configs/demo.py --study=memory  --out=DIR --sizes=64x48,128x96 --fsdp=1,8
-
-batch: steps to a held-out loss at each batch size, gradient noise scale, critical batch. devices: weak and strong scaling
-on the devices at hand; with --topologies also a plan for TPU slices. memory: the largest batch per device by size,
-precision, rematerialisation and FSDP.
-
-Rows are kept in DIR/rows.csv and rows.json as they are done; run the same command again to go on, or with more batch
-sizes, curves, devices or sizes to add rows. DIR/report.md is written at the end, with its figures. --dry-run lists what
-would be run. TPU slices are compiled for by the Python that --tpu-python names, of an environment with jax[tpu].
-"""
+"""python -m truepose_jax.scaling: each study as rows to make, and the table of rows. What it is told: scaling/flags.py."""
 
 from __future__ import annotations
 
@@ -28,13 +15,38 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
-from absl import flags
-from ml_collections import config_flags
 
 from truepose_jax.config import Config, ConfigError, from_config_dict, to_dict
 from truepose_jax.runtime import atomic, files
 from truepose_jax.runtime.cli import enable_compilation_cache, parse_size, run_with_config
 from truepose_jax.scaling import batch, devices, memory, times
+from truepose_jax.scaling import flags as told
+from truepose_jax.scaling.flags import (
+    BATCHES,
+    CONFIG,
+    CURVES,
+    DEVICES,
+    DRY_RUN,
+    DTYPES,
+    EXAMPLES,
+    FSDP,
+    LAMB_RATE,
+    MEMORY_GIB,
+    MICRO,
+    OUT,
+    PER_DEVICE,
+    REFERENCE,
+    REMAT,
+    RESOLUTION,
+    SEEDS,
+    SIZES,
+    STEPS,
+    STRONG,
+    STUDY,
+    TARGET,
+    TOPOLOGIES,
+    TPU_PYTHON,
+)
 from truepose_jax.scaling.hardware import Topology
 from truepose_jax.scaling.table import Row, Table
 from truepose_jax.training.checkpoint import Preemption, lock_workdir
@@ -42,44 +54,6 @@ from truepose_jax.training.init import resolve_init_from
 
 STOPPED = 143
 """Exit code of a study that was asked to stop (SIGTERM, SIGINT) and has saved what it had."""
-
-CONFIG = config_flags.DEFINE_config_file("config", None, "The experiment: a file under configs/.", lock_config=True)
-STUDY = flags.DEFINE_enum("study", None, ("batch", "devices", "memory"), "What to study.")
-OUT = flags.DEFINE_string("out", None, "Folder for rows, report and the runs' own folders.")
-DRY_RUN = flags.DEFINE_bool("dry-run", False, "List the runs with an estimate of their time, and end.")
-
-BATCHES = flags.DEFINE_list("batches", ["12", "24", "48", "96", "192"], "batch: global batch sizes.")
-CURVES = flags.DEFINE_string(
-    "curves", "adamw/none,adamw/sqrt,adamw/linear,lamb/sqrt", "batch: OPTIMIZER/RULE of the learning rate, ..."
-)
-TARGET = flags.DEFINE_float(
-    "target", 0.0, "batch: held-out loss to reach; 0: every run sees --examples.", lower_bound=0
-)
-EXAMPLES = flags.DEFINE_integer("examples", 20_000, "batch: the most examples that a run sees.", lower_bound=1)
-MICRO = flags.DEFINE_integer("micro", 0, "batch: examples per micro-batch; 0: half the smallest batch.", lower_bound=0)
-REFERENCE = flags.DEFINE_integer(
-    "reference", 0, "batch: the size with the config's learning rate; 0: the config's batch_size.", lower_bound=0
-)
-LAMB_RATE = flags.DEFINE_float("lamb_rate", 0.02, "batch: LAMB's learning rate at the reference batch.", lower_bound=0)
-SEEDS = flags.DEFINE_integer("seeds", 1, "batch: how many seeds, from config.seed on.", lower_bound=1)
-
-DEVICES = flags.DEFINE_list(
-    "devices", [], "devices: counts, or none; empty: 1, 2, 4, ... of those at hand (CPU: 1, 2, 4)."
-)
-PER_DEVICE = flags.DEFINE_integer("per_device", 0, "devices: weak scaling's batch per device; 0: config.batch_size.")
-STRONG = flags.DEFINE_integer("strong", 0, "devices: strong scaling's global batch; 0: per_device x most devices.")
-STEPS = flags.DEFINE_integer("steps", 10, "devices: timed steps per figure.", lower_bound=1)
-
-SIZES = flags.DEFINE_list("sizes", [], "memory: HEIGHTxWIDTH, ...; empty: the config's.")
-DTYPES = flags.DEFINE_list("dtypes", ["float32", "bfloat16"], "memory: compute dtypes.")
-REMAT = flags.DEFINE_list("remat", ["off", "on"], "memory: rematerialisation.")
-FSDP = flags.DEFINE_list("fsdp", ["1", "8"], "memory: devices that parameters are cut over.")
-MEMORY_GIB = flags.DEFINE_float("memory_gib", 0.0, "memory: per device; 0: the device's own.", lower_bound=0)
-RESOLUTION = flags.DEFINE_float("resolution", 0.02, "memory: relative error that is good enough.", 0.0, 1.0)
-
-TOPOLOGIES = flags.DEFINE_list("topologies", [], "devices, memory: TPU slices such as v5e:16x16, v5p:4x4x4, v6e:8x8.")
-TPU_PYTHON = flags.DEFINE_string("tpu-python", "", "Python with jax[tpu] and this package's needs, for --topologies.")
-
 
 @dataclasses.dataclass(frozen=True)
 class Work:
@@ -298,4 +272,4 @@ def _dry_run(work: Work, folder: pathlib.Path) -> int:
 
 
 if __name__ == "__main__":
-    run_with_config(main)
+    run_with_config(main, told)

@@ -20,18 +20,20 @@ import numpy as np
 import tqdm
 from PIL import Image
 
-from input_pipeline.annotations.parsing import LABEL_SETS, LabelSet, label_set
+from input_pipeline.annotations.parsing import LabelSet, label_set
 from input_pipeline.schema import MAX_CLASSES, InputError
-from truepose_jax.inference.pipeline import WEIGHTS, Fitted, Run
+from truepose_jax.inference.pipeline import Fitted, Run
 from truepose_jax.models.masks import coverage_levels
-from truepose_jax.runtime.cli import enable_compilation_cache, parse_size, reject_unused_flags
+from truepose_jax.runtime.choices import SYNTHETIC
+from truepose_jax.runtime.cli import enable_compilation_cache, reject_unused_flags
 from truepose_jax.runtime.markdown import narrow
 from truepose_jax.study import drawing, model, overlays, table
 from truepose_jax.study.baselines import NAMES, Baseline, load_baseline
+from truepose_jax.study.flags import SPLIT
 from truepose_jax.study.ours import Seen, Watcher, join
 from truepose_jax.study.regions import REGIONS, densities, grid_coverage, membership, region_classes
 from truepose_jax.study.report import report
-from truepose_jax.study.samples import SYNTHETIC, Sample, are_records, read_samples
+from truepose_jax.study.samples import Sample, are_records, read_samples
 from truepose_jax.study.table import LAST, MAPS, MEAN, OURS, Row
 
 JSON_FILE = "attention.json"
@@ -39,40 +41,6 @@ UNTRAINED = "UNTRAINED"
 OF_MODEL = {"size": ("--weights",), "kind": ("--workdir",), "step": ("--workdir",)}
 PHOTOS, RECORDS = "--data=PHOTOS", "--data=RECORDS"
 OF_DATA = {"labels": (PHOTOS,), "keypoints": (PHOTOS,), "pose-frame": (PHOTOS,), "split": (RECORDS,)}
-SPLIT = "test"
-
-
-def add_attention(commands) -> None:
-    """The flags of `attention`."""
-    parser = commands.add_parser("attention", help="attention on head, clothes and the rest of the source photo")
-    add = parser.add_argument
-    what = parser.add_mutually_exclusive_group(required=True)
-    what.add_argument("--workdir", metavar="RUN", help="the run: its last checkpoint is read")
-    what.add_argument("--weights", metavar="FOLDER", help="in its place a folder that `convert from-torch` wrote")
-    add("--size", type=parse_size, metavar="HxW", help="picture size for --weights (the one it was trained at)")
-    add("--kind", choices=tuple(WEIGHTS), help="of the run's weights: ema where it keeps one, else raw")
-    add("--step", type=int, help="checkpoint of the run (the last)")
-    add(
-        "--data",
-        default=SYNTHETIC,
-        metavar="DIR",
-        help="photos with maps and poses, or records; or synthetic (default)",
-    )
-    add("--labels", help=f"label set of a folder's maps: {', '.join(LABEL_SETS)}")
-    add("--split", help=f"of records ({SPLIT})")
-    add("--keypoints", help="annotation CSV or folder of poses, in place of DIR/keypoints")
-    add("--pose-frame", type=parse_size, metavar="HxW", help="size of the frame the poses are in")
-    add("--count", type=int, default=50, help="photos (50, as many as the paper has)")
-    add("--clip", metavar="DIR", help="CLIP's vision tower in transformers' format, to compare with; [torch]")
-    add("--dino", metavar="DIR", help="DINOv2 in transformers' format; [torch]")
-    add("--steps", type=int, help="DDIM steps (the run's)")
-    add("--guidance", type=float, help="classifier-free guidance, 1: none (the run's)")
-    add("--seed", type=int, default=0, help="of the noise (0)")
-    add("--batch-size", type=int, default=8, help="photos at a time (8)")
-    add("--shown", type=int, default=3, help="photos on the sheet of overlays (3)")
-    add("--out", required=True, metavar="D", help="folder for the results")
-    add("--overwrite", action="store_true", help="replace what is there")
-    parser.set_defaults(run=study_attention)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -15,8 +15,8 @@ from input_pipeline.synthetic.people import SyntheticPeople
 from truepose_jax.config import Config
 from truepose_jax.data.datasets import EVAL_SEED, evenly_spaced
 from truepose_jax.inference.pipeline import Request
+from truepose_jax.runtime.choices import SYNTHETIC
 
-SYNTHETIC = "synthetic"
 RECORDS_FILE = "dataset_info.json"
 """In a folder that `prepare build` wrote."""
 

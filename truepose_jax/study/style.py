@@ -12,27 +12,11 @@ from PIL import Image
 
 from input_pipeline.schema import InputError
 from truepose_jax.inference.pipeline import Pipeline, Request, Run
+from truepose_jax.runtime.choices import SYNTHETIC
 from truepose_jax.runtime.cli import enable_compilation_cache
 from truepose_jax.sampling.image_grid import sheet
 from truepose_jax.sampling.inpainting import Edit, class_mask
-from truepose_jax.study.samples import SYNTHETIC, read_samples
-
-CLASSES = "Upper-clothes,Dress,Skirt,Pants"
-
-
-def add_style(commands) -> None:
-    """The flags of `style`."""
-    parser = commands.add_parser("style", help="a sheet of style transfers among synthetic people")
-    add = parser.add_argument
-    add("--workdir", required=True, metavar="RUN", help="the run: its last checkpoint is read")
-    add("--count", type=int, default=6, help="rows (6)")
-    add("--classes", default=CLASSES, help=f"what is made anew ({CLASSES})")
-    add("--steps", type=int, help="DDIM steps (the run's)")
-    add("--guidance", type=float, help="classifier-free guidance, 1: none (the run's)")
-    add("--seed", type=int, default=0, help="of the noise (0)")
-    add("--out", required=True, metavar="PNG", help="the sheet")
-    add("--overwrite", action="store_true", help="replace what is there")
-    parser.set_defaults(run=study_style)
+from truepose_jax.study.samples import read_samples
 
 
 def study_style(flags: argparse.Namespace) -> None:

@@ -1,0 +1,87 @@
+"""Pictures from a trained model: the person of a photo in another pose.
+
+    python -m truepose_jax.generate --workdir=DIR --source=PHOTO --parsing=MAP.png --labels=atr18 --pose=FILE --out=OUT.png
+    python -m truepose_jax.generate --workdir=DIR --source=STYLE --parsing=MAP.png --labels=atr18 \
+        --reference=PHOTO --edit-mask=MASK --pose=FILE --out=OUT.png
+    python -m truepose_jax.generate --workdir=DIR --pairs=LIST.csv --out-dir=D
+    python -m truepose_jax.generate --workdir=DIR --records=RECORDS --split=test --out-dir=D
+
+--pose: OpenPose JSON (18 or 25 joints), COCO-17 JSON, 18 rows of text, or annotations.csv#image-name. --parsing=none:
+all of the photo is person. A model with the half-cell head (config.model.carry.head) also needs --source-pose, the photo's
+own pose, in its pixels unless the file or --source-pose-frame says otherwise. --reference makes a region of that photo anew
+with the source's clothes, in the reference's own --pose (its frame is the reference unless the file or --pose-frame says
+otherwise). MASK is a picture of its size, white where it is made anew, or classes such as Upper-clothes,Dress of its
+--reference-parsing.
+
+LIST.csv has columns source,parsing,pose,out and may have labels, pose_frame, source_pose, source_pose_frame; its paths are
+relative to it, `out` (a .png) to D. --records makes all pairs of a split of what `prepare build` wrote, as
+SOURCE_to_TARGET.png (or as --naming says), with D/pairs.csv for `evaluate --pairs`. Rows that are done are skipped: run the
+same command again after a kill. SIGTERM or Ctrl-C: the batch under way is finished and written, then it ends with 143.
+Several processes (SLURM, a TPU pod, or --coordinator, --process and --processes) share a list: the same command on every
+host, and a D that all of them see.
+"""
+
+from __future__ import annotations
+
+import argparse
+
+from input_pipeline.annotations.parsing import LABEL_SETS
+from truepose_jax.runtime.choices import NAMINGS, OUTSIDE, WEIGHTS
+from truepose_jax.runtime.cli import Parser, parse_size
+from truepose_jax.runtime.distributed import add_flags
+
+SPLIT, NAMING, BATCH = "test", "cfld", 8
+"""Where nothing is said."""
+
+
+def make_parser() -> argparse.ArgumentParser:
+    usage, details = __doc__.split("\n\n", 1)
+    parser = Parser(
+        prog="python -m truepose_jax.generate",
+        description=usage,
+        epilog=details,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    add = parser.add_argument_group("the model").add_argument
+    add("--workdir", required=True, help="the run: its last checkpoint is read, it may still be training")
+    add("--weights", choices=tuple(WEIGHTS), help="ema where the run keeps one, else raw")
+    add("--step", type=int, help="checkpoint (the last)")
+    add("--vae", metavar="DIR", help="folder of the autoencoder (or file of the patch codec), in place of the config's")
+    add("--clip", metavar="DIR", help="folder of CLIP, in place of the config's")
+    add = parser.add_argument_group("one picture").add_argument
+    add("--source", metavar="PHOTO", help="photo of the person")
+    add("--parsing", metavar="MAP", help="its parsing map, a PNG of label ids; or none")
+    add("--labels", help=f"label set of the map: {', '.join(LABEL_SETS)}")
+    add("--source-pose", metavar="FILE", help="the pose of --source itself, for models with the half-cell head")
+    add(
+        "--source-pose-frame",
+        type=parse_size,
+        metavar="HxW",
+        help="size of the picture that one was found in (the photo's)",
+    )
+    add("--pose", metavar="FILE", help="the pose to draw the person in")
+    add("--pose-frame", type=parse_size, metavar="HxW", help="size of the picture the pose was found in")
+    add("--out", metavar="PNG", help="the picture")
+    add("--sheet", metavar="PNG", help="also draw source, skeleton, what was carried and picture side by side")
+    add = parser.add_argument_group("style transfer").add_argument
+    add("--reference", metavar="PHOTO", help="style transfer: the photo of which a region gets the source's clothes")
+    add("--edit-mask", metavar="MASK", help="that region: a PNG, or classes of --reference-parsing")
+    add("--reference-parsing", metavar="MAP", help="the reference's parsing map, for classes")
+    add("--reference-labels", help="label set of that map (--labels)")
+    add("--outside", choices=OUTSIDE, help="outside the region: as the autoencoder gives it (default), or pasted")
+    add = parser.add_argument_group("a list in place of one picture").add_argument
+    add("--pairs", metavar="CSV", help="a list in place of one picture")
+    add("--records", metavar="DIR", help="all pairs of records in place of one picture")
+    add("--split", help=f"of --records ({SPLIT})")
+    add("--naming", choices=tuple(NAMINGS), help=f"of the pictures of --records ({NAMING})")
+    add("--out-dir", metavar="D", help="folder for the pictures of --pairs or --records")
+    add("--batch-size", type=int, help=f"of a list ({BATCH}); no picture depends on it")
+    add = parser.add_argument_group("sampling").add_argument
+    add("--steps", type=int, help="DDIM steps (the run's)")
+    add("--guidance", type=float, help="classifier-free guidance, 1: none (the run's)")
+    add("--seed", type=int, default=0, help="of the noise, which also depends on the pair's names (0)")
+    add = parser.add_argument_group("files").add_argument
+    add("--overwrite", action="store_true", help="replace what is there")
+    add_flags(parser)
+    return parser

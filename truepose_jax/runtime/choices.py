@@ -1,0 +1,13 @@
+"""Names that users choose among, which flags and the code that acts on them both know; light to import."""
+
+WEIGHTS = {"ema": "ema", "raw": "params"}
+"""What a user calls the weights -> the part of a checkpoint that holds them."""
+
+NAMINGS = {"cfld": "{source}_to_{target}.png", "pidm": "{source}_2_{target}_vis.png"}
+"""Of the pictures of records (inference/record_requests.py)."""
+
+OUTSIDE = ("decoded", "pasted")
+"""What lies outside of the region of an edit (sampling/inpainting.py)."""
+
+SYNTHETIC = "synthetic"
+"""In the place of a folder of photos: drawn people."""
