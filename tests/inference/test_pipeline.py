@@ -16,7 +16,7 @@ from input_pipeline.schema import InputError
 from tests.shared_data import openpose_json, standing_joints
 from tests.tiny_run import SIZE, STEPS, shared_pipeline, shared_run, tiny_config
 from truepose_jax.config import ConfigError, to_dict
-from truepose_jax.inference import pipeline
+from truepose_jax.inference import request
 from truepose_jax.inference.pipeline import Pipeline, Request, Run, fit_request
 from truepose_jax.pretrained import frozen_networks
 from truepose_jax.pretrained.region_tokens import make_encoder
@@ -146,11 +146,11 @@ def test_the_photos_framing_comes_back(pipe):
 
 
 def test_no_map_is_said_once(pipe, caplog):
-    pipeline._say_once.cache_clear()
+    request._say_once.cache_clear()
     with caplog.at_level(logging.WARNING):
         for seed in range(3):
             fit_request(replace(person(seed), parsing=None), SIZE)
-    assert [record.message for record in caplog.records] == [pipeline.NO_MAP]
+    assert [record.message for record in caplog.records] == [request.NO_MAP]
 
 
 def test_steps_and_guidance_out_of_range(pipe):

@@ -12,7 +12,7 @@ from tests.process import Program, environment
 from tests.shared_data import shared_data
 from tests.tiny_run import SIZE, shared_pipeline, shared_run, write_inputs
 from truepose_jax import generate
-from truepose_jax.inference import pipeline
+from truepose_jax.inference import request
 from truepose_jax.inference.pipeline import Pipeline
 
 pytestmark = pytest.mark.usefixtures("started_quickly")
@@ -292,7 +292,7 @@ def test_bad_input_is_one_line_and_exit_code_2(case, inputs, places, tmp_path, c
         }
     if case not in ("vae of pixels", "clip"):
         monkeypatch.setattr(Pipeline, "of_run", None)  # before any long work
-    pipeline._say_once(pipeline.NO_MAP)
+    request._say_once(request.NO_MAP)
     assert run(*single(inputs, tmp_path / "out.png", **changes)) == 2
     error = capsys.readouterr().err
     assert error.startswith("error: ") and error.count("\n") == 1 and words in error, error

@@ -19,7 +19,7 @@ from tests.records import built, noise_set
 from tests.sampling.test_inpainting import box, cells
 from tests.tiny_run import SIZE, make_run, tiny_config, write_inputs
 from truepose_jax import generate
-from truepose_jax.inference import pipeline
+from truepose_jax.inference import request
 from truepose_jax.inference.pipeline import Pipeline, Run
 from truepose_jax.inference.record_requests import record_rows
 from truepose_jax.models.carry import LIMB_LOGIT
@@ -121,16 +121,16 @@ def test_an_edit_keeps_what_is_outside(pipe):
 
 
 def test_what_is_said_once(pipe, caplog):
-    for text in (pipeline.UNREAD_POSE, pipeline.NO_MAP_OF_HEAD, pipeline.UNKNOWN_LABELS):
-        pipeline._say_once.cache_clear()
+    for text in (request.UNREAD_POSE, request.NO_MAP_OF_HEAD, request.UNKNOWN_LABELS):
+        request._say_once.cache_clear()
         with caplog.at_level(logging.WARNING):
             for seed in range(2):
-                if text == pipeline.UNREAD_POSE:
+                if text == request.UNREAD_POSE:
                     without_head(pipe).fit(posed(seed))
-                elif text == pipeline.NO_MAP_OF_HEAD:
+                elif text == request.NO_MAP_OF_HEAD:
                     pipe.run.fit(posed(seed, parsing=None))
                 else:
-                    pipeline.fit_request(posed(seed), SIZE, head=True, labels="")
+                    request.fit_request(posed(seed), SIZE, head=True, labels="")
         assert [record.message for record in caplog.records].count(text) == 1
         caplog.clear()
 
