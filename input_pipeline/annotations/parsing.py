@@ -124,6 +124,12 @@ class LabelSet:
 
 
 def _label_set(name: str, classes: tuple[str, ...]) -> LabelSet:
+    """Raises ValueError that names the table to fill in, for a set that was added without."""
+    for label in classes:
+        if label not in COLOUR_OF_CLASS:
+            raise ValueError(f"label set {name}: class {label} has no colour; add it to COLOUR_OF_CLASS")
+        if label != "Background" and label not in JOINTS_OF_CLASS:
+            raise ValueError(f"label set {name}: no joint switches class {label} on; add it to JOINTS_OF_CLASS")
     foreground = np.zeros(MAX_CLASSES, bool)
     foreground[1 : len(classes)] = True
     palette = np.zeros((MAX_CLASSES, 3), np.uint8)
@@ -133,7 +139,10 @@ def _label_set(name: str, classes: tuple[str, ...]) -> LabelSet:
     joints = np.zeros((NUM_JOINTS, MAX_CLASSES), bool)
     for index, label in enumerate(classes):
         side, dash, part = label.partition("-")
-        flipped[index] = classes.index(mirror.get(side, side) + dash + part)
+        other = mirror.get(side, side) + dash + part
+        if other not in classes:
+            raise ValueError(f"label set {name}: {label} has no {other}, with which flips exchange it")
+        flipped[index] = classes.index(other)
         if label != "Background":
             joints[list(JOINTS_OF_CLASS[label]), index] = True
     return LabelSet(name, classes, foreground, palette, flipped, joints)

@@ -8,7 +8,6 @@ from __future__ import annotations
 import dataclasses
 import io
 import pathlib
-import warnings
 
 import numpy as np
 from PIL import Image, ImageOps
@@ -28,11 +27,6 @@ MAX_STRETCH = 0.02
 """Aspects that differ by less are stretched (750x1101 against 176x256 is 0.9 %); others are padded."""
 
 EXIF_ORIENTATION = 0x0112
-
-warnings.simplefilter(
-    "ignore", Image.DecompressionBombWarning
-)  # check_size is stricter, and its message says what to do
-
 
 def read_photo(path: str | pathlib.Path, *, over: str = "white") -> np.ndarray:
     """Reads a photo: uint8 [h w 3] RGB, upright (EXIF orientation applied), transparency over the colour `over`.

@@ -84,7 +84,11 @@ class RecordCache:
 
     def __init__(self, images: ImageSet, *, max_bytes: int):
         self.labels, self.pairs = images.labels, images.pairs
-        self._images, self._records, self._room = images, {}, max_bytes
+        self._images, self._records, self._room, self._max_bytes = images, {}, max_bytes, max_bytes
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without what was read: loader processes begin with an empty cache instead of a copy of gigabytes."""
+        return vars(self) | {"_records": {}, "_room": self._max_bytes}
 
     def __len__(self) -> int:
         return len(self._images)
@@ -237,5 +241,6 @@ def check_pairs(pairs: np.ndarray, images: int) -> np.ndarray:
     if pairs.ndim != 2 or pairs.shape[1] != 2 or len(pairs) == 0:
         raise InputError(f"the image set has no pairs (shape {pairs.shape}); expected [n 2] with n > 0")
     if pairs.min() < 0 or pairs.max() >= images:
-        raise InputError(f"pairs name image {pairs.max()}, but the set has {images}")
+        wrong = pairs.min() if pairs.min() < 0 else pairs.max()
+        raise InputError(f"pairs name image {wrong}, but the set has {images}, numbered from 0")
     return pairs

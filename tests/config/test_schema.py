@@ -341,6 +341,7 @@ def test_whole_numbers_have_a_range(path):
         ("model.unet.attention_head_dim", 0, "not divisible by 0 heads"),
         ("model.unet.attention_head_dim", (8, 8, 8, -8), "not divisible by -8 heads"),
         ("model.unet.block_out_channels", (), "expected 1 of"),
+        ("model.fusion.regions", 21, "model.fusion.regions is 21; parsing maps have at most 20 regions"),
         ("model.clip.heads", 0, "config.model.clip.heads is 0; it must be above 0"),
         ("model.clip.heads", 3, "heads must divide hidden_size"),
         ("model.clip.patch_size", 0, "config.model.clip.patch_size is 0; it must be above 0"),

@@ -8,6 +8,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from tests import tiny
 from truepose_jax.runtime.sharding import (
+    WHOLE_BELOW,
     batch_parts,
     constrain,
     like_params,
@@ -18,6 +19,7 @@ from truepose_jax.runtime.sharding import (
     put_whole_batch,
     replicate,
 )
+from truepose_jax.scaling.collectives import collective_bytes
 from truepose_jax.training.step import Trainer
 
 MESHES = {"data": (8, 1, 1), "fsdp": (1, 8, 1), "tensor": (2, 2, 2)}
@@ -37,7 +39,7 @@ def step(made):
 
 def on_mesh(sizes, made, cfg, params, batch, keys, want):
     mesh = make_mesh(**dict(zip(("data", "fsdp", "tensor"), sizes, strict=True)))
-    specs = param_specs(params, mesh, made.param_rules)
+    specs = param_specs(params, mesh, made.param_rules, whole_below=0)
     placed = jax.device_put(params, specs)
     whole = NamedSharding(mesh, PartitionSpec())
     with jax.set_mesh(mesh):
@@ -110,6 +112,25 @@ def batches():
     return found | {"parts": batch_parts(mesh), "constrained": x.addressable_shards[0].data.shape}
 
 
+def messages():
+    """What eight normed layers send between eight devices in a step, [with every array cut, with small ones whole]."""
+    mesh = make_mesh(data=1, fsdp=8, tensor=1)
+    params = {f"layer{i}": {"kernel": np.ones((256, 256), np.float32), "scale": np.ones(256, np.float32)} for i in range(8)}
+
+    def loss(params, x):
+        for layer in params.values():
+            x = jax.nn.relu(x * layer["scale"]) @ layer["kernel"]
+        return (x**2).mean()
+
+    x = jax.device_put(np.ones((64, 256), np.float32), NamedSharding(mesh, PartitionSpec(("data", "fsdp"))))
+    found = []
+    for whole_below in (0, WHOLE_BELOW):
+        specs = param_specs(params, mesh, (), whole_below=whole_below)
+        step = jax.jit(jax.grad(loss), out_shardings=specs).lower(jax.device_put(params, specs), x).compile()
+        found.append(collective_bytes(step.as_text(), 8))
+    return found
+
+
 def main():
     assert jax.device_count() == 8
     cfg = tiny.config(tiny.MIDDLE_ONLY, {"batch_size": BATCH, "optim": {"ema_decay": 0.9}})
@@ -119,7 +140,7 @@ def main():
     keys = tiny.keys(1, BATCH)
     want = tiny.jit(step(made))(params, batch, keys)
     found = {name: on_mesh(sizes, made, cfg, params, batch, keys, want) for name, sizes in MESHES.items()}
-    print(json.dumps(found | {"batches": batches()}))
+    print(json.dumps(found | {"batches": batches(), "messages": messages()}))
 
 
 if __name__ == "__main__":

@@ -128,7 +128,7 @@ PLACED = {
 
 @pytest.mark.parametrize("path,shape", PLACED)
 def test_param_specs(path, shape):
-    found = param_specs(tree_of(path, shape) | USES_ALL_RULES, AbstractMesh((2, 4, 2), AXES), RULES)
+    found = param_specs(tree_of(path, shape) | USES_ALL_RULES, AbstractMesh((2, 4, 2), AXES), RULES, whole_below=0)
     (found,) = jax.tree.leaves(found["a"])
     assert tuple(found.spec) == PLACED[path, shape]
 
@@ -140,6 +140,7 @@ def tree_of(path, shape):
     return tree
 
 
+SMALL_AND_LARGE = {"large": (256, 256), "small": (255, 256), "norm": (4096,)}
 USES_ALL_RULES = {
     "b": tree_of("to_q/kernel", (2, 2)),
     "c": tree_of("to_out/kernel", (2, 2)),
@@ -159,12 +160,29 @@ def test_every_parameter_of_truepose_is_covered(sizes):
     """By a tensor rule or the default; what fsdp leaves whole is only what it divides nowhere."""
     _, made, params = tiny.base()
     mesh = AbstractMesh(sizes, AXES)
-    specs = param_specs(params, mesh, made.param_rules)
+    specs = param_specs(params, mesh, made.param_rules, whole_below=0)
     for (path, leaf), spec in zip(jax.tree_util.tree_leaves_with_path(params), jax.tree.leaves(specs), strict=True):
         free = [n for n, axis in zip(leaf.shape, spec.spec, strict=True) if axis != "tensor"]
         divided = [n for n in free if n % mesh.shape["fsdp"] == 0]
         cut = [n for n, axis in zip(leaf.shape, spec.spec, strict=True) if axis == "fsdp"]
         assert cut == ([max(divided)] if divided and mesh.shape["fsdp"] > 1 else []), path_of(path)
+
+
+def test_small_arrays_stay_whole():
+    """256 x 256 is cut, 255 x 256 and every norm are not; what tensor cuts it cuts as before."""
+    tree = {name: jax.ShapeDtypeStruct(shape, np.float32) for name, shape in SMALL_AND_LARGE.items()}
+    specs = param_specs(tree | USES_ALL_RULES, AbstractMesh((2, 4, 2), AXES), RULES)
+    assert {name: tuple(specs[name].spec) for name in tree} == {
+        "large": ("fsdp", None), "small": (None, None), "norm": (None,)
+    }  # fmt: skip
+    assert tuple(specs["b"]["to_q"]["kernel"].spec) == (None, "tensor")
+
+
+def test_small_arrays_cost_no_messages(sharded):
+    """Of eight layers with a norm each: all-gathers and bytes of a step, with and without small arrays cut."""
+    cut, whole = sharded["messages"]
+    assert cut["all-gather"]["count"] >= 16 and whole["all-gather"]["count"] <= cut["all-gather"]["count"] - 8
+    assert whole["all-gather"]["wire_bytes"] < cut["all-gather"]["wire_bytes"]
 
 
 def test_rules_of_truepose_name_what_exists():

@@ -189,6 +189,9 @@ class Constant:
     def denoise(self, params, x, t, conditioning):
         return jnp.full_like(x, 0.5)
 
+    def encode(self, frozen, images):
+        return self.autoencoder.encode_mean(frozen.get("autoencoder"), images)
+
     def decode(self, frozen, latents):
         return latents
 

@@ -1,8 +1,10 @@
 """What a run writes while it runs: one object a step, whatever happened before, and valid JSON whatever the loss."""
 
 import contextlib
+import io
 import json
 import resource
+import struct
 import time
 import types
 from pathlib import Path
@@ -247,8 +249,47 @@ def test_pictures_lines_and_bar(tmp_path, capfd):
     out, err = capfd.readouterr()
     assert "step 3: heldout_loss 0.1235, psnr 20" in out.splitlines()
     assert "3/10" in err and "loss 3.5000" in err and "skipped 2" in err and "ETA" in err
-    events = list((tmp_path / "tensorboard").iterdir())
-    assert len(events) == 1 and events[0].stat().st_size > 300
+    events = read_events(tmp_path / "tensorboard")
+    shown = {(event.step, value.tag): value for event in events for value in event.summary.value}
+    assert events[0].file_version == "brain.Event:2"
+    assert shown[2, "train/loss"].simple_value == 2.5 and shown[3, "eval/psnr"].simple_value == 20
+    assert (3, "train/loss") not in shown and abs(events[-1].wall_time - time.time()) < 60
+    drawn = shown[3, "sheet"].image
+    assert (drawn.height, drawn.width, drawn.colorspace) == (4, 6, 3)
+    assert np.array_equal(np.asarray(Image.open(io.BytesIO(drawn.encoded_image_string))), picture)
+
+
+def read_events(folder: Path) -> list:
+    """By tensorboardX's messages and checksums, which share no code with ours."""
+    from tensorboardX.crc32c import crc32c
+    from tensorboardX.proto.event_pb2 import Event
+
+    (path,), events = folder.glob("*tfevents*"), []
+    with path.open("rb") as file:
+        while head := file.read(12):
+            length, head_crc = struct.unpack("<QI", head)
+            body, body_crc = file.read(length), struct.unpack("<I", file.read(4))[0]
+            for part, want in ((head[:8], head_crc), (body, body_crc)):
+                crc = crc32c(part)
+                assert (((crc >> 15) | (crc << 17)) + 0xA282EAD8) & 0xFFFFFFFF == want
+            events.append(Event.FromString(body))
+    return events
+
+
+def test_a_run_that_goes_on_hides_what_came_after_its_checkpoint(tmp_path):
+    with make(tmp_path, start_step=300) as monitor:
+        monitor.step(301, metrics(301), examples=1)
+    start = read_events(tmp_path / "tensorboard")[1]
+    assert (start.step, start.session_log.status) == (301, start.session_log.START)
+
+
+def test_numbers_of_every_block_are_written_at_log_steps_alone(tmp_path):
+    with make(tmp_path, log_every=5) as monitor:
+        for step in range(1, 12):
+            monitor.step(step, metrics(step, hpfa_rms=[0.1] * 16, caa_rms=[0.2] * 16), examples=1)
+    lines = read(tmp_path / "metrics.jsonl")
+    assert [line["step"] for line in lines if "hpfa_rms" in line] == [5, 10]
+    assert len(lines[4]["caa_rms"]) == 16 and all("loss" in line and "grad_norm" in line for line in lines)
 
 
 def test_a_pause_counts_for_no_step(tmp_path, monkeypatch):
@@ -265,7 +306,7 @@ def test_a_pause_counts_for_no_step(tmp_path, monkeypatch):
     assert read(tmp_path / "metrics.jsonl")[1]["steps_per_second"] == 4
 
 
-def test_quiet_is_quiet_and_tensorboard_brings_no_torch(tmp_path):
+def test_quiet_is_quiet_and_brings_no_torch_nor_hides_it(tmp_path):
     code = (
         "import sys; from truepose_jax.training.run_log import Monitor\n"
         "m = Monitor(sys.argv[1], total_steps=2, start_step=0, log_every=1, is_writer=True, quiet=True)\n"

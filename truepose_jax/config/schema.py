@@ -16,7 +16,7 @@ import typing
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
-from input_pipeline.schema import UserError
+from input_pipeline.schema import MAX_CLASSES, UserError
 from truepose_jax.diffusion.schedule import Schedule
 from truepose_jax.models.carry import CarryConfig
 from truepose_jax.models.hpfa import FusionConfig
@@ -115,6 +115,8 @@ class ModelConfig:
         _require(found == (needed, needed), f"model.unet.in_channels and out_channels are {said}")
         composes = not self.carry.head or self.autoencoder == "patches"
         _require(composes, "model.carry.head composes pixels: it needs config.model.autoencoder 'patches'")
+        slots = self.fusion.regions <= MAX_CLASSES
+        _require(slots, f"model.fusion.regions is {self.fusion.regions}; parsing maps have at most {MAX_CLASSES} regions")
         joins = not self.carry.head or self.fusion.texture != "hpfa" or self.fusion.cosine
         _require(joins, "model.carry.head joins limb coordinates to HPFA's logits: it needs config.model.fusion.cosine")
 

@@ -64,6 +64,10 @@ class Method(Protocol):
         """The network's prediction (eps, v or x0 as the schedule says) for noisy latents at timesteps t."""
         ...
 
+    def encode(self, frozen: Frozen, images: Float[Array, "b H W 3"]) -> Float[Array, "b h w c"]:
+        """Images in [-1, 1] to latents, without noise: what an edit keeps of its reference."""
+        ...
+
     def decode(self, frozen: Frozen, latents: Float[Array, "b h w c"]) -> Float[Array, "b H W 3"]:
         """Latents to images in [-1, 1] (clipped)."""
         ...

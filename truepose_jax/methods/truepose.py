@@ -224,6 +224,9 @@ class TruePose:
     def denoise(self, params, x_t, t, conditioning):
         return self._target(params, x_t, t, conditioning)[0]
 
+    def encode(self, frozen, images):
+        return self.autoencoder.encode_mean(frozen.get("autoencoder"), images)
+
     def decode(self, frozen, latents):
         return jnp.clip(self.autoencoder.decode(frozen.get("autoencoder"), latents), -1.0, 1.0)
 

@@ -8,6 +8,7 @@ import os
 import pathlib
 import re
 import sys
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from types import ModuleType
 from typing import NoReturn
@@ -34,6 +35,8 @@ def run_program(main: Callable[[Sequence[str]], int | None], argv: Sequence[str]
 
     A UserError is printed as `error: ...`, and 2 is returned. Other exceptions are bugs and keep their tracebacks.
     """
+    # Pillow's warning about large pictures: check_size of photo.py is stricter, and its one line says what to do.
+    warnings.filterwarnings("ignore", message="Image size .* decompression bomb")
     try:
         return main(argv) or 0
     except UserError as error:

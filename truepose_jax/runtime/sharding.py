@@ -115,45 +115,43 @@ def path_of(key_path: Sequence[Any]) -> str:
     return "/".join(str(getattr(part, "key", getattr(part, "name", getattr(part, "idx", part)))) for part in key_path)
 
 
-Rules = Sequence[tuple[str, tuple[str | None, ...] | None]]
-"""(regex over 'a/b/kernel' paths, a mesh axis or None per dimension; None: the default); the first that fits serves."""
+Rules = Sequence[tuple[str, tuple[str | None, ...]]]
+"""(regex over 'a/b/kernel' paths, a mesh axis or None per dimension); the first that fits serves."""
 
-DEFAULT_RULE = (r"", None)
-"""Behind every method's rules, so that they cover every parameter: fsdp cuts the largest dimension that it divides."""
+WHOLE_BELOW = 1 << 16
+"""Elements of the smallest array that fsdp cuts: each cut one is a message of its own, and norms and biases are most of the
+arrays and next to nothing of the memory."""
 
 
-def param_specs(params: Any, mesh: Mesh, rules: Rules) -> Any:
+def param_specs(params: Any, mesh: Mesh, rules: Rules, *, whole_below: int = WHOLE_BELOW) -> Any:
     """A NamedSharding for every parameter: the first rule that finds its path and has its number of dimensions places
-    `tensor`; of the remaining dimensions fsdp cuts the largest that it divides. What nothing divides is whole everywhere.
+    `tensor`; of the remaining dimensions fsdp cuts the largest that it divides. What nothing divides, and what has fewer than
+    whole_below elements, fsdp leaves whole.
 
     Raises ValueError for a rule that places no parameter: misspelt, it would leave a network whole without a word.
     """
-    rules = (*rules, DEFAULT_RULE)
-    used = [0] * len(rules)
+    used = set()
 
     def place(key_path, leaf) -> NamedSharding:
-        number, axes = _rule_of(path_of(key_path), leaf.shape, rules)
-        used[number] += 1
+        path, axes = path_of(key_path), (None,) * len(leaf.shape)
+        for number, (pattern, named) in enumerate(rules):
+            if len(named) == len(leaf.shape) and re.search(pattern, path):
+                used.add(number)
+                axes = named
+                break
         spec = [a if a and leaf.shape[i] % mesh.shape[a] == 0 else None for i, a in enumerate(axes)]
         free = [i for i, a in enumerate(spec) if a is None and leaf.shape[i] % mesh.shape["fsdp"] == 0]
-        if mesh.shape["fsdp"] > 1 and free:
+        if mesh.shape["fsdp"] > 1 and free and math.prod(leaf.shape) >= whole_below:
             spec[max(free, key=lambda i: leaf.shape[i])] = "fsdp"
         return NamedSharding(mesh, PartitionSpec(*spec))
 
     specs = jax.tree_util.tree_map_with_path(place, params)
-    for (pattern, axes), count in zip(rules[:-1], used, strict=False):
-        if not count:
+    for number, (pattern, axes) in enumerate(rules):
+        if number not in used:
             raise ValueError(
                 f"the parameter rule {pattern!r} places no parameter of {len(axes)} dimensions; correct it, or take it out"
             )
     return specs
-
-
-def _rule_of(path: str, shape: Sequence[int], rules: Rules) -> tuple[int, tuple[str | None, ...]]:
-    for number, (pattern, axes) in enumerate(rules):
-        if re.search(pattern, path) and (axes is None or len(axes) == len(shape)):
-            return number, (None,) * len(shape) if axes is None else axes
-    raise ValueError(f"no rule covers the parameter {path}")
 
 
 def like_params(state: Any, params: Any, specs: Any, mesh: Mesh) -> Any:

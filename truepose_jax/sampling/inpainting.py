@@ -94,7 +94,7 @@ class EditSampler(Sampler):
 
     def sample(self, params: Params, frozen: Frozen, batch: Batch, keys: jax.Array) -> Float[Array, "b h w 3"]:
         method, noise = self.method, self.noise(batch, keys)
-        reference = method.autoencoder.encode_mean(frozen.get("autoencoder"), batch["target"])
+        reference = method.encode(frozen, batch["target"])
         if reference.shape != noise.shape:
             raise ConfigError(
                 f"{type(method).__name__} samples latents {noise.shape[1:]} of {reference.shape[1:]} pictures; it cannot edit"

@@ -1,7 +1,7 @@
 """What a run says while it runs: metrics.jsonl, TensorBoard, the progress bar, pictures; the guard against
 NaN.
 
-workdir/metrics.jsonl              one object a step: step, loss, rates, time, ...
+workdir/metrics.jsonl              one object a step: step, loss, rates, time, ...; numbers of every block each log_every
 workdir/eval.jsonl                 one object an evaluation
 workdir/samples/NAME_0000500.png   pictures
 workdir/tensorboard/               the same for TensorBoard
@@ -29,6 +29,7 @@ from PIL import Image
 from truepose_jax.config import ConfigError
 from truepose_jax.runtime import atomic
 from truepose_jax.training import noise_scale
+from truepose_jax.training.tensorboard import EventFile
 
 RATE_WINDOW = 50
 """Steps that the bar's rate and ETA are averaged over."""
@@ -95,46 +96,6 @@ def _cut_after(path: Path, step: int) -> None:
                 last = found
         new.flush()
         os.fsync(new.fileno())
-
-
-class _Events:
-    """TensorBoard's file. Written in the caller's thread: the one of tensorboardX's SummaryWriter dies unheard on a full
-    disk, and the next scalars wait for it for ever."""
-
-    def __init__(self, folder: Path, start_step: int):
-        """start_step: what an earlier run wrote of later steps is hidden."""
-        # tensorboardX imports torch where it is installed (1.4 s): hide it, the training path has no torch.
-        hide = "torch" not in sys.modules
-        if hide:
-            sys.modules["torch"] = None  # `import torch` raises ImportError, which tensorboardX expects
-        try:
-            from tensorboardX import summary
-            from tensorboardX.event_file_writer import EventsWriter
-            from tensorboardX.proto.event_pb2 import Event, SessionLog
-        finally:
-            if hide:
-                del sys.modules["torch"]
-        folder.mkdir(parents=True, exist_ok=True)
-        self._summary, self._event = summary, Event
-        self._file = EventsWriter(str(folder / "events"))
-        if start_step:
-            self._file.write_event(Event(step=start_step + 1, file_version="brain.Event:2"))
-            self._file.write_event(Event(step=start_step + 1, session_log=SessionLog(status=SessionLog.START)))
-
-    def scalar(self, name: str, value: float, step: int) -> None:
-        self._write(self._summary.scalar(name, value), step)
-
-    def image(self, name: str, picture: np.ndarray, step: int) -> None:
-        self._write(self._summary.image(name, picture, dataformats="HWC"), step)
-
-    def _write(self, summary: Any, step: int) -> None:
-        self._file.write_event(self._event(wall_time=time.time(), step=step, summary=summary))
-
-    def flush(self) -> None:
-        self._file.flush()
-
-    def close(self) -> None:
-        self._file.close()
 
 
 def peak_device_bytes() -> int | None:
@@ -242,7 +203,7 @@ class Monitor:
             for name in ("metrics.jsonl", "eval.jsonl"):
                 _cut_after(self._folder / name, start_step)
             self._metrics = (self._folder / "metrics.jsonl").open("a", buffering=1)
-            self._tensorboard = _Events(self._folder / "tensorboard", start_step)
+            self._tensorboard = EventFile(self._folder / "tensorboard", start_step)
         if not quiet:
             self._bar = tqdm.tqdm(
                 total=total_steps,
@@ -380,14 +341,17 @@ class Monitor:
 
     def _record(self, step: int, values: Mapping[str, Any], examples: int, seconds: float | None) -> None:
         record: dict[str, Any] = {"step": step}
-        record.update({name: _plain(value) for name, value in values.items() if name not in BINS})
+        logged = step % self._log_every == 0 or step == self._total
+        # Numbers of every block fill the disk (0.4 GB in 425,000 steps of SD1.5's size), and each resume reads them all.
+        shown = [name for name, value in values.items() if name not in BINS and (logged or np.ndim(value) == 0)]
+        record.update({name: _plain(values[name]) for name in shown})
         record["steps_per_second"] = 1 / seconds if seconds else None
         record["examples_per_second"] = examples / seconds if seconds else None
         bad = [name for name, value in values.items() if name not in BINS and not _is_finite(value)]
         if bad:
             record["nonfinite"] = bad
         self._accumulate(values)
-        if step % self._log_every == 0 or step == self._total:
+        if logged:
             record.update(self._close_window(examples))
             self._to_tensorboard(step, record, values)
         record["time"] = time.time()

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from input_pipeline.annotations import regions
+from input_pipeline.annotations import parsing, regions
 from input_pipeline.annotations.keypoints import flip_joints
 from input_pipeline.annotations.parsing import (
     LABEL_SETS,
@@ -21,6 +21,21 @@ from input_pipeline.sources.folder import FolderImages
 from tests.shared_data import shared_data, standing_joints
 
 HW = (100, 60)
+
+
+@pytest.mark.parametrize(
+    ("classes", "words"),
+    [
+        (("Background", "Cape"), "label set toy: class Cape has no colour; add it to COLOUR_OF_CLASS"),
+        (("Background", "Left-arm"), "label set toy: Left-arm has no Right-arm, with which flips exchange it"),
+    ],
+)
+def test_what_a_new_label_set_lacks_is_named(monkeypatch, classes, words):
+    with pytest.raises(ValueError, match=words):
+        parsing._label_set("toy", classes)
+    monkeypatch.setitem(parsing.COLOUR_OF_CLASS, "Cape", (1, 2, 3))
+    with pytest.raises(ValueError, match=r"Cape on; add it to JOINTS_OF_CLASS|flips"):
+        parsing._label_set("toy", classes)
 
 # docs/paper.md 4, written out by hand for LIP, joint by joint.
 LIP_TABLE = {

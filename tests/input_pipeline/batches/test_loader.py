@@ -1,6 +1,7 @@
 """The order is a function of (seed, step) alone; flips, groups, broken records, and the batch schema."""
 
 import itertools
+import pickle
 
 import numpy as np
 import pytest
@@ -222,6 +223,16 @@ def test_record_cache_reads_once_and_stays_within_its_room():
     assert calls == [0, 1, 2, 2] and len(cache) == len(images)
 
 
+def test_a_full_record_cache_goes_to_loader_processes_empty(images):
+    cache = RecordCache(images, max_bytes=10**9)
+    empty = len(pickle.dumps(cache))
+    for index in range(len(images)):
+        cache.image(index)
+    told = pickle.dumps(cache)
+    assert len(told) == empty
+    np.testing.assert_array_equal(pickle.loads(told).image(1).image, cache.image(1).image)
+
+
 def test_errors_in_one_line(images, tokens):
     cases = {
         "not a multiple": {"batch_size": 6, "targets_per_source": 4},
@@ -235,8 +246,9 @@ def test_errors_in_one_line(images, tokens):
         assert "\n" not in str(excinfo.value)
     with pytest.raises(InputError, match="no pairs"):
         next(eval_batches(images, tokens, np.zeros((0, 2)), 4))
-    with pytest.raises(InputError, match="name image 99"):
-        next(eval_batches(images, tokens, np.array([[0, 99]]), 4))
+    for wrong in (99, -1):
+        with pytest.raises(InputError, match=f"name image {wrong}, but the set has 24, numbered from 0"):
+            next(eval_batches(images, tokens, np.array([[0, wrong]]), 4))
 
 
 def test_flip_record_twice_is_the_record(images):

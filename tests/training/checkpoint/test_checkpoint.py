@@ -3,6 +3,7 @@
 import os
 import resource
 import signal
+import sys
 import time
 import types
 from pathlib import Path
@@ -243,8 +244,10 @@ def test_damage_is_an_error_that_names_step_folder_and_the_way_out(tmp_path, acc
         (folder / "2" / "rest").rmdir()
     saver = Checkpoints(tmp_path, keep=3, every=1)
     capfd.readouterr()
+    hook = sys.unraisablehook
     with pytest.raises(CheckpointError) as caught:
         saver.restore(abstract(make_state(rows=3000)))
+    assert sys.unraisablehook is hook, "what the rest of the process hears is its own affair"
     text = str(caught.value)
     assert f"step {bad} in {folder}" in text and "\n" not in text and len(text) < 700
     if accident != "part missing":

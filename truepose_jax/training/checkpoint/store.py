@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import gc
 import hashlib
 import itertools
 import json
@@ -116,9 +117,9 @@ def _without_pages(record: logging.LogRecord) -> bool:
     return not (record.exc_info and "orbax" in record.pathname)
 
 
-def _ignore_abandoned_reads() -> None:
-    """A restore that fails abandons a coroutine per array, each of which prints a page whenever it is collected: from now
-    on those of orbax are not heard, so that the one line of the error can be read."""
+def _collect_abandoned_reads() -> None:
+    """A restore that fails abandons a coroutine per array, each of which prints a page when it is collected: now, unheard, so
+    that the one line of the error can be read."""
     hear = sys.unraisablehook
 
     def hear_others(unraisable: Any) -> None:
@@ -126,8 +127,11 @@ def _ignore_abandoned_reads() -> None:
         if code is None or "orbax" not in code.co_filename:
             hear(unraisable)
 
-    if getattr(hear, "__name__", "") != hear_others.__name__:
-        sys.unraisablehook = hear_others
+    sys.unraisablehook = hear_others
+    try:
+        gc.collect()
+    finally:
+        sys.unraisablehook = hear
 
 
 class Checkpoints:
@@ -323,7 +327,8 @@ class Checkpoints:
             found = read()
         except Exception as error:  # for broken folders orbax raises ValueError, KeyError, bare Exception, ...
             why = first_line(error)
-            _ignore_abandoned_reads()
+        if why:
+            _collect_abandoned_reads()
         failed = [bool(why)]
         if jax.process_count() > 1 and not alone:
             failed = multihost_utils.process_allgather(np.array(bool(why))).tolist()
