@@ -36,7 +36,8 @@ from input_pipeline.annotations.regions import region_boxes
 from input_pipeline.annotations.skeleton import draw_skeleton_into
 from input_pipeline.batches.loader import make_loader
 from input_pipeline.batches.readers import RecordTokens, make_reader
-from input_pipeline.batches.transforms import empty_batch, write_picture
+from input_pipeline.batches.transforms import write_picture
+from input_pipeline.fields import Layout
 from input_pipeline.records.annotate import rewrite_records
 from input_pipeline.records.reader import RecordImages
 from input_pipeline.records.schema import pack_latents, pack_tokens, unpack_tokens
@@ -44,8 +45,8 @@ from input_pipeline.records.writer import build_records
 from input_pipeline.sources.base import RawPicture, RawSet, RawSplit
 from input_pipeline.sources.own_photos import synthetic_people
 from truepose_jax.config import Config, from_config_dict
-from truepose_jax.data.datasets import training_set
-from truepose_jax.methods import make_method
+from truepose_jax.data.datasets import training_batches, training_set
+from truepose_jax.methods import make_method, needs
 from truepose_jax.models.vae import PixelAutoencoder
 from truepose_jax.pretrained.region_tokens import LazyEncoder
 from truepose_jax.training.init import batch_spec
@@ -116,10 +117,16 @@ def opened(folder: pathlib.Path) -> RecordImages:
     return images
 
 
+def layout(form: str) -> Layout:
+    """What TruePose trains on, as it travels."""
+    config = Config()
+    return Layout(needs(config).train, form, {"e": WIDTH})
+
+
 def loader_rate(images: RecordImages, form: str, threads: int, pairs: int) -> dict[str, float]:
     """Finished pairs per CPU second and per second."""
     loader = make_loader(
-        images, RecordTokens(images, WIDTH, True), seed=0, batch_size=BATCH, flip=True, threads=threads, form=form
+        images, RecordTokens(images, WIDTH, True), layout(form), seed=0, batch_size=BATCH, flip=True, threads=threads
     )
     for _ in range(3 + 3 * threads):
         next(loader)
@@ -150,13 +157,11 @@ def parts(images: RecordImages, form: str) -> dict[str, float]:
         / 2,
         "switched-on classes": _each(lambda i: class_on(fields[i]["joints"], labels, hw=SIZE)),
     }
-    make = functools.partial(
-        empty_batch, batch_size=BATCH, targets_per_source=1, size=SIZE, token_width=WIDTH, form=form
-    )  # fmt: skip
+    make = functools.partial(layout(form).empty, batch_size=BATCH, targets_per_source=1, size=SIZE)
     if form == "latents":
         batch = make()
 
-        reader = make_reader(images, RecordTokens(images, WIDTH, True), form)
+        reader = make_reader(images, RecordTokens(images, WIDTH, True), layout(form))
 
         def moments(i):
             write_picture(reader._moments(fields[i], i, flip=False), out=batch["source"][0])
@@ -193,11 +198,7 @@ def demo_rates(steps: int) -> dict[str, float]:
     config.data.synthetic.identities = 60
     config = from_config_dict(Config, config)
     data = training_set(config, LazyEncoder(config.model.clip, config.token_width), None)
-    settings = {
-        "seed": 0, "batch_size": config.batch_size, "targets_per_source": config.data.targets_per_source,
-        "self_pair": config.data.self_pair, "threads": 1, "form": "uint8",
-    }  # fmt: skip
-    loader = make_loader(data.images, data.tokens, **settings)
+    loader = training_batches(config, data)
     for _ in range(80):  # every person rendered once
         batch = next(loader)
     cpu = time.process_time()

@@ -140,11 +140,11 @@ def judge(workdir: str, row: str) -> None:
     pipe = Pipeline.load(workdir)
     config = pipe.run.config
     wanted = dataclasses.replace(config, eval=dataclasses.replace(config.eval, pairs=PAIRS))
-    pairs = Pairs.read(evaluation_set(wanted, pipe.encoder, cache=None))
+    pairs = Pairs.read(evaluation_set(wanted, pipe.encoder, cache=None), pipe.method.needs)
 
     # The noise of a pair is the same for every variant and seed, so that differences between them are paired.
     rows = config.eval.batch_size
-    swaps, images = swap_scores(pairs, sampling(pipe), 0, rows)
+    swaps, images = swap_scores(pairs, pipe.method.swaps, sampling(pipe), 0, rows)
     carried = carried_sources(pairs, images, carrying(pipe), 0, rows)
     found = per_pair(images, carried, pairs) | attention(workdir, [site.level == 0 for site in config.model.unet.sites])
     found |= {f"swap_{name}": np.array(cost) for name, cost in swap_costs(swaps).items()}

@@ -6,10 +6,23 @@ import pathlib
 import numpy as np
 from PIL import Image
 
+from input_pipeline.fields import Layout
 from input_pipeline.records.writer import build_records
 from input_pipeline.sources.base import BAD_PHOTO, RawPicture, RawSet, RawSplit, Unusable
 from input_pipeline.synthetic.people import render
 from tests.shared_data import standing_joints
+
+OF_PAIRS = (
+    "source", "target", "source_joints", "target_joints", "target_pose", "source_parsing", "class_on", "region_tokens",
+    "region_valid",
+)  # fmt: skip
+"""What TruePose reads of a pair."""
+
+
+def pair_layout(form: str = "float32", *, maps: bool = True, width: int = 8) -> Layout:
+    """Of batches that hold OF_PAIRS, with the targets' maps or without."""
+    return Layout((*OF_PAIRS, *(["target_parsing"] if maps else [])), form, {"e": width})
+
 
 IN_RECORD_1 = 6000
 """A byte within record 1 of any shard of NoiseItems: each record takes 4.2 kB of it."""

@@ -65,7 +65,7 @@ ROOMS = {
         torch="late",
     ),
     "evaluate": Room(
-        f"{INPUT} input_pipeline.synthetic input_pipeline.sources input_pipeline.batches config data inference metrics "
+        f"{INPUT} input_pipeline.synthetic input_pipeline.sources input_pipeline.batches config data inference methods metrics "
         "pretrained pretrained.conversion runtime sampling training",
         torch="late",
     ),

@@ -13,7 +13,8 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from configs.base import get_config
-from input_pipeline.schema import MAX_CLASSES, WHOLE_IMAGE, batch_shapes, check_batch
+from input_pipeline.schema import MAX_CLASSES, WHOLE_IMAGE
+from tests.records import pair_layout
 from tests.shared_data import standing_joints
 from truepose_jax.config import Config, from_config_dict
 from truepose_jax.methods.truepose import TruePose
@@ -98,12 +99,8 @@ def method(cfg: Config) -> TruePose:
 
 
 def spec(cfg: Config, *, targets: int = 1, sources: int = 1) -> dict[str, jax.ShapeDtypeStruct]:
-    shapes = batch_shapes(
-        batch_size=targets,
-        targets_per_source=targets // sources,
-        size=cfg.model.size,
-        token_width=cfg.token_width,
-    )
+    layout = pair_layout(width=cfg.token_width)
+    shapes = layout.shapes(batch_size=targets, targets_per_source=targets // sources, size=cfg.model.size)
     return {name: jax.ShapeDtypeStruct(shape, dtype) for name, (shape, dtype) in shapes.items()}
 
 
@@ -134,7 +131,7 @@ def batch(cfg: Config, seed: int, *, targets: int, sources: int | None = None) -
         made["region_valid"][row, [*(set(np.unique(each)) - {0}), WHOLE_IMAGE]] = True
     made["region_tokens"] *= made["region_valid"][..., None]
     assert np.all(made["region_valid"][:, :MAX_CLASSES].sum(axis=1) >= 3), "choose another seed"
-    check_batch(made)
+    pair_layout(width=cfg.token_width).check(made)
     return made
 
 

@@ -13,7 +13,6 @@ from jax.experimental.compilation_cache import compilation_cache
 from PIL import Image
 
 from configs import base
-from input_pipeline.schema import batch_shapes
 from tests.shared_data import openpose_json, standing_joints
 from truepose_jax.config import Config, from_config_dict
 from truepose_jax.inference import pipeline
@@ -22,6 +21,7 @@ from truepose_jax.methods import make_method
 from truepose_jax.pretrained.frozen_networks import load_autoencoder
 from truepose_jax.pretrained.region_tokens import make_encoder
 from truepose_jax.training.checkpoint import Checkpoints, parameter_table, write_metadata
+from truepose_jax.training.init import batch_spec
 from truepose_jax.training.step import Trainer
 
 SIZE = (32, 24)
@@ -70,9 +70,8 @@ def make_run(workdir: pathlib.Path, config: Config) -> pathlib.Path:
     autoencoder, _, autoencoder_print = load_autoencoder(config.model)
     encoder = make_encoder(config.model.clip, config.token_width)
     method = make_method(config, autoencoder)
-    shapes = batch_shapes(batch_size=1, targets_per_source=1, size=config.model.size, token_width=config.token_width)
-    spec = {name: jax.ShapeDtypeStruct(shape, dtype) for name, (shape, dtype) in shapes.items()}
-    abstract = jax.eval_shape(lambda key: Trainer(config, method).init_state(key, spec), jax.random.key(0))
+    init = Trainer(config, method).init_state
+    abstract = jax.eval_shape(lambda key: init(key, batch_spec(config)), jax.random.key(0))
     checkpoints = Checkpoints(workdir, keep=3, every=1)
     for step in STEPS:
         parts = {

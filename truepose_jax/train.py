@@ -34,8 +34,7 @@ from truepose_jax.flags.train import (
     PROFILE,
     WORKDIR,
 )
-from truepose_jax.pretrained.factory import assemble
-from truepose_jax.pretrained.region_tokens import LazyEncoder
+from truepose_jax.pretrained.factory import assemble, region_encoder
 from truepose_jax.runtime import distributed
 from truepose_jax.runtime.cli import enable_compilation_cache, run_with_config
 from truepose_jax.runtime.sharding import (
@@ -61,7 +60,7 @@ from truepose_jax.training.checkpoint import (
     write_metadata,
 )
 from truepose_jax.training.flops import mfu_per_image_rate
-from truepose_jax.training.init import abstract_state, first_state, origin, resolve_init_from, training_form
+from truepose_jax.training.init import abstract_state, first_state, origin, resolve_init_from
 from truepose_jax.training.memory import memory_report
 from truepose_jax.training.run_log import CannotWrite, Monitor, NonFinite, Profiler
 from truepose_jax.training.step import Trainer, TrainState
@@ -97,8 +96,8 @@ def train(config: Config, workdir: str, *, profile: bool = False, minutes: float
         distributed.connect(share)
 
         # What never changes: the autoencoder and the region tokens.
-        encoder = LazyEncoder(config.model.clip, config.token_width)
-        method, frozen, autoencoder, autoencoder_hash = assemble(config, encoder)
+        encoder = region_encoder(config)
+        method, frozen, autoencoder, prints = assemble(config, encoder)
         cache = os.path.join(workdir, "cache")
         train_set = training_set(config, encoder, cache, share)
         evaluates = config.eval.every and not budget
@@ -106,13 +105,13 @@ def train(config: Config, workdir: str, *, profile: bool = False, minutes: float
         if eval_set is not None and not eval_set.heldout:
             logging.warning("config.data.eval_pairs is empty: evaluation runs on the training pairs")
         data = data_digest(train_set.images, config.data.root, (*PHOTO_FOLDERS, PARSING_FOLDER, *POSE_FOLDERS))
-        contents = {"autoencoder": autoencoder_hash, "clip": train_set.clip, "data": data, "origin": origin(config)}
+        contents = {**prints, "clip": train_set.clip, "data": data, "origin": origin(config)}
         share.agree("frozen networks and data", contents)
         share.lead("contents", lambda: check_same_contents(workdir, contents))
         frozen = replicate(mesh, frozen)
 
         with jax.set_mesh(mesh):
-            trainer = Trainer(config, training_method(config, method, train_set.images, autoencoder, autoencoder_hash))
+            trainer = Trainer(config, training_method(config, method, train_set.images, autoencoder, prints))
             abstract = abstract_state(config, trainer, mesh)
             metadata = write_metadata(
                 workdir,
@@ -179,7 +178,6 @@ def _loop(
         start_step=start,
         host_index=host_index,
         host_count=host_count,
-        form=training_form(config),
     )
     train_step = trainer.jitted(state)
 
@@ -243,7 +241,7 @@ def _loop(
             if trace:
                 trace.before(step)
             batch = put_global_batch(mesh, next(loader))
-            assert len(batch["target"]) == config.batch_size, "the processes' rows are not the batch"
+            assert len(batch["valid"]) == config.batch_size, "the processes' rows are not the batch"
             state, metrics = train_step(state, frozen, batch, *schedule)
             reached = step
             if budget and (chosen := budget.steps(step, metrics)):

@@ -17,8 +17,10 @@ from typing import Any
 import grain
 import numpy as np
 
+from input_pipeline.batches.plans import CanvasPlan, Group, GroupPlan, Plan, groups_of
 from input_pipeline.batches.readers import Reader, RecordTokens, make_reader
-from input_pipeline.batches.transforms import empty_batch, write_source, write_target
+from input_pipeline.batches.transforms import write_source, write_target, write_views
+from input_pipeline.fields import Layout
 from input_pipeline.records.encode import end_with_parent
 from input_pipeline.schema import ImageRecord, ImageSet, InputError, TokenTable
 
@@ -29,54 +31,6 @@ ENDLESS = 1 << 48
 
 PARENTS_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 """What the trainer answers by saving, and its workers leave to it."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Group:
-    """One source and its targets (image indices); flipped together, so that writing on clothes agrees."""
-
-    source: int
-    targets: tuple[int, ...]
-    flip: bool
-
-
-@dataclasses.dataclass(frozen=True)
-class GroupPlan:
-    """Draws group `index` of `epoch`: pair `index` with its own target, and more among the source's partners.
-
-    So at one target per source an epoch is the list of pairs, and at k it shows each source k times as often,
-    with every pair once at least. Draws are keyed by (seed, pair index, epoch).
-    """
-
-    pairs: np.ndarray
-    seed: int
-    targets_per_source: int
-    flip: bool
-    self_pair: float
-    order: np.ndarray = dataclasses.field(init=False)
-
-    def __post_init__(self):
-        object.__setattr__(self, "order", np.argsort(self.pairs[:, 0], kind="stable"))
-
-    def partners(self, source: int) -> np.ndarray:
-        """Targets that `source` is paired with, in the order of the pairs."""
-        first, last = np.searchsorted(self.pairs[:, 0], [source, source + 1], sorter=self.order)
-        return self.pairs[self.order[first:last], 1]
-
-    def draw(self, index: int, epoch: int) -> Group:
-        source, first = (int(i) for i in self.pairs[index])
-        rng = np.random.default_rng((self.seed, index, epoch))
-        flip = self.flip and bool(rng.random() < 0.5)
-        targets = [first]
-        if self.targets_per_source > 1:
-            others = rng.permutation([t for t in self.partners(source) if t != first])
-            # Without replacement where there are enough partners, else round and round.
-            cycle = [first, *(int(t) for t in others)]
-            targets = [cycle[i % len(cycle)] for i in range(self.targets_per_source)]
-        if self.self_pair > 0:
-            own = rng.random(len(targets)) < self.self_pair
-            targets = [source if mine else target for target, mine in zip(targets, own, strict=True)]
-        return Group(source, tuple(targets), flip)
 
 
 class RecordCache:
@@ -106,36 +60,36 @@ class RecordCache:
 
 @dataclasses.dataclass(frozen=True)
 class BatchWriter:
-    """Turns groups into a batch.
+    """Turns groups into a batch of the reader's layout.
 
     A record that cannot be read keeps its slot: zeros, valid = 0, and one line in the log.
     """
 
     reader: Reader
-    form: str = "float32"
     complained: set[int] = dataclasses.field(default_factory=set)
 
     def __call__(self, groups: Sequence[Group], *, targets_per_source: int, rows: int | None = None) -> Batch:
         """The batch of these groups; `rows` > len(groups) leaves empty groups at the end."""
-        k = targets_per_source
-        batch = empty_batch(
-            batch_size=(rows or len(groups)) * k,
-            targets_per_source=k,
-            size=self.reader.size,
-            token_width=self.reader.token_width,
-            form=self.form,
-        )
+        k, reader = targets_per_source, self.reader
+        batch = reader.layout.empty(batch_size=(rows or len(groups)) * k, targets_per_source=k, size=reader.size)
         for row, group in enumerate(groups):
-            found = self._read(self.reader.source, group.source, flip=group.flip)
+            found = self._read(reader.source, group.source, flip=group.flip)
             if found is None:
                 continue
             source, tokens = found
-            write_source(batch, row, source, *tokens)
-            for i, index in enumerate(group.targets):
-                own = index == group.source
-                target = source if own else self._read(self.reader.target, index, flip=group.flip)
+            write_source(batch, row, source, tokens, hw=reader.size)
+            targets = [
+                source if index == group.source else self._read(reader.target, index, flip=group.flip)
+                for index in group.targets
+            ]
+            if "views" in reader.layout:
+                if all(targets):
+                    write_views(batch, row, [source, *targets], shown=1, hw=reader.size)
+                    write_target(batch, row, targets[0], reader.labels, hw=reader.size)
+                continue
+            for i, target in enumerate(targets):
                 if target is not None:
-                    write_target(batch, row * k + i, target, self.reader.labels)
+                    write_target(batch, row * k + i, target, reader.labels, hw=reader.size)
         return batch
 
     def _read(self, read: Callable[..., Any], index: int, *, flip: bool) -> Any:
@@ -150,10 +104,12 @@ class BatchWriter:
 
 def make_loader(
     images: ImageSet,
-    tokens: TokenTable | RecordTokens,
+    tokens: TokenTable | RecordTokens | None,
+    layout: Layout,
     *,
     seed: int,
     batch_size: int,
+    draw: str = "pairs",
     targets_per_source: int = 1,
     flip: bool = False,
     self_pair: float = 0.0,
@@ -163,12 +119,12 @@ def make_loader(
     threads: int = 2,
     workers: int = 0,
     shuffle: bool = True,
-    form: str = "float32",
 ) -> Iterator[Batch]:
-    """Endless batches of schema.FORMS[form], as NumPy arrays, from `start_step` on.
+    """Endless batches of the layout, as NumPy arrays, from `start_step` on. tokens: None where the layout has none.
 
-    batch_size: global, in targets. targets_per_source: rows that share a source; source arrays have
-    batch_size / targets_per_source rows. self_pair: probability that a target is its own source. Each host
+    draw "pairs", or "canvas": four photos of one person a row. batch_size: global, in targets. targets_per_source: rows that
+    share a source; source arrays have batch_size / targets_per_source rows. self_pair: probability that a target is its own
+    source. Each host
     gets its contiguous rows of the one global batch. threads: batches filled at once ahead of use; 0 fills in
     the caller. workers: processes that fill them, with `threads` each (0: this one; on few cores threads are faster);
     outside programs of absl, absl.flags.FLAGS.mark_as_parsed() must come first. Neither changes a batch. Raises
@@ -178,15 +134,17 @@ def make_loader(
         raise InputError(
             f"batch_size {batch_size} is not a multiple of targets_per_source {targets_per_source} x {host_count} hosts"
         )
-    if flip and not tokens.has_flipped:
+    if flip and tokens is not None and not tokens.has_flipped:
         raise InputError("flip needs the region tokens of the mirrored photos (TokenTable.flipped_tokens)")
-    writer = BatchWriter(make_reader(images, tokens, form), form)
+    writer = BatchWriter(make_reader(images, tokens, layout))
     pairs = check_pairs(images.pairs, len(images))
-    plan = GroupPlan(pairs, seed, targets_per_source, flip, self_pair)
+    plan: Plan = GroupPlan(pairs, seed, targets_per_source, flip, self_pair)
+    if draw == "canvas":
+        plan = CanvasPlan(groups_of(pairs, len(images)), seed, flip)
 
-    groups = grain.MapDataset.range(len(pairs)).seed(seed)
-    groups = (groups.shuffle() if shuffle else groups).repeat(ENDLESS // len(pairs) + 1)
-    groups = groups.map_with_index(lambda position, pair: plan.draw(int(pair), position // len(pairs)))
+    groups = grain.MapDataset.range(len(plan)).seed(seed)
+    groups = (groups.shuffle() if shuffle else groups).repeat(ENDLESS // len(plan) + 1)
+    groups = groups.map_with_index(lambda position, index: plan.draw(int(index), position // len(plan)))
     local = batch_size // targets_per_source // host_count
     batches = groups.batch(local, batch_fn=tuple)
     batches = batches.slice(slice(start_step * host_count + host_index, None, host_count))
@@ -223,10 +181,10 @@ def _leave_signals_to_the_parent(index: int, count: int) -> None:
 
 
 def eval_batches(
-    images: ImageSet, tokens: TokenTable | RecordTokens, pairs: np.ndarray, batch_size: int
+    images: ImageSet, tokens: TokenTable | RecordTokens | None, layout: Layout, pairs: np.ndarray, batch_size: int
 ) -> Iterator[Batch]:
     """The pairs int [n 2] in order, not flipped; the last batch is filled up with valid = 0."""
-    writer = BatchWriter(make_reader(images, tokens, "float32"))
+    writer = BatchWriter(make_reader(images, tokens, layout))
     pairs = check_pairs(pairs, len(images))
     for start in range(0, len(pairs), batch_size):
         chosen = [

@@ -16,10 +16,11 @@ import numpy as np
 from input_pipeline.annotations.keypoints import flip_joints
 from input_pipeline.annotations.parsing import LabelSet, decode_parsing, flip_parsing, label_set, whole_photo
 from input_pipeline.annotations.photo import Framing, decode_photo
-from input_pipeline.batches.transforms import flip_record
+from input_pipeline.batches.transforms import SQUARES, flip_record
+from input_pipeline.fields import LATENT_FACTOR, Layout
 from input_pipeline.records.reader import RecordImages
 from input_pipeline.records.schema import unpack_latents, unpack_tokens
-from input_pipeline.schema import FORMS, LATENT_FACTOR, ImageRecord, ImageSet, InputError, TokenTable
+from input_pipeline.schema import ImageRecord, ImageSet, InputError, TokenTable
 
 Tokens = tuple[np.ndarray, np.ndarray]
 """(tokens float32 [21 e], valid bool [21])."""
@@ -59,9 +60,11 @@ class Reader(Protocol):
 
     size: tuple[int, int]
     labels: LabelSet
-    token_width: int
+    layout: Layout
 
-    def source(self, index: int, *, flip: bool) -> tuple[ImageRecord, Tokens]: ...
+    def source(self, index: int, *, flip: bool) -> tuple[ImageRecord, Tokens | None]:
+        """With its region tokens, where the layout has them."""
+        ...
 
     def target(self, index: int, *, flip: bool) -> ImageRecord:
         """The map may be missing (None) where the batch has none of the target."""
@@ -73,19 +76,16 @@ class TableReader:
     """Reader of any ImageSet."""
 
     images: ImageSet
-    tokens: TokenTable | RecordTokens
+    tokens: TokenTable | RecordTokens | None
     size: tuple[int, int]
+    layout: Layout
 
     @functools.cached_property
     def labels(self) -> LabelSet:
         return label_set(self.images.labels)
 
-    @property
-    def token_width(self) -> int:
-        return self.tokens.width
-
-    def source(self, index: int, *, flip: bool) -> tuple[ImageRecord, Tokens]:
-        return self.target(index, flip=flip), self.tokens.of(index, flip=flip)
+    def source(self, index: int, *, flip: bool) -> tuple[ImageRecord, Tokens | None]:
+        return self.target(index, flip=flip), None if self.tokens is None else self.tokens.of(index, flip=flip)
 
     def target(self, index: int, *, flip: bool) -> ImageRecord:
         record = self.images.image(index)
@@ -94,32 +94,31 @@ class TableReader:
 
 @dataclasses.dataclass(frozen=True)
 class StoredReader:
-    """Reader of records. form: a key of schema.FORMS: "latents" gives stored latents, "uint8" photos, both without the
-    targets' maps; "uint8+maps" with them."""
+    """Reader of records: what the layout asks for of each, stored latents in the place of photos where it says so."""
 
     images: RecordImages
-    tokens: TokenTable | RecordTokens
+    tokens: TokenTable | RecordTokens | None
     size: tuple[int, int]
-    form: str
+    layout: Layout
 
     @functools.cached_property
     def labels(self) -> LabelSet:
         return label_set(self.images.labels)
 
-    @property
-    def token_width(self) -> int:
-        return self.tokens.width
-
-    def source(self, index: int, *, flip: bool) -> tuple[ImageRecord, Tokens]:
+    def source(self, index: int, *, flip: bool) -> tuple[ImageRecord, Tokens | None]:
         fields = self.images.fields(index)
-        record = self._record(fields, index, flip=flip, mapped=True)
+        # A source may be its own target.
+        mapped = "source_parsing" in self.layout or "target_parsing" in self.layout
+        record = self._record(fields, index, flip=flip, mapped=mapped)
+        if self.tokens is None:
+            return record, None
         if isinstance(self.tokens, RecordTokens):
             return record, self.tokens.of_fields(fields, index, flip=flip)
         return record, self.tokens.of(index, flip=flip)
 
     def target(self, index: int, *, flip: bool) -> ImageRecord:
         fields = self.images.fields(index)
-        return self._record(fields, index, flip=flip, mapped="target_parsing" in FORMS[self.form])
+        return self._record(fields, index, flip=flip, mapped="target_parsing" in self.layout)
 
     def _framing(self, fields: Mapping[str, Any]) -> Framing:
         h, w = fields["size"].tolist()
@@ -136,11 +135,12 @@ class StoredReader:
         framing = self._framing(fields)
         parsing = framing.parsing(self._parsing(fields, index, framing.photo_hw)) if mapped else None
         joints = fields["joints"] if framing.photo_hw == self.size else framing.joints(fields["joints"])
-        if self.form != "latents":
+        if not self.layout.stored:
             photo = decode_photo(fields["image"], name=self.images.place(index))
             if photo.shape[:2] != framing.photo_hw:
                 raise InputError(f"{self.images.place(index)}: says {framing.photo_hw} and is {photo.shape[:2]}")
-            record = ImageRecord(framing.image(photo), parsing, joints, fields["name"], fields["identity"])
+            whole = photo if any(name in self.layout for name in SQUARES) else None
+            record = ImageRecord(framing.image(photo), parsing, joints, fields["name"], fields["identity"], whole)
             return flip_record(record, self.labels) if flip else record
         image = self._moments(fields, index, flip=flip)
         if flip:  # the mirrored photo has latents of its own
@@ -163,15 +163,16 @@ class StoredReader:
         return np.ascontiguousarray(cells.transpose(1, 2, 0)).view(np.float16).reshape(h, w, -1)
 
 
-def make_reader(images: ImageSet, tokens: TokenTable | RecordTokens, form: str) -> Reader:
-    """The reader for batches of `form`. Raises InputError where tokens and images do not belong together, where no image
-    can be read, and for "latents" of anything but records."""
-    tokens.check(len(images))
-    if isinstance(images, RecordImages) and images.size is not None and form != "float32":
-        return StoredReader(images, tokens, tuple(images.size), form)
-    if form == "latents":
+def make_reader(images: ImageSet, tokens: TokenTable | RecordTokens | None, layout: Layout) -> Reader:
+    """The reader for batches of the layout. Raises InputError where tokens and images do not belong together, where no image
+    can be read, and for stored latents of anything but records."""
+    if tokens is not None:
+        tokens.check(len(images))
+    if isinstance(images, RecordImages) and images.size is not None:
+        return StoredReader(images, tokens, tuple(images.size), layout)
+    if layout.stored:
         raise InputError("stored latents are read from records; this set of images is none")
-    return TableReader(images, tokens, _size(images))
+    return TableReader(images, tokens, _size(images), layout)
 
 
 def _size(images: ImageSet) -> tuple[int, int]:

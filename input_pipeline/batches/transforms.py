@@ -1,16 +1,22 @@
-"""From annotated images and their region tokens to rows of a batch. The fields are schema.FORMS."""
+"""From annotated images and their region tokens to rows of a batch: the fields that its layout has (input_pipeline/fields.py)."""
 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 
 import cv2
 import numpy as np
+from PIL import Image
 
 from input_pipeline.annotations.keypoints import flip_joints
 from input_pipeline.annotations.parsing import LabelSet, class_on, flip_parsing
 from input_pipeline.annotations.skeleton import draw_skeleton_into
-from input_pipeline.schema import ImageRecord, InputError, batch_shapes
+from input_pipeline.fields import LATENT_FACTOR
+from input_pipeline.schema import ImageRecord, InputError
+
+SQUARES = ("source_square", "source_small", "target_small")
+"""Fields of whole photos, squashed from the file."""
 
 
 def flip_record(record: ImageRecord, labels: LabelSet) -> ImageRecord:
@@ -18,53 +24,90 @@ def flip_record(record: ImageRecord, labels: LabelSet) -> ImageRecord:
     return dataclasses.replace(
         record,
         image=cv2.flip(record.image, 1),  # 40 times as fast as a copy through a negative stride
+        photo=None if record.photo is None else cv2.flip(record.photo, 1),
         parsing=None if record.parsing is None else flip_parsing(record.parsing, labels),
         joints=flip_joints(record.joints, record.image.shape[1]),
     )
 
 
-def empty_batch(
-    *, batch_size: int, targets_per_source: int, size: tuple[int, int], token_width: int, form: str = "float32"
-):
-    """Zeros in the shapes of FORMS[form]; `valid` is 0 until a row is written."""
-    shapes = batch_shapes(
-        batch_size=batch_size, targets_per_source=targets_per_source, size=size, token_width=token_width, form=form
-    )
-    return {name: np.zeros(shape, dtype) for name, (shape, dtype) in shapes.items()}
-
-
 def write_source(
-    batch: dict[str, np.ndarray], row: int, record: ImageRecord, tokens: np.ndarray, tokens_valid: np.ndarray
+    batch: dict[str, np.ndarray],
+    row: int,
+    record: ImageRecord,
+    tokens: tuple[np.ndarray, np.ndarray] | None,
+    *,
+    hw: tuple[int, int],
 ) -> None:
-    """Fills source row `row` (of s). Raises InputError where the record does not fit the batch."""
-    _check_size(record, batch, "source")
-    write_picture(record.image, out=batch["source"][row])
-    batch["source_joints"][row] = record.joints
-    batch["source_parsing"][row] = record.parsing
-    batch["region_tokens"][row] = tokens
-    batch["region_valid"][row] = tokens_valid
+    """Fills source row `row` (of s) of the fields that the batch has. tokens: (tokens, valid); None where it has none. Raises
+    InputError where the record is not of the batch's size `hw`."""
+    _check_size(record, hw)
+    if "source" in batch:
+        write_picture(record.image, out=batch["source"][row])
+    if "source_joints" in batch:
+        batch["source_joints"][row] = record.joints
+    if "source_parsing" in batch:
+        batch["source_parsing"][row] = record.parsing
+    if tokens is not None:
+        batch["region_tokens"][row], batch["region_valid"][row] = tokens
+    for name in SQUARES:
+        if name in batch and name.startswith("source"):
+            write_picture(squashed(record, batch[name].shape[1]), out=batch[name][row])
 
 
-def write_target(batch: dict[str, np.ndarray], row: int, record: ImageRecord, labels: LabelSet) -> None:
-    """Fills target row `row` (of b) and marks it valid.
+def write_target(
+    batch: dict[str, np.ndarray], row: int, record: ImageRecord, labels: LabelSet, *, hw: tuple[int, int]
+) -> None:
+    """Fills target row `row` (of b) of the fields that the batch has, and marks it valid.
 
-    Raises InputError where the record does not fit the batch.
+    Raises InputError where the record is not of the batch's size `hw`.
     """
-    _check_size(record, batch, "target")
-    hw = batch["target_pose"].shape[1:3]
-    write_picture(record.image, out=batch["target"][row])
-    batch["target_joints"][row] = record.joints
+    _check_size(record, hw)
+    if "target" in batch:
+        write_picture(record.image, out=batch["target"][row])
+    if "target_joints" in batch:
+        batch["target_joints"][row] = record.joints
     if "target_parsing" in batch:
         batch["target_parsing"][row] = record.parsing
-    pose = batch["target_pose"][row]
-    if pose.dtype == np.uint8:
-        draw_skeleton_into(pose, record.joints, joints_hw=hw)
-    else:
-        skeleton = np.zeros(pose.shape, np.uint8)
-        draw_skeleton_into(skeleton, record.joints, joints_hw=hw)
-        np.divide(skeleton, np.float32(255), out=pose, dtype=np.float32)
-    batch["class_on"][row] = class_on(record.joints, labels, hw=hw)
+    for name in ("target_pose", "pose_small"):
+        if name in batch:
+            write_skeleton(record.joints, hw, out=batch[name][row])
+    if "class_on" in batch:
+        batch["class_on"][row] = class_on(record.joints, labels, hw=hw)
+    if "target_small" in batch:
+        write_picture(squashed(record, batch["target_small"].shape[1]), out=batch["target_small"][row])
     batch["valid"][row] = 1
+
+
+def write_views(
+    batch: dict[str, np.ndarray], row: int, records: Sequence[ImageRecord], *, shown: int, hw: tuple[int, int]
+) -> None:
+    """Fills row `row` of the canvas fields that the batch has: tile i is records[i], the last again where there are fewer; the
+    first `shown` tiles are given, and the first of all is the reference. Raises InputError."""
+    for tile in range(batch["views"].shape[1]):
+        record = records[min(tile, len(records) - 1)]
+        _check_size(record, hw)
+        write_picture(record.image, out=batch["views"][row, tile])
+        write_skeleton(record.joints, hw, out=batch["view_poses"][row, tile])
+    if "given" in batch:
+        batch["given"][row] = np.arange(batch["given"].shape[1]) < shown
+    if "reference" in batch:
+        write_picture(records[0].image, out=batch["reference"][row])
+
+
+def write_skeleton(joints: np.ndarray, joints_hw: tuple[int, int], *, out: np.ndarray) -> None:
+    """The skeleton of joints in a frame `joints_hw`, drawn over all of `out`: bytes, or floats in [0, 1]."""
+    if out.dtype == np.uint8:
+        draw_skeleton_into(out, joints, joints_hw=joints_hw)
+        return
+    skeleton = np.zeros(out.shape, np.uint8)
+    draw_skeleton_into(skeleton, joints, joints_hw=joints_hw)
+    np.divide(skeleton, np.float32(255), out=out, dtype=np.float32)
+
+
+def squashed(record: ImageRecord, side: int) -> np.ndarray:
+    """uint8 [side side 3]: the whole photo, of the file where the record has it, by Pillow's bicubic."""
+    photo = record.image if record.photo is None else record.photo
+    return np.asarray(Image.fromarray(photo).resize((side, side), Image.Resampling.BICUBIC))
 
 
 def write_picture(image: np.ndarray, *, out: np.ndarray) -> None:
@@ -76,9 +119,11 @@ def write_picture(image: np.ndarray, *, out: np.ndarray) -> None:
     out -= 1
 
 
-def _check_size(record: ImageRecord, batch: dict[str, np.ndarray], part: str) -> None:
-    picture, size = batch[part].shape[1:], batch["target_pose"].shape[1:3]
-    if record.image.shape != picture or (record.parsing is not None and record.parsing.shape != size):
+def _check_size(record: ImageRecord, hw: tuple[int, int]) -> None:
+    h, w = hw
+    stored = record.image.dtype == np.float16
+    picture = (h // LATENT_FACTOR, w // LATENT_FACTOR, 8) if stored else (h, w, 3)
+    if record.image.shape != picture or (record.parsing is not None and record.parsing.shape != tuple(hw)):
         map_shape = None if record.parsing is None else record.parsing.shape
         raise InputError(
             f"{record.name}: photo {record.image.shape} and map {map_shape} in a batch of {picture}; "

@@ -10,7 +10,7 @@ import torch
 from diffusers import DDIMScheduler
 
 from truepose_jax.diffusion import losses
-from truepose_jax.diffusion.guidance import guided
+from truepose_jax.diffusion.guidance import Branches, guided, two_branches
 from truepose_jax.diffusion.samplers import ddim_sample, ddim_timesteps
 from truepose_jax.diffusion.schedule import PREDICTIONS, Schedule
 
@@ -188,20 +188,32 @@ def test_ddim_is_one_scan_and_sees_every_timestep():
 
 
 def test_guidance():
-    """Eq. 11, and no unconditional branch at scale 1."""
-    conditional, null = normal(0, *SHAPE), normal(1, *SHAPE)
+    """Eq. 11 and FPDM's three branches; what has no weight is not run."""
+    null, some, both = (normal(seed, *SHAPE) for seed in range(3))
     calls = []
 
-    def unconditional():
-        calls.append(1)
-        return null
+    def branch(name, value):
+        return lambda: calls.append(name) or value
 
-    np.testing.assert_array_equal(guided(lambda: conditional, unconditional, 1.0), conditional)
-    assert not calls
-    got = guided(lambda: conditional, unconditional, 3.5)
-    np.testing.assert_allclose(got, null + 3.5 * (conditional - null), rtol=1e-6)
-    np.testing.assert_array_equal(guided(lambda: conditional, unconditional, 0.0), null)
-    assert len(calls) == 2
+    def run(scale, *weights):
+        calls.clear()
+        branches = two_branches(branch("both", both), branch("null", null), scale) if not weights else Branches(
+            branch("null", null), ((weights[0], branch("some", some)), (weights[1], branch("both", both)))
+        )  # fmt: skip
+        return guided(*branches)
+
+    np.testing.assert_array_equal(run(1.0), both)
+    assert calls == ["both"]
+    np.testing.assert_array_equal(run(3.5), null + np.float32(3.5) * (both - null))
+    assert calls == ["null", "both"]
+    np.testing.assert_array_equal(run(0.0), null)
+    assert calls == ["null"]
+    # u + w_s (p - u) + w_f (f - p): with equal scales the middle branch has weight 0.
+    want = null + 3.0 * (some - null) + 2.0 * (both - some)
+    np.testing.assert_allclose(run(None, 3.0 - 2.0, 2.0), want, rtol=1e-5, atol=1e-5)
+    assert calls == ["null", "some", "both"]
+    np.testing.assert_array_equal(run(None, 0.0, 2.0), null + np.float32(2.0) * (both - null))
+    assert calls == ["null", "both"]
 
 
 def test_timesteps_of_training():

@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 
 from configs.base import get_config
-from input_pipeline.schema import batch_shapes
 from truepose_jax.config import Config, from_config_dict
 from truepose_jax.methods import make_method
 from truepose_jax.models.vae import KLAutoencoder
+from truepose_jax.training.init import batch_spec
 from truepose_jax.training.step import Trainer
 
 SD15_UNET = 859_520_964
@@ -35,10 +35,7 @@ def full_config(size) -> Config:
 
 
 def spec_of(config):
-    shapes = batch_shapes(
-        batch_size=config.batch_size, targets_per_source=1, size=config.model.size, token_width=config.token_width
-    )
-    return {name: jax.ShapeDtypeStruct(shape, dtype) for name, (shape, dtype) in shapes.items()}
+    return batch_spec(config, targets=config.batch_size)
 
 
 @pytest.fixture(scope="module")

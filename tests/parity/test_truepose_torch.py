@@ -291,11 +291,9 @@ def test_a_network_from_nothing_samples_alike(tmp_path):
         conditioning = made.condition(params, {}, batch)
 
         def predict(x, t):
-            return guided(
-                lambda: made.denoise(params, x, t, conditioning),
-                lambda: made.denoise(params, x, t, made.null(conditioning)),
-                2.0,
-            )
+            null = made.null(conditioning)
+            conditional = functools.partial(made.denoise, params, x, t, conditioning)
+            return guided(lambda: made.denoise(params, x, t, null), [(2.0, conditional)])
 
         x = ddim_sample(predict, noise, schedule, steps=4, spacing=cfg.diffusion.spacing)
         return x, made.autoencoder.encode_mean({}, batch["source"])

@@ -19,14 +19,14 @@ from input_pipeline.records.annotate import annotations
 from input_pipeline.records.check import check_records
 from input_pipeline.records.reader import RecordImages
 from input_pipeline.records.schema import unpack_tokens
-from input_pipeline.schema import InputError, check_batch
+from input_pipeline.schema import InputError
 from tests.records import built
 from tests.tiny_run import random_like, tiny_config
 from truepose_jax import convert, prepare, train
 from truepose_jax.config import ConfigError
 from truepose_jax.data import datasets
 from truepose_jax.data.annotations import training_method
-from truepose_jax.data.datasets import evaluation_set, training_set
+from truepose_jax.data.datasets import evaluation_set, layout_of, training_set
 from truepose_jax.methods import make_method
 from truepose_jax.models.vae import MomentsAutoencoder
 from truepose_jax.pretrained import region_tokens
@@ -145,12 +145,12 @@ def test_loss_and_gradients_are_those_of_the_photos(models, records):
     images, encoder = RecordImages(records, "train", size=SIZE), LazyEncoder(config.model.clip, config.token_width)
     tokens = datasets.stored_tokens(config, images, encoder)[0]
     photos = make_method(config, autoencoder)
-    stored = training_method(config, photos, images, autoencoder, fingerprint)
+    stored = training_method(config, photos, images, autoencoder, {"autoencoder": fingerprint})
     trained = random_like(jax.eval_shape(lambda key: photos.init(key, batch_spec(config)), jax.random.key(0)), 3)
     keys, frozen = jax.random.split(jax.random.key(5), 4), {"autoencoder": params}
     batches = {}
     for form in ("uint8", "latents"):
-        loader = make_loader(images, tokens, seed=2, batch_size=4, flip=True, threads=0, form=form)
+        loader = make_loader(images, tokens, layout_of(config, form), seed=2, batch_size=4, flip=True, threads=0)
         batches[form] = normalize_batch(jax.tree.map(jnp.asarray, next(itertools.islice(loader, 1, None))))
     loss = jax.jit(lambda p, frozen, batch: photos.loss(p, frozen, batch, keys)[0])(trained, frozen, batches["uint8"])
     # No parameter lies before the autoencoder: with the moments that it makes of the photos, not rounded, the gradient is
@@ -184,7 +184,7 @@ def test_the_scaling_studies_train_from_stored_latents_too(models, records, tmp_
     config = config_of(models, records)
     monkeypatch.setattr(region_tokens, "make_encoder", lambda *arguments: pytest.fail("CLIP was made"))
     study = batch.Study(config, batch.Settings(None, examples=8, micro=2, reference=4, lamb_rate=0.01), tmp_path)
-    check_batch(next(study.loader(config, 0)), "latents")
+    layout_of(config, "latents").check(next(study.loader(config, 0)))
     with monkeypatch.context() as patch:
         judges = []
 
@@ -256,7 +256,7 @@ def test_latents_that_do_not_serve(models, records, changes, words):
         config = config_of(models, records, **changes)
         autoencoder, _, fingerprint = load_autoencoder(config.model)
         images = RecordImages(records, "train", size=config.model.size)
-        training_method(config, make_method(config, autoencoder), images, autoencoder, fingerprint)
+        training_method(config, make_method(config, autoencoder), images, autoencoder, {"autoencoder": fingerprint})
     assert "\n" not in str(error.value)
 
 
@@ -286,7 +286,7 @@ def test_what_was_made_with_the_originals_serves_their_converted_copies(models, 
     autoencoder, _, fingerprint = load_autoencoder(config.model)
     images, encoder = RecordImages(records, "train", size=SIZE), LazyEncoder(config.model.clip, config.token_width)
     assert isinstance(training_set(config, encoder, None).tokens, datasets.RecordTokens)
-    training_method(config, make_method(config, autoencoder), images, autoencoder, fingerprint)
+    training_method(config, make_method(config, autoencoder), images, autoencoder, {"autoencoder": fingerprint})
     assert "do not serve" not in caplog.text
 
 

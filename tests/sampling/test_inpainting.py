@@ -17,10 +17,10 @@ from tests.shared_data import openpose_json, standing_joints
 from tests.tiny_run import shared_pipeline, shared_run, write_inputs
 from tests.torch_models import tiny_vae
 from truepose_jax import generate
+from truepose_jax.diffusion.guidance import Branches
 from truepose_jax.diffusion.samplers import ddim_levels, ddim_sample
 from truepose_jax.diffusion.schedule import Schedule
 from truepose_jax.inference.pipeline import Pipeline, Request, fit_request
-from truepose_jax.methods.base import Conditioning
 from truepose_jax.pretrained.frozen_networks import load_vae
 from truepose_jax.sampling import inpainting
 from truepose_jax.sampling.inpainting import Edit, EditSampler, class_mask, keep_outside, latent_mask, read_edit
@@ -178,13 +178,14 @@ class Constant:
         self.autoencoder, self.channels = autoencoder, channels
 
     def condition(self, params, frozen, batch):
-        return Conditioning(pose=jnp.zeros(()), sites=None)
+        return None
 
-    def null(self, conditioning):
-        return conditioning
+    def branches(self, conditioning, scale):
+        return Branches(conditioning)
 
-    def latent_spec(self, hw):
-        return hw[0] // 8, hw[1] // 8, self.channels
+    def sample_spec(self, batch):
+        h, w = batch["target"].shape[1:3]
+        return h // 8, w // 8, self.channels
 
     def denoise(self, params, x, t, conditioning):
         return jnp.full_like(x, 0.5)

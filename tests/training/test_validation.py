@@ -9,14 +9,13 @@ import pytest
 
 from tests.tiny_run import tiny_config
 from truepose_jax.data.datasets import evaluation_set
-from truepose_jax.methods import make_method
+from truepose_jax.methods import make_method, needs
+from truepose_jax.methods.truepose import SOURCE, TOKENS, TruePose
 from truepose_jax.pretrained.frozen_networks import load_autoencoder
 from truepose_jax.pretrained.region_tokens import make_encoder
 from truepose_jax.runtime.sharding import make_mesh
 from truepose_jax.sampling.image_grid import MARGIN, TITLE, to_uint8
 from truepose_jax.training.validation import (
-    IMAGE_FIELDS,
-    TOKEN_FIELDS,
     Evaluator,
     Pairs,
     other_people,
@@ -38,7 +37,7 @@ def test_swapped_rows_show_somebody_else():
         data__synthetic__heldout_identities=3, data__synthetic__heldout_poses_per_identity=3, eval__pairs=9
     )
     dataset = evaluation_set(config, make_encoder(config.model.clip, config.token_width), cache=None)
-    pairs = Pairs.read(dataset)
+    pairs = Pairs.read(dataset, needs(config))
     who = [name.split("-")[-1] for name in pairs.identities]
     assert (
         len(pairs) == 9 and sorted(set(who)) == ["0", "1", "2"] and sum(a == b for a, b in itertools.pairwise(who)) >= 5
@@ -47,14 +46,14 @@ def test_swapped_rows_show_somebody_else():
     seen = []
 
     def sample(batch: dict, keys: jax.Array) -> np.ndarray:
-        seen.append({name: np.array(batch[name]) for name in (*IMAGE_FIELDS, *TOKEN_FIELDS)})
+        seen.append({name: np.array(batch[name]) for name in (*SOURCE, *TOKENS)})
         return batch["source"]
 
-    scores, images = swap_scores(pairs, sample, 0, batch_size=9)
+    scores, images = swap_scores(pairs, TruePose.swaps, sample, 0, batch_size=9)
     np.testing.assert_array_equal(images, pairs.batch["source"])
     by_person = {w: {i for i in range(9) if who[i] == w} for w in who}
-    for fields, found in zip(((), IMAGE_FIELDS, TOKEN_FIELDS, IMAGE_FIELDS + TOKEN_FIELDS), seen, strict=True):
-        for name in (*IMAGE_FIELDS, "region_tokens"):
+    for fields, found in zip(((), SOURCE, TOKENS, SOURCE + TOKENS), seen, strict=True):
+        for name in (*SOURCE, "region_tokens"):
             for i, value in enumerate(found[name]):
                 same = {j for j in range(9) if np.array_equal(value, pairs.batch[name][j])}
                 assert same and (same.isdisjoint(by_person[who[i]]) if name in fields else i in same)

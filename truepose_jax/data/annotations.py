@@ -8,13 +8,14 @@ latents that do not serve are an error, for training on others would be another 
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
 from typing import Any
 
 from input_pipeline.batches.readers import RecordTokens
 from input_pipeline.records.annotate import annotations
 from input_pipeline.records.reader import RecordImages
 from truepose_jax.config import Config, ConfigError
-from truepose_jax.methods import Method, make_method
+from truepose_jax.methods import Trainable, make_method
 from truepose_jax.models.vae import Autoencoder, MomentsAutoencoder
 from truepose_jax.pretrained.region_tokens import LazyEncoder, RegionEncoder
 
@@ -44,11 +45,13 @@ def stored_tokens(
     return RecordTokens(images, found["width"], found["flipped"]), found["fingerprint"]
 
 
-def training_method(config: Config, method: Method, images: Any, autoencoder: Autoencoder, fingerprint: str) -> Method:
+def training_method(
+    config: Config, method: Trainable, images: Any, autoencoder: Autoencoder, prints: Mapping[str, str]
+) -> Trainable:
     """The method to train with: `method`, or one that reads stored latents in place of photos (config.data.latents).
 
-    images: what is trained on. fingerprint: of the run's VAE. Raises ConfigError where the latents are missing, of
-    another size or of another VAE.
+    images: what is trained on. prints: fingerprints of the run's frozen networks by role. Raises ConfigError where the
+    latents are missing, of another size or of another VAE.
     """
     if config.data.latents == "off":
         return method
@@ -67,6 +70,6 @@ def training_method(config: Config, method: Method, images: Any, autoencoder: Au
         raise ConfigError(
             f"{setting}, config.data.flip is True and {images.root} has none of mirrored photos; {advice}"
         )
-    if found["fingerprint"] != fingerprint:
+    if found["fingerprint"] != prints["autoencoder"]:
         raise ConfigError(f"{setting} and those of {images.root} are of another VAE than {config.model.vae}; {advice}")
     return make_method(config, MomentsAutoencoder(autoencoder))

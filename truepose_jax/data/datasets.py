@@ -13,6 +13,7 @@ import numpy as np
 from input_pipeline.annotations.parsing import label_set
 from input_pipeline.batches.loader import RecordCache, make_loader
 from input_pipeline.batches.readers import RecordTokens
+from input_pipeline.fields import Layout
 from input_pipeline.process_group import ALONE, Share
 from input_pipeline.records.reader import RecordImages, open_build, split_names
 from input_pipeline.schema import ImageSet, InputError, TokenTable
@@ -21,6 +22,7 @@ from input_pipeline.synthetic.people import SyntheticPeople
 from input_pipeline.synthetic.poses import load_real_poses
 from truepose_jax.config import Config, ConfigError
 from truepose_jax.data.annotations import stored_tokens
+from truepose_jax.methods import needs
 from truepose_jax.pretrained.region_tokens import LazyEncoder, RegionEncoder, token_table
 
 CACHE_BYTES = 4 << 30
@@ -37,11 +39,11 @@ EVAL_SEED = 1
 
 @dataclasses.dataclass(frozen=True)
 class Dataset:
-    """images with their tokens; pairs int32 [n 2] to train or evaluate on; heldout: unseen in training. clip:
-    fingerprint of the CLIP that made the tokens, where it is known."""
+    """images with their tokens (None where the method reads none); pairs int32 [n 2] to train or evaluate on; heldout:
+    unseen in training. clip: fingerprint of the CLIP that made the tokens, where it is known."""
 
     images: ImageSet
-    tokens: TokenTable | RecordTokens
+    tokens: TokenTable | RecordTokens | None
     pairs: np.ndarray
     heldout: bool
     clip: str = ""
@@ -58,7 +60,7 @@ def about_records(config: Config) -> dict[str, str]:
     return {"name": info.name, "labels": info.metadata["labels"]}
 
 
-def training_set(config: Config, encoder: Encoder, cache: str | None, share: Share = ALONE) -> Dataset:
+def training_set(config: Config, encoder: Encoder | None, cache: str | None, share: Share = ALONE) -> Dataset:
     """share: of several processes that read it all one makes the tokens (region_tokens.token_table). Raises InputError and
     ConfigError where the data are not what the config says."""
     images, name = _OPEN[config.data.dataset](config, "train")
@@ -66,19 +68,26 @@ def training_set(config: Config, encoder: Encoder, cache: str | None, share: Sha
     return Dataset(images, tokens, images.pairs, heldout=False, clip=clip)
 
 
+def layout_of(config: Config, form: str) -> Layout:
+    """What a training batch of the configuration's method holds, in a form of input_pipeline/fields.py."""
+    found = needs(config)
+    return Layout(found.train, form, found.letters)
+
+
+def training_form(config: Config) -> str:
+    """The form in which training's batches travel."""
+    return "latents" if config.data.latents == "stored" else "uint8"
+
+
 def training_batches(
-    config: Config,
-    data: Dataset,
-    *,
-    start_step: int = 0,
-    host_index: int = 0,
-    host_count: int = 1,
-    form: str = "float32",
+    config: Config, data: Dataset, *, start_step: int = 0, host_index: int = 0, host_count: int = 1
 ) -> Iterator[dict[str, np.ndarray]]:
-    """The loader of a training run on `data`, from `start_step` on (input_pipeline/batches/loader.py); form: of its arrays."""
+    """The loader of a training run on `data`, from `start_step` on (input_pipeline/batches/loader.py)."""
     return make_loader(
         data.images,
         data.tokens,
+        layout_of(config, training_form(config)),
+        draw=needs(config).draw,
         seed=config.seed,
         batch_size=config.batch_size,
         targets_per_source=config.data.targets_per_source,
@@ -89,14 +98,16 @@ def training_batches(
         host_count=host_count,
         threads=config.data.threads,
         workers=config.data.workers,
-        form=form,
     )
 
 
 def _tokens(
-    config: Config, images: ImageSet, encoder: Encoder, flip: bool, cache: str | None, name: str, share: Share
-) -> tuple[TokenTable | RecordTokens, str]:
-    """(tokens, fingerprint of their CLIP): those of the records where they serve, else from the cache or CLIP."""
+    config: Config, images: ImageSet, encoder: Encoder | None, flip: bool, cache: str | None, name: str, share: Share
+) -> tuple[TokenTable | RecordTokens | None, str]:
+    """(tokens, fingerprint of their CLIP): those of the records where they serve, else from the cache or CLIP. encoder: None
+    where the method reads no tokens."""
+    if encoder is None:
+        return None, ""
     stored = stored_tokens(config, images, encoder) if isinstance(images, RecordImages) else None
     if stored is not None:
         return stored
@@ -104,7 +115,7 @@ def _tokens(
     return table, encoder.fingerprint
 
 
-def evaluation_set(config: Config, encoder: Encoder, cache: str | None, share: Share = ALONE) -> Dataset:
+def evaluation_set(config: Config, encoder: Encoder | None, cache: str | None, share: Share = ALONE) -> Dataset:
     """Held-out people, the folder's `eval_pairs`, or the records' test split. Pairs are spread
     evenly over the list: over its identities where these stand together, some more than once where there are fewer."""
     heldout = config.data.dataset == "synthetic" or bool(_evaluation_split(config))

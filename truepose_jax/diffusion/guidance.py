@@ -1,8 +1,9 @@
-"""Classifier-free guidance, TruePose Eq. 11."""
+"""Classifier-free guidance (TruePose Eq. 11), of any number of branches."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 from jaxtyping import Array, Float, Int
 
@@ -10,21 +11,37 @@ Denoise = Callable[[Float[Array, "b h w c"], Int[Array, " b"]], Float[Array, "b 
 """(x_t, t) -> the network's output."""
 
 
+class Branches(NamedTuple):
+    """What guidance runs a network with: a base and others, each with the weight of its difference from the base."""
+
+    base: Any
+    others: tuple[tuple[float, Any], ...] = ()
+
+
+def two_branches(conditioning: Any, null: Any, scale: float) -> Branches:
+    """null + scale (conditioning - null); at scale 1 the null branch is not run at all."""
+    return Branches(conditioning) if scale == 1.0 else Branches(null, ((scale, conditioning),))
+
+
 def guided(
-    conditional: Callable[[], Float[Array, "b h w c"]],
-    unconditional: Callable[[], Float[Array, "b h w c"]],
-    scale: float,
+    base: Callable[[], Float[Array, "b h w c"]],
+    others: Sequence[tuple[float, Callable[[], Float[Array, "b h w c"]]]],
 ) -> Float[Array, "b h w c"]:
-    """unconditional + scale * (conditional - unconditional). At scale 1 the unconditional branch is not run at all.
+    """base + the sum of weight * (other - base). Takes the branches as functions, and weights as Python numbers: one of
+    weight 0 is not run."""
+    start = base()
+    output = start
+    for weight, other in others:
+        if weight != 0.0:
+            output = output + weight * (other() - start)
+    return output
 
-    Takes the branches as functions, and `scale` as a Python number, so that what is not needed is not traced.
-    """
-    if scale == 1.0:
-        return conditional()
-    null = unconditional()
-    return null + scale * (conditional() - null)
 
+def guided_denoise(denoise: Callable[..., Float[Array, "b h w c"]], branches: Branches) -> Denoise:
+    """The same as one function of (x_t, t), which samplers take. denoise(x_t, t, conditioning)."""
 
-def guided_denoise(conditional: Denoise, unconditional: Denoise, scale: float) -> Denoise:
-    """The same as one function of (x_t, t), which samplers take."""
-    return lambda x, t: guided(lambda: conditional(x, t), lambda: unconditional(x, t), scale)
+    def run(x: Array, t: Array) -> Array:
+        others = [(weight, lambda c=c: denoise(x, t, c)) for weight, c in branches.others]
+        return guided(lambda: denoise(x, t, branches.base), others)
+
+    return run

@@ -20,6 +20,8 @@ from input_pipeline.synthetic.poses import Pose, framed_pose
 from truepose_jax.config import Config
 from truepose_jax.data.datasets import CACHE_BYTES, EVAL_SEED, Dataset
 from truepose_jax.inference.pipeline import Pipeline
+from truepose_jax.methods import needs
+from truepose_jax.methods.base import Swap
 from truepose_jax.metrics.limb_warp import limb_warp
 from truepose_jax.metrics.outlines import outline_error, sharpness
 from truepose_jax.metrics.regions import retrieval
@@ -81,8 +83,8 @@ def judge(pipe: Pipeline, *, eval_seed: int | None = None) -> dict[str, Judged]:
     found = {}
     for kind, patterns in KINDS.items():
         pairs = people(config, pipe.encoder, patterns, eval_seed)
-        scores, images = swap_scores(pairs, sample, config.seed, rows)
-        shuffled = shuffled_sources(pairs, config.seed).sample(sample, config.seed, rows)
+        scores, images = swap_scores(pairs, pipe.method.swaps, sample, config.seed, rows)
+        shuffled = shuffled_sources(pairs, pipe.method.swaps, config.seed).sample(sample, config.seed, rows)
         verdict = Verdict(
             psnr={
                 OURS: scores["intact"],
@@ -135,7 +137,7 @@ def judged_poses(config: Config) -> list[Pose]:
 
 def people(
     config: Config,
-    encoder: RegionEncoder,
+    encoder: RegionEncoder | None,
     patterns: str,
     eval_seed: int | None = None,
     *,
@@ -166,8 +168,8 @@ def people(
     indices, pairs = np.unique(wanted, return_inverse=True)
     pairs = pairs.reshape(-1, 2).astype(np.int32)
     images = RecordCache(_Chosen(crowd, indices, pairs), max_bytes=CACHE_BYTES)
-    tokens = token_table(images, encoder, flip=False, cache=None, fingerprint="judge")
-    return Pairs.read(Dataset(images, tokens, pairs, heldout=True))
+    tokens = None if encoder is None else token_table(images, encoder, flip=False, cache=None, fingerprint="judge")
+    return Pairs.read(Dataset(images, tokens, pairs, heldout=True), needs(config))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -189,10 +191,11 @@ class _Chosen:
         return self.images.image(int(self.indices[index]))
 
 
-def shuffled_sources(pairs: Pairs, seed: int) -> Pairs:
+def shuffled_sources(pairs: Pairs, swaps: Mapping[str, Swap], seed: int) -> Pairs:
     """Everything of the source from a random person in the same pose, itself with chance 1 / PEOPLE."""
     random = np.random.default_rng(seed)
-    return pairs.with_sources(np.concatenate([k * PEOPLE + random.permutation(PEOPLE) for k in range(POSES)]))
+    order = np.concatenate([k * PEOPLE + random.permutation(PEOPLE) for k in range(POSES)])
+    return pairs.with_sources(order, Swap(tuple({name for swap in swaps.values() for name in swap.fields})))
 
 
 def warped_sources(pairs: Pairs) -> np.ndarray:

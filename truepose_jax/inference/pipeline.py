@@ -26,13 +26,14 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from input_pipeline.batches.transforms import empty_batch, write_picture, write_source, write_target
+from input_pipeline.batches.transforms import write_picture, write_source, write_target
+from input_pipeline.fields import Layout
 from input_pipeline.schema import InputError
 from truepose_jax.config import Config, ConfigError
 from truepose_jax.data.datasets import about_records
 from truepose_jax.inference.exported import Exported
 from truepose_jax.inference.request import Fitted, Request, fit_request
-from truepose_jax.methods import Method
+from truepose_jax.methods import Denoiser, needs
 from truepose_jax.pretrained.factory import assemble
 from truepose_jax.pretrained.frozen_networks import KINDS
 from truepose_jax.pretrained.region_tokens import RegionEncoder, make_encoder
@@ -128,10 +129,10 @@ class Pipeline:
     """A run's weights on all local devices, ready to make pictures. `run` tells which weights they are."""
 
     run: Run
-    method: Method
+    method: Denoiser
     params: Any
     frozen: Mapping[str, Any]
-    encoder: RegionEncoder
+    encoder: RegionEncoder | None
     mesh: Mesh
     _samplers: dict[tuple[int, float, type[Sampler]], Sampler] = dataclasses.field(default_factory=dict)
 
@@ -160,11 +161,12 @@ class Pipeline:
         model = dataclasses.replace(
             model, vae=vae or model.vae, clip=dataclasses.replace(model.clip, path=clip or model.clip.path)
         )
-        encoder = make_encoder(model.clip, config.token_width)
-        method, frozen, _, autoencoder_print = assemble(dataclasses.replace(config, model=model), encoder)
+        encoder = make_encoder(model.clip, config.token_width) if needs(config).tokens else None
+        method, frozen, _, prints = assemble(dataclasses.replace(config, model=model), encoder)
         recorded = run.frozen
-        _check_frozen("vae", recorded.get("autoencoder"), autoencoder_print, folder=model.vae, override=vae)
-        _check_frozen("clip", recorded.get("clip"), encoder.fingerprint, folder=model.clip.path, override=clip)
+        _check_frozen("vae", recorded.get("autoencoder"), prints.get("autoencoder"), folder=model.vae, override=vae)
+        if encoder is not None:
+            _check_frozen("clip", recorded.get("clip"), encoder.fingerprint, folder=model.clip.path, override=clip)
         mesh = make_mesh(data=-1, fsdp=1, tensor=1, devices=jax.local_devices())
         place = NamedSharding(mesh, PartitionSpec())
         params = run.checkpoints.restore_part(WEIGHTS[run.weights], run.step, place=place)
@@ -252,7 +254,7 @@ class Pipeline:
         return [f.framing.crop(image) for f, image in zip(fitted, images, strict=False)]
 
     def carried_of(self, batch: Mapping[str, np.ndarray]) -> np.ndarray:
-        """Method.carried of a host batch whose targets are the samples, [b h w 3] in [-1, 1]. Only where method.carries."""
+        """Denoiser.carried of a host batch whose targets are the samples, [b h w 3] in [-1, 1]. Only where method.carries."""
         with jax.set_mesh(self.mesh):
             return np.asarray(self._carried(self.params, self.frozen, put_whole_batch(self.mesh, batch)))
 
@@ -261,24 +263,24 @@ class Pipeline:
         return jax.jit(self.method.carried, compiler_options=compiler_options())
 
     def batch_of(self, fitted: Sequence[Fitted], size: int) -> tuple[dict[str, np.ndarray], jax.Array]:
-        """The batch of schema.BATCH_FIELDS and a key per row. `target` is black, or the reference of an edit. Rows beyond
-        len(fitted), up to a multiple of the devices that holds `size`, repeat the last one."""
+        """The batch that the method conditions on, and a key per row. Its `target` is black, or the reference of an edit.
+        Rows beyond len(fitted), up to a multiple of the devices that holds `size`, repeat the last one."""
         config = self.run.config
-        batch = empty_batch(
-            batch_size=len(fitted),
-            targets_per_source=1,
-            size=config.model.size,
-            token_width=config.token_width,
-        )
+        wanted, hw = needs(config), config.model.size
+        layout = Layout((*wanted.sample, "target"), "float32", wanted.letters)
+        batch = layout.empty(batch_size=len(fitted), targets_per_source=1, size=hw)
         for labels in {f.labels.name: f.labels for f in fitted}.values():
             rows = [row for row, f in enumerate(fitted) if f.labels is labels]
-            tokens, valid = self.encoder.tokens([fitted[row].source for row in rows], labels.name)
+            tokens = [None] * len(rows)
+            if self.encoder is not None:
+                sources = [fitted[row].source for row in rows]
+                tokens = list(zip(*self.encoder.tokens(sources, labels.name), strict=True))
             for i, row in enumerate(rows):
                 source = fitted[row].source
                 target = np.zeros_like(source.image) if fitted[row].edit is None else fitted[row].edit.reference
                 unknown = dataclasses.replace(source, image=target, joints=fitted[row].joints)
-                write_source(batch, row, source, tokens[i], valid[i])
-                write_target(batch, row, unknown, labels)
+                write_source(batch, row, source, tokens[i], hw=hw)
+                write_target(batch, row, unknown, labels, hw=hw)
         parts = batch_parts(self.mesh)
         order = np.minimum(np.arange(-(-size // parts) * parts), len(fitted) - 1)
         keys = jnp.stack([rng.key_of_name(jax.random.key(f.seed), f.name) for f in fitted])

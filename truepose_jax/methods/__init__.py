@@ -1,14 +1,38 @@
-"""The papers, one file each; `make_method` is the only place that knows their names."""
+"""The papers, one file each; `PAPERS` is the only place that knows their names."""
 
-from truepose_jax.config import Config
-from truepose_jax.methods.base import Method
-from truepose_jax.methods.truepose import TruePose
-from truepose_jax.models.clip import CLIPVisionConfig
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+from truepose_jax.config import Config, ModelConfig
+from truepose_jax.methods import truepose
+from truepose_jax.methods.base import Denoiser, Needs, Trainable
 from truepose_jax.models.vae import Autoencoder
 
-METHODS = {"truepose": TruePose}
+__all__ = ["PAPERS", "Denoiser", "Needs", "Trainable", "make_method", "needs"]
 
 
-def make_method(config: Config, autoencoder: Autoencoder, clip: CLIPVisionConfig | None = None) -> Method:
-    """clip: of frozen["clip"], for methods that see the source through CLIP (config.model.uses_clip)."""
-    return METHODS[config.model.method](config.model, config.diffusion, autoencoder, clip)
+class Paper(NamedTuple):
+    """needs(model config): what it reads. make(config, autoencoder, networks): the method, wired; networks: what is frozen
+    beside the autoencoder, by role: configurations or modules as the method takes them."""
+
+    needs: Callable[[ModelConfig], Needs]
+    make: Callable[[Config, Autoencoder | None, Mapping[str, Any]], Trainable]
+
+
+PAPERS: Mapping[str, Paper] = {
+    "truepose": Paper(truepose.needs, truepose.make),
+}
+
+
+def needs(config: Config) -> Needs:
+    """What the configuration's method reads."""
+    return PAPERS[config.model.method].needs(config.model)
+
+
+def make_method(
+    config: Config, autoencoder: Autoencoder | None, networks: Mapping[str, Any] | None = None
+) -> Trainable:
+    """The configuration's method. networks: see Paper.make; only `loss` and `condition` look through them."""
+    return PAPERS[config.model.method].make(config, autoencoder, networks or {})

@@ -1,61 +1,99 @@
-"""The Method protocol: what the trainer and the samplers need to know of a paper, and all they may know."""
+"""The protocols of a method: what training (Trainable) and sampling (Denoiser) need to know of a paper, and all they may know."""
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
-import flax.struct
 import jax
 from jaxtyping import Array, Float, Int
+
+from truepose_jax.diffusion.guidance import Branches
 
 Params = Mapping[str, Any]
 """Trainable parameters, a tree of float32 arrays."""
 
 Frozen = Mapping[str, Any]
-"""Parameters that no optimizer touches (the autoencoder); empty where there are none."""
+"""Parameters that no optimizer touches, by the network's role (autoencoder, clip, ...); empty where there are none."""
 
 Batch = Mapping[str, jax.Array]
-"""input_pipeline/schema.py, BATCH_FIELDS, as device arrays."""
+"""Fields of input_pipeline/fields.py as device arrays: those that the method asks for by name."""
 
 OF_KEPT = ("hpfa_", "caa_", "carry_")
 """Beginnings of the names of metrics that are means over the samples whose source was not dropped."""
 
 BatchSpec = Mapping[str, jax.ShapeDtypeStruct]
 
+Conditioning = Any
+"""Everything denoise needs that does not depend on t, computed once per image when sampling: a tree of the method's own."""
 
-@flax.struct.dataclass
-class Conditioning:
-    """Everything denoise needs that does not depend on t; computed once per image when sampling.
 
-    pose: features of the target pose, kept in both branches of the guidance.
-    sites: what each transformer block reads of the source, by site name; None where the source is dropped,
-        so that the unconditional branch runs no source computation.
-    carry: what the half-cell head reads (models/carry.py); None where there is no head.
+@dataclasses.dataclass(frozen=True)
+class Needs:
+    """What a method reads, as its configuration alone tells.
+
+    train, sample: names of fields (input_pipeline/fields.py) that `loss` and `condition` read, "valid" aside. letters: sizes of
+    the fields' letters beside b, s, h and w. draw: rows are (source, target) "pairs", or a "canvas" of four photos of one
+    person. pictures: that one row makes. networks: roles in Frozen. tokens: whether region tokens are made.
+    separable: the loss is a mean over rows, so that a batch may be cut.
     """
 
-    pose: Float[Array, "b h w c"]
-    sites: Mapping[str, Any] | None
-    carry: Any = None
+    train: tuple[str, ...]
+    sample: tuple[str, ...]
+    letters: Mapping[str, int] = dataclasses.field(default_factory=dict)
+    draw: str = "pairs"
+    pictures: int = 1
+    networks: tuple[str, ...] = ("autoencoder",)
+    tokens: bool = False
+    separable: bool = True
 
 
-class Method(Protocol):
-    """One paper: its modules wired, its loss, its denoiser. The loop never asks which paper it is."""
+class Swap(NamedTuple):
+    """What the swap test takes from another person's row. meet: fields of bits that both rows must have, for half a swap."""
+
+    fields: tuple[str, ...]
+    meet: tuple[str, ...] = ()
+
+
+class Trainable(Protocol):
+    """One paper's network that can be trained. The loop never asks which paper it is."""
+
+    needs: Needs
 
     def init(self, key: jax.Array, batch_spec: BatchSpec) -> Params:
         """Random parameters. The tree's top level names the networks (source_net, target_net, fusion, ...)."""
         ...
 
-    def latent_spec(self, image_hw: tuple[int, int]) -> tuple[int, int, int]:
-        """(h, w, c) of the latent of an image of `image_hw` pixels. Raises ValueError where it does not fit."""
+    def loss(
+        self, params: Params, frozen: Frozen, batch: Batch, keys: jax.Array
+    ) -> tuple[Float[Array, ""], Mapping[str, jax.Array]]:
+        """The training loss and its metrics. Randomness (noise, timesteps, drops) comes from `keys` [b] alone, one
+        key per row, so that however the batch is cut every sample meets the same noise.
+
+        Of metrics, bin_* and kept are sums, those of OF_KEPT means over the kept samples, the others over the valid ones."""
+        ...
+
+    param_rules: tuple[tuple[str, tuple[str | None, ...]], ...]
+    """(regex over 'a/b/kernel' paths, mesh axes) for tensor parallelism; first match wins, no match: FSDP default."""
+
+    no_decay: str
+    """Regex of parameters that weight decay must leave alone (those that never get a gradient)."""
+
+
+class Denoiser(Trainable, Protocol):
+    """One paper that makes pictures: its modules wired, its loss, its denoiser."""
+
+    def sample_spec(self, batch: Batch) -> tuple[int, int, int]:
+        """(h, w, c) of the latent of one row. Raises ValueError where the pictures' size does not fit."""
         ...
 
     def condition(self, params: Params, frozen: Frozen, batch: Batch) -> Conditioning:
-        """The t-independent part. Reads params['source_net'], ['fusion'], ['pose_encoder']; no TargetNet."""
+        """The t-independent part; reads no parameters of the denoising network."""
         ...
 
-    def null(self, conditioning: Conditioning) -> Conditioning:
-        """The unconditional branch's conditioning (guidance, Eq. 11)."""
+    def branches(self, conditioning: Conditioning, scale: float) -> Branches:
+        """What guidance of this scale runs `denoise` with."""
         ...
 
     def denoise(
@@ -68,9 +106,12 @@ class Method(Protocol):
         """Images in [-1, 1] to latents, without noise: what an edit keeps of its reference."""
         ...
 
-    def decode(self, frozen: Frozen, latents: Float[Array, "b h w c"]) -> Float[Array, "b H W 3"]:
-        """Latents to images in [-1, 1] (clipped)."""
+    def decode(self, frozen: Frozen, latents: Float[Array, "b h w c"]) -> Float[Array, "b *v H W 3"]:
+        """Latents to images in [-1, 1] (clipped); v where a row makes several pictures."""
         ...
+
+    swaps: Mapping[str, Swap]
+    """The swap test: name -> what is taken from another person."""
 
     carries: bool
     """Whether there is an attention over the source's cells that `carried` can show."""
@@ -79,18 +120,3 @@ class Method(Protocol):
         """The source as images, seen through the last attention that reads it, when the sample is batch["target"]: what a sheet
         shows beside the picture. Only where `carries`."""
         ...
-
-    def loss(
-        self, params: Params, frozen: Frozen, batch: Batch, keys: jax.Array
-    ) -> tuple[Float[Array, ""], Mapping[str, jax.Array]]:
-        """The training loss and its metrics. Randomness (noise, timesteps, drops) comes from `keys` [b] alone, one
-        key per target, so that however the batch is cut every sample meets the same noise.
-
-        Of metrics, bin_* and kept are sums, those of OF_KEPT means over the kept samples, the others over the valid ones."""
-        ...
-
-    param_rules: tuple[tuple[str, tuple[str | None, ...]], ...]
-    """(regex over 'a/b/kernel' paths, mesh axes) for tensor parallelism; first match wins, no match: FSDP default."""
-
-    no_decay: str
-    """Regex of parameters that weight decay must leave alone (those that never get a gradient)."""

@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from collections.abc import Mapping
+from typing import Any
 
 import flax.linen as nn
+import flax.struct
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from truepose_jax.config import DiffusionConfig, ModelConfig
+from truepose_jax.config import Config, DiffusionConfig, ModelConfig
 from truepose_jax.diffusion import losses
-from truepose_jax.methods.base import BatchSpec, Conditioning
+from truepose_jax.diffusion.guidance import Branches, two_branches
+from truepose_jax.methods.base import BatchSpec, Needs, Swap
 from truepose_jax.methods.truepose_source import SourceReader, positions
 from truepose_jax.models.carry import (
     Carried,
@@ -48,9 +52,42 @@ TENSOR_RULES = (
 )
 
 
+SOURCE = ("source", "source_joints", "source_parsing")
+TOKENS = ("region_tokens", "region_valid")
+READ = (*SOURCE, *TOKENS, "target_joints", "target_pose", "class_on")
+
+
+def needs(model: ModelConfig) -> Needs:
+    """The target's map is read by the half-cell head's losses alone, and no photo of a target when sampling."""
+    train = (*READ, "target", *(("target_parsing",) if model.carry.head else ()))
+    networks = ("autoencoder", "clip") if model.uses_clip else ("autoencoder",)
+    letters = {"e": model.unet.cross_attention_dim}
+    return Needs(train=train, sample=READ, letters=letters, networks=networks, tokens=True)
+
+
+def make(config: Config, autoencoder: Autoencoder, networks: Mapping[str, Any]) -> TruePose:
+    """networks: "clip", of ablation B1."""
+    return TruePose(config.model, config.diffusion, autoencoder, networks.get("clip"))
+
+
+@flax.struct.dataclass
+class Conditioning:
+    """Everything denoise needs that does not depend on t; computed once per image when sampling.
+
+    pose: features of the target pose, kept in both branches of the guidance.
+    sites: what each transformer block reads of the source, by site name; None where the source is dropped,
+        so that the unconditional branch runs no source computation.
+    carry: what the half-cell head reads (models/carry.py); None where there is no head.
+    """
+
+    pose: Float[Array, "b h w c"]
+    sites: Mapping[str, Any] | None
+    carry: Any = None
+
+
 @dataclasses.dataclass(frozen=True)
 class TruePose:
-    """The Method of TruePose. Parameters: source_net, target_net, fusion (the source side of HPFA and CAA),
+    """The Denoiser of TruePose. Parameters: source_net, target_net, fusion (the source side of HPFA and CAA),
     pose_encoder; with model.source_parsing "coverage" also parsing_encoder, with model.carry.head also limb_encoder,
     carry_source and carry_target (models/carry.py). Frozen: autoencoder (empty for pixels and patches).
 
@@ -64,6 +101,15 @@ class TruePose:
     clip: CLIPVisionConfig | None = None
 
     param_rules = TENSOR_RULES
+    swaps = {  # noqa: RUF012
+        "image_swapped": Swap(SOURCE, meet=("region_valid",)),
+        "tokens_swapped": Swap(TOKENS, meet=("region_valid",)),
+        "both_swapped": Swap(SOURCE + TOKENS),
+    }
+
+    @property
+    def needs(self) -> Needs:
+        return needs(self.model)
 
     @functools.cached_property
     def dtype(self):
@@ -115,10 +161,13 @@ class TruePose:
             raise ValueError(f"image size {image_hw} is not divisible by the autoencoder's factor {factor}")
         return image_hw[0] // factor, image_hw[1] // factor, self.autoencoder.channels
 
+    def sample_spec(self, batch):
+        return self.latent_spec(batch["target_pose"].shape[1:3])
+
     def init(self, key, batch_spec: BatchSpec):
         batch = {name: jnp.zeros(spec.shape, spec.dtype) for name, spec in batch_spec.items()}
         b = batch["target_pose"].shape[0]
-        latents = jnp.zeros((b, *self.latent_spec(batch["target_pose"].shape[1:3])))
+        latents = jnp.zeros((b, *self.sample_spec(batch)))
         t = jnp.zeros((b,), jnp.int32)
         # The twins start with the same weights, as they do when both come from SD1.5: like features then meet like
         # features in Eq. 8 from the first step.
@@ -203,6 +252,9 @@ class TruePose:
         carry = None if conditioning.carry is None else conditioning.carry.dropped(None)
         return conditioning.replace(sites=None, carry=carry)
 
+    def branches(self, conditioning: Conditioning, scale: float) -> Branches:
+        return two_branches(conditioning, self.null(conditioning), scale)
+
     def _target(self, params, x_t, t, conditioning: Conditioning):
         """(prediction, signs of life by site, what the half-cell head carried or None)."""
         output, signs = self.target_net.apply(
@@ -240,7 +292,7 @@ class TruePose:
         return self.model.carry.head or (self.model.fusion.texture == "hpfa" and bool(self._full_sites))
 
     def carried(self, params, frozen, batch):
-        """See Method. Of the half-cell head, else of the last HPFA at the latent's own size."""
+        """See Denoiser. Of the half-cell head, else of the last HPFA at the latent's own size."""
         conditioning = self.condition(params, frozen, batch, shown=True)
         latents = self.autoencoder.encode_mean(frozen.get("autoencoder"), batch["target"])
         _, signs, carried = self._target(params, latents, jnp.zeros((len(latents),), jnp.int32), conditioning)

@@ -13,11 +13,12 @@ import numpy as np
 
 from input_pipeline.annotations.parsing import label_set
 from input_pipeline.batches.transforms import flip_record
+from input_pipeline.fields import LATENT_FACTOR
 from input_pipeline.process_group import Share
 from input_pipeline.records.annotate import annotations, rewrite_records
 from input_pipeline.records.reader import read_json
 from input_pipeline.records.schema import pack_latents, pack_tokens
-from input_pipeline.schema import LATENT_FACTOR, ImageRecord, InputError
+from input_pipeline.schema import ImageRecord, InputError
 from truepose_jax.runtime import files
 from truepose_jax.runtime.cli import parse_size
 

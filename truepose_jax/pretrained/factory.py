@@ -6,39 +6,48 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from truepose_jax.config import Config
-from truepose_jax.methods import Method, make_method
+from truepose_jax.methods import Trainable, make_method, needs
 from truepose_jax.models.vae import Autoencoder, MomentsAutoencoder
 from truepose_jax.pretrained.frozen_networks import autoencoder_shapes, load_autoencoder
 from truepose_jax.pretrained.region_tokens import LazyEncoder, RegionEncoder, vision_config, vision_shapes
 
 
 class Assembly(NamedTuple):
-    """frozen: host arrays, {"autoencoder": ...} (none for pixels) and, where the network looks through CLIP, "clip".
-    fingerprint: of the autoencoder's weights."""
+    """frozen: host arrays by role, of networks that have any ({"autoencoder": ...}). fingerprints: of the weights, by role;
+    of CLIP's the region tokens tell."""
 
-    method: Method
+    method: Trainable
     frozen: Mapping[str, Any]
-    autoencoder: Autoencoder
-    fingerprint: str
+    autoencoder: Autoencoder | None
+    fingerprints: Mapping[str, str]
 
 
-def assemble(config: Config, encoder: RegionEncoder | LazyEncoder) -> Assembly:
+def region_encoder(config: Config) -> LazyEncoder | None:
+    """What makes region tokens; None where the method reads none."""
+    return LazyEncoder(config.model.clip, config.token_width) if needs(config).tokens else None
+
+
+def assemble(config: Config, encoder: RegionEncoder | LazyEncoder | None) -> Assembly:
     """Raises ConfigError where weights are missing or not what the config says."""
-    autoencoder, params, fingerprint = load_autoencoder(config.model)
-    frozen = {"autoencoder": params} if params else {}
-    clip = None
-    if config.model.uses_clip:
-        clip, frozen["clip"] = encoder.network.config, encoder.network.params
-    return Assembly(make_method(config, autoencoder, clip), frozen, autoencoder, fingerprint)
+    roles = needs(config).networks
+    autoencoder, frozen, prints, networks = None, {}, {}, {}
+    if "autoencoder" in roles:
+        autoencoder, params, prints["autoencoder"] = load_autoencoder(config.model)
+        frozen = {"autoencoder": params} if params else {}
+    if "clip" in roles:
+        networks["clip"], frozen["clip"] = encoder.network.config, encoder.network.params
+    return Assembly(make_method(config, autoencoder, networks), frozen, autoencoder, prints)
 
 
-def planned(config: Config) -> tuple[Method, Mapping[str, Any]]:
+def planned(config: Config) -> tuple[Trainable, Mapping[str, Any]]:
     """(the method that a run trains with, its frozen networks as shapes), without any weights: for plans and estimates."""
-    autoencoder, shapes = autoencoder_shapes(config.model)
-    frozen = {"autoencoder": shapes} if shapes else {}
-    clip = None
-    if config.model.uses_clip:
-        clip = vision_config(config.model.clip, config.token_width)
-        frozen["clip"] = vision_shapes(clip)
-    reads = MomentsAutoencoder(autoencoder) if config.data.latents == "stored" else autoencoder
-    return make_method(config, reads, clip), frozen
+    roles = needs(config).networks
+    reads, frozen, networks = None, {}, {}
+    if "autoencoder" in roles:
+        autoencoder, shapes = autoencoder_shapes(config.model)
+        frozen = {"autoencoder": shapes} if shapes else {}
+        reads = MomentsAutoencoder(autoencoder) if config.data.latents == "stored" else autoencoder
+    if "clip" in roles:
+        networks["clip"] = vision_config(config.model.clip, config.token_width)
+        frozen["clip"] = vision_shapes(networks["clip"])
+    return make_method(config, reads, networks), frozen

@@ -32,8 +32,8 @@ from truepose_jax.runtime.choices import OUTSIDE
 from truepose_jax.sampling.sampler import Sampler
 
 MASK_FIELD = "edit_mask"
-"""Field of an edited batch beside schema.BATCH_FIELDS: bool [b h w], where the picture is made anew. Its `target` is the
-reference."""
+"""Field of an edited batch beside those of input_pipeline/fields.py: bool [b h w], where the picture is made anew. Its
+`target` is the reference."""
 
 LIGHT = 127
 """Brighter pixels of a mask's file are the region."""

@@ -13,7 +13,7 @@ from jaxtyping import Array, Float
 from truepose_jax.diffusion.guidance import guided_denoise
 from truepose_jax.diffusion.samplers import StepCallback, ddim_sample
 from truepose_jax.diffusion.schedule import Schedule
-from truepose_jax.methods.base import Batch, Frozen, Method, Params
+from truepose_jax.methods.base import Batch, Denoiser, Frozen, Params
 
 
 def cast_kernels(params: Params, dtype: str) -> Params:
@@ -51,7 +51,7 @@ class Sampler:
     """batch and one key per target -> images [b h w 3] in [-1, 1]. The result depends on a sample's own row and key
     alone, so batching never changes a picture (beyond rounding)."""
 
-    method: Method
+    method: Denoiser
     schedule: Schedule
     steps: int
     spacing: str
@@ -70,7 +70,7 @@ class Sampler:
 
     def noise(self, batch: Batch, keys: jax.Array) -> Float[Array, "b h w c"]:
         """What sampling begins with."""
-        shape = self.method.latent_spec(batch["target_pose"].shape[1:3])
+        shape = self.method.sample_spec(batch)
         return jax.vmap(lambda key: jax.random.normal(key, shape))(keys)
 
     def latents(
@@ -84,12 +84,8 @@ class Sampler:
     ) -> Float[Array, "b h w c"]:
         """step_callback: see ddim_sample."""
         conditioning = self.method.condition(params, frozen, batch)
-        null = self.method.null(conditioning)
-        predict = guided_denoise(
-            lambda x, t: self.method.denoise(params, x, t, conditioning),
-            lambda x, t: self.method.denoise(params, x, t, null),
-            self.guidance,
-        )
+        branches = self.method.branches(conditioning, self.guidance)
+        predict = guided_denoise(functools.partial(self.method.denoise, params), branches)
         return ddim_sample(
             predict, noise, self.schedule, steps=self.steps, spacing=self.spacing, step_callback=step_callback
         )

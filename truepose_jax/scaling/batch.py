@@ -27,15 +27,14 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from truepose_jax.config import Config, ConfigError, checked
 from truepose_jax.data.annotations import training_method
 from truepose_jax.data.datasets import Dataset, evaluation_set, training_batches, training_set
-from truepose_jax.pretrained.factory import assemble
-from truepose_jax.pretrained.region_tokens import LazyEncoder
+from truepose_jax.pretrained.factory import assemble, region_encoder
 from truepose_jax.runtime.sharding import batch_parts, put_global_batch, put_whole_batch, replicate
 from truepose_jax.scaling.compiled import mesh_of
 from truepose_jax.scaling.fits import noise_estimate, steps_to
 from truepose_jax.scaling.table import Row
 from truepose_jax.training import noise_scale
 from truepose_jax.training.checkpoint import Checkpoints, Preemption, check_same_config, parameter_table, write_metadata
-from truepose_jax.training.init import abstract_state, first_state, training_form
+from truepose_jax.training.init import abstract_state, first_state
 from truepose_jax.training.run_log import CannotWrite, Monitor, NonFinite
 from truepose_jax.training.step import Trainer, TrainState
 from truepose_jax.training.validation import Pairs
@@ -158,11 +157,11 @@ class Study:
             raise ConfigError(
                 f"--micro={settings.micro} cannot be cut over {batch_parts(self.mesh)} parts of the batch"
             )
-        encoder = LazyEncoder(config.model.clip, config.token_width)
-        method, frozen, autoencoder, fingerprint = assemble(config, encoder)
+        encoder = region_encoder(config)
+        method, frozen, autoencoder, prints = assemble(config, encoder)
         self.data: Dataset = training_set(config, encoder, str(folder / "cache"))
-        self.method = training_method(config, method, self.data.images, autoencoder, fingerprint)
-        self.pairs = Pairs.read(evaluation_set(config, encoder, str(folder / "cache")))
+        self.method = training_method(config, method, self.data.images, autoencoder, prints)
+        self.pairs = Pairs.read(evaluation_set(config, encoder, str(folder / "cache")), method.needs)
         self.frozen = replicate(self.mesh, frozen)
         parts = batch_parts(self.mesh)
         self.eval_batch = -(-min(config.eval.batch_size, len(self.pairs)) // parts) * parts
@@ -191,7 +190,7 @@ class Study:
         return total / max(weight, 1.0)
 
     def loader(self, config: Config, start: int) -> Any:
-        return training_batches(config, self.data, start_step=start, form=training_form(config))
+        return training_batches(config, self.data, start_step=start)
 
     def row(self, run: Run, preemption: Preemption) -> Row | None:
         """Trains and judges; None: asked to stop, and saved. Goes on where the run's folder stands. A run that diverges

@@ -11,10 +11,11 @@ import jax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from truepose_jax.config import Config
+from truepose_jax.data.datasets import training_form
 from truepose_jax.pretrained.factory import planned
 from truepose_jax.runtime.sharding import BATCH_AXES, make_mesh
 from truepose_jax.scaling.collectives import collective_bytes, wire_bytes
-from truepose_jax.training.init import abstract_state, batch_spec, training_form
+from truepose_jax.training.init import abstract_state, batch_spec
 from truepose_jax.training.step import Trainer
 
 LITTLE_EFFORT = {

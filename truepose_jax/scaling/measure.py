@@ -15,12 +15,11 @@ import numpy as np
 from truepose_jax.config import Config
 from truepose_jax.data.annotations import training_method
 from truepose_jax.data.datasets import training_batches, training_set
-from truepose_jax.pretrained.factory import assemble
-from truepose_jax.pretrained.region_tokens import LazyEncoder
+from truepose_jax.pretrained.factory import assemble, region_encoder
 from truepose_jax.runtime.sharding import put_global_batch, replicate
 from truepose_jax.scaling.collectives import KINDS, collective_bytes, wire_bytes
 from truepose_jax.scaling.compiled import mesh_of, total_bytes
-from truepose_jax.training.init import abstract_state, batch_spec, training_form
+from truepose_jax.training.init import abstract_state, batch_spec
 from truepose_jax.training.step import Trainer
 
 WARM_UP = 2
@@ -34,10 +33,10 @@ def measure(config: Config, *, devices: int, steps: int, cache: str) -> dict[str
     """The row's numbers from the first `devices` devices: medians over `steps` steps each with a batch that lies on the
     devices and with the loader. cache: folder for region tokens."""
     mesh = mesh_of(config, jax.devices()[:devices])
-    encoder = LazyEncoder(config.model.clip, config.token_width)
-    method, frozen, autoencoder, fingerprint = assemble(config, encoder)
+    encoder = region_encoder(config)
+    method, frozen, autoencoder, prints = assemble(config, encoder)
     data = training_set(config, encoder, cache)
-    method = training_method(config, method, data.images, autoencoder, fingerprint)
+    method = training_method(config, method, data.images, autoencoder, prints)
     frozen = replicate(mesh, frozen)
     with jax.set_mesh(mesh):
         trainer = Trainer(config, method)
@@ -45,7 +44,7 @@ def measure(config: Config, *, devices: int, steps: int, cache: str) -> dict[str
         shardings = jax.tree.map(lambda x: x.sharding, abstract)
         init = jax.jit(lambda key: trainer.init_state(key, batch_spec(config)), out_shardings=shardings)
         state = init(jax.random.key(config.seed))
-        loader = training_batches(config, data, form=training_form(config))
+        loader = training_batches(config, data)
         batch = put_global_batch(mesh, next(loader))
         start = time.perf_counter()
         compiled = trainer.jitted(state).lower(state, frozen, batch).compile()

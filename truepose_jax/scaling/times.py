@@ -62,7 +62,7 @@ def flops_per_example(config: Config) -> float:
     if config.model not in _known_flops:
         (method, frozen), spec = planned(config), batch_spec(config)
         params = jax.eval_shape(lambda key: method.init(key, spec), jax.random.key(0))
-        count = spec["target"].shape[0]
+        count = spec["valid"].shape[0]
         keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), count))
         with default_implementation("reference"):  # XLA counts loops once and kernels not at all
             lowered = jax.jit(lambda *a: method.loss(*a)[0]).lower(params, frozen, spec, keys)

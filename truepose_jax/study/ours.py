@@ -29,7 +29,6 @@ from truepose_jax.diffusion.guidance import guided
 from truepose_jax.diffusion.samplers import ddim_levels, ddim_step
 from truepose_jax.inference.pipeline import Pipeline
 from truepose_jax.kernels.attention.reference import PiecewiseLinear, eq6_slopes, mask_sides, sloped_logits
-from truepose_jax.methods.base import Method
 from truepose_jax.models.hpfa import HPFA, FusionConfig, HPFASource
 
 PLAIN = PiecewiseLinear(1.0, 0.0)
@@ -121,7 +120,7 @@ class Watcher:
 
     def __init__(self, pipeline: Pipeline, *, steps: int, guidance: float):
         # Without rematerialisation, which would run the blocks inside transformations of their own.
-        self.method: Method = dataclasses.replace(
+        self.method = dataclasses.replace(
             pipeline.method, model=dataclasses.replace(pipeline.method.model, remat=False)
         )
         self.pipeline, self.guidance = pipeline, guidance
@@ -138,7 +137,7 @@ class Watcher:
     def _watched(self, batch: dict[str, np.ndarray], keys: jax.Array) -> Seen:
         params, frozen = self.pipeline.params, self.pipeline.frozen
         conditioning, fused, before, after = self._prepare(params, frozen, batch)
-        shape = self.method.latent_spec(batch["target_pose"].shape[1:3])
+        shape = self.method.sample_spec(batch)
         x = jax.vmap(lambda key: jax.random.normal(key, shape))(keys)
         found = []
         for t, abar_next in zip(self.timesteps, self.abars[1:], strict=True):
@@ -165,11 +164,9 @@ class Watcher:
         queries: dict[str, Array] = {}
         with _watching({}, queries):
             output = self.method.denoise(params, x, at, conditioning)
-        output = guided(
-            lambda: output,
-            lambda: self.method.denoise(params, x, at, self.method.null(conditioning)),
-            self.guidance,
-        )
+        if self.guidance != 1.0:
+            conditional, null = output, self.method.null(conditioning)
+            output = guided(lambda: self.method.denoise(params, x, at, null), [(self.guidance, lambda: conditional)])
         masses = {site: jnp.mean(mean_attention(q, fused[site]), axis=1) for site, q in queries.items()}
         through = {site: jnp.einsum("bn,bnm->bm", mass, after[site]) for site, mass in masses.items()}
         return ddim_step(x, output, t, abar_next, self.schedule), masses, through

@@ -17,8 +17,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from input_pipeline.schema import batch_shapes
 from truepose_jax.config import Config, ConfigError, to_dict
+from truepose_jax.data.datasets import layout_of
 from truepose_jax.pretrained.conversion.key_maps import leaves, nest
 from truepose_jax.pretrained.conversion.safetensors_io import ConversionError, TensorInfo
 from truepose_jax.pretrained.conversion.weights_folder import CODEC_FILE, WEIGHTS_FILE, WeightsFolder, open_weights
@@ -91,19 +91,10 @@ def origin(config: Config) -> dict[str, Any] | None:
 
 def batch_spec(config: Config, *, targets: int | None = None, form: str = "float32") -> dict[str, jax.ShapeDtypeStruct]:
     """A batch of `targets`; None: of one source, which parameters are initialised with (no parameter's shape depends on
-    the batch size). form: a key of input_pipeline.schema.FORMS."""
+    the batch size). form: of input_pipeline/fields.py."""
     k = config.data.targets_per_source
-    shapes = batch_shapes(
-        batch_size=targets or k, targets_per_source=k, size=config.model.size, token_width=config.token_width, form=form
-    )
+    shapes = layout_of(config, form).shapes(batch_size=targets or k, targets_per_source=k, size=config.model.size)
     return {name: jax.ShapeDtypeStruct(shape, np.dtype(dtype)) for name, (shape, dtype) in shapes.items()}
-
-
-def training_form(config: Config) -> str:
-    """The form in which training's batches travel, a key of input_pipeline.schema.FORMS."""
-    if config.data.latents == "stored":
-        return "latents"
-    return "uint8+maps" if config.model.carry.head else "uint8"
 
 
 def abstract_state(config: Config, trainer: Trainer, mesh: Mesh) -> TrainState:

@@ -23,9 +23,10 @@ from jax.sharding import AbstractDevice, AbstractMesh, AxisType
 from ml_collections import ConfigDict
 
 from truepose_jax.config import Config, ConfigError, from_config_dict
+from truepose_jax.data.datasets import training_form
 from truepose_jax.pretrained.factory import planned
 from truepose_jax.runtime.sharding import AXES
-from truepose_jax.training.init import batch_spec, training_form
+from truepose_jax.training.init import batch_spec
 from truepose_jax.training.step import Trainer, normalize_batch
 
 GIB = 1 << 30

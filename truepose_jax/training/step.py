@@ -13,8 +13,9 @@ import optax
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Int
 
+from input_pipeline.fields import FIELDS
 from truepose_jax.config import Config
-from truepose_jax.methods.base import OF_KEPT, Batch, BatchSpec, Frozen, Method, Params
+from truepose_jax.methods.base import OF_KEPT, Batch, BatchSpec, Frozen, Params, Trainable
 from truepose_jax.runtime import rng
 from truepose_jax.runtime.sharding import compiler_options
 from truepose_jax.training import noise_scale
@@ -47,7 +48,7 @@ class Trainer:
     """Wires a method and an optimizer into init and step."""
 
     config: Config
-    method: Method
+    method: Trainable
 
     def packing(self, params: Any) -> ParamLayout:
         return make_param_layout(self.config.optim.layout, params, self.method.no_decay)
@@ -88,12 +89,12 @@ class Trainer:
     def step(
         self, state: TrainState, frozen: Frozen, batch: Batch, total_steps: Int[Array, ""] | None = None
     ) -> tuple[TrainState, dict[str, jax.Array]]:
-        """One update from a batch of any form (input_pipeline.schema.FORMS). Randomness is a function of (seed,
+        """One update from a batch of any form (input_pipeline/fields.py). Randomness is a function of (seed,
         state.step). Non-finite gradients change nothing but the counters; metrics then hold bad_loss and bad_gradients,
         the index of the first bad parameter among them. total_steps: in place of the config's, for the schedule."""
         batch = normalize_batch(batch)
         key = rng.key(jax.random.key(self.config.seed), "train", state.step)
-        keys = jax.random.split(key, batch["target"].shape[0])
+        keys = jax.random.split(key, batch["valid"].shape[0])
         grads, metrics = self.gradients(state.params, frozen, batch, keys)
         packing = self.packing(grads)
         grads, old_params = packing.pack(grads), packing.pack(self.trained(state.params))
@@ -154,11 +155,11 @@ class Trainer:
         if pieces == 1:
             return gradient(trained, frozen, batch, keys)
         total = jnp.maximum(jnp.sum(batch["valid"]), 1.0)
-        sources = batch["source"].shape[0]
+        groups = min(len(x) for x in batch.values())  # sources, or rows where there are none
 
         def cut(x):
-            # Interleaved by source: each device keeps its own rows, and a source its targets, in every micro-batch.
-            grouped = x.reshape(sources // pieces, pieces, x.shape[0] // sources, *x.shape[1:])
+            # Interleaved by group: each device keeps its own rows, and a source its targets, in every micro-batch.
+            grouped = x.reshape(groups // pieces, pieces, x.shape[0] // groups, *x.shape[1:])
             return jnp.moveaxis(grouped, 1, 0).reshape(pieces, x.shape[0] // pieces, *x.shape[1:])
 
         def one(piece):
@@ -218,13 +219,14 @@ def _of_sums(metrics: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def normalize_batch(batch: Batch) -> Batch:
-    """The batch as a Method sees it: bytes become pictures in [-1, 1] and skeletons in [0, 1], halves become floats."""
+    """The batch as a method sees it: bytes become photos in [-1, 1] and skeletons in [0, 1], halves become floats."""
 
     def widened(name: str, x: jax.Array) -> jax.Array:
         if x.dtype == jnp.float16:
             return x.astype(jnp.float32)
-        if x.dtype != jnp.uint8 or name not in ("source", "target", "target_pose"):
+        kind = FIELDS[name].kind if name in FIELDS else ""
+        if x.dtype != jnp.uint8 or not kind:
             return x
-        return x.astype(jnp.float32) / 255.0 if name == "target_pose" else x.astype(jnp.float32) / 127.5 - 1.0
+        return x.astype(jnp.float32) / 255.0 if kind == "skeleton" else x.astype(jnp.float32) / 127.5 - 1.0
 
     return {name: widened(name, x) for name, x in batch.items()}

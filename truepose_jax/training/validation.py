@@ -16,24 +16,21 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from input_pipeline.annotations.parsing import label_set
 from input_pipeline.batches.loader import eval_batches
+from input_pipeline.fields import Layout
 from input_pipeline.schema import ImageSet, InputError
 from truepose_jax.config import Config
 from truepose_jax.data.datasets import Dataset
-from truepose_jax.methods.base import OF_KEPT, Frozen, Method, Params
+from truepose_jax.methods.base import OF_KEPT, Denoiser, Frozen, Needs, Params, Swap
 from truepose_jax.metrics.regions import group_mask, mean_psnr
 from truepose_jax.runtime import rng
 from truepose_jax.runtime.sharding import batch_parts, put_whole_batch
 from truepose_jax.sampling.image_grid import sheet, to_uint8
 from truepose_jax.sampling.sampler import Sampler, compiler_options
 
-IMAGE_FIELDS = ("source", "source_joints", "source_parsing")
-TOKEN_FIELDS = ("region_tokens", "region_valid")
-SWAPS = {
-    "intact": (),
-    "image_swapped": IMAGE_FIELDS,
-    "tokens_swapped": TOKEN_FIELDS,
-    "both_swapped": IMAGE_FIELDS + TOKEN_FIELDS,
-}
+INTACT = "intact"
+"""The scores beside the swaps'."""
+
+FOR_METRICS = ("source", "target", "target_pose", "target_parsing")
 
 Sample = Callable[[Mapping[str, np.ndarray], jax.Array], np.ndarray]
 """(host batch, keys [b]) -> images [b h w 3]."""
@@ -45,16 +42,17 @@ CheckPreemption = Callable[[], None]
 @dataclasses.dataclass(frozen=True)
 class Pairs:
     """All pairs of an evaluation as one host batch (one source per target), the label groups of its maps, and who each
-    source shows."""
+    source shows. The batch has what the method reads and, for metrics, the photos, the pose and the target's map."""
 
     batch: Mapping[str, np.ndarray]
     groups: Mapping[str, Sequence[int]]
     identities: Sequence[str]
 
     @classmethod
-    def read(cls, dataset: Dataset, pairs: np.ndarray | None = None) -> Pairs:
+    def read(cls, dataset: Dataset, needs: Needs, pairs: np.ndarray | None = None) -> Pairs:
         pairs = dataset.pairs if pairs is None else pairs
-        (batch,) = eval_batches(dataset.images, dataset.tokens, pairs, len(pairs))
+        layout = Layout((*needs.train, *needs.sample, *FOR_METRICS), "float32", needs.letters)
+        (batch,) = eval_batches(dataset.images, dataset.tokens, layout, pairs, len(pairs))
         identities = [_identity(dataset.images, int(source)) for source in pairs[:, 0]]
         return cls(batch, label_set(dataset.images.labels).groups, identities)
 
@@ -66,9 +64,12 @@ class Pairs:
         inside = group_mask(self.batch["target_parsing"], self.groups[group])
         return inside & (self.batch["valid"] > 0)[:, None, None]
 
-    def with_sources(self, order: np.ndarray, fields: Sequence[str] = SWAPS["both_swapped"]) -> Pairs:
-        """The same targets with the named source fields of row order[i] in row i."""
-        return dataclasses.replace(self, batch={**self.batch, **{name: self.batch[name][order] for name in fields}})
+    def with_sources(self, order: np.ndarray, swap: Swap) -> Pairs:
+        """The same targets with the swap's fields of row order[i] in row i."""
+        # Half a swap: a token whose region the map does not show, or the reverse, is nothing that training ever saw.
+        swapped = {name: self.batch[name][order] for name in swap.fields}
+        swapped |= {name: self.batch[name] & self.batch[name][order] for name in swap.meet}
+        return dataclasses.replace(self, batch={**self.batch, **swapped})
 
     def keys(self, seed: int) -> jax.Array:
         """One key per pair, the same in every evaluation."""
@@ -109,17 +110,18 @@ def region_scores(images: np.ndarray, pairs: Pairs) -> dict[str, float]:
 
 
 def swap_scores(
-    pairs: Pairs, sample: Sample, seed: int, batch_size: int, check_preemption: CheckPreemption = lambda: None
+    pairs: Pairs,
+    swaps: Mapping[str, Swap],
+    sample: Sample,
+    seed: int,
+    batch_size: int,
+    check_preemption: CheckPreemption = lambda: None,
 ) -> tuple[dict[str, dict[str, float]], np.ndarray]:
-    """Region scores of every entry of SWAPS, and the intact images."""
+    """Region scores without and with each of a method's swaps, and the intact images."""
     order = other_people(pairs.identities)
     scores, intact = {}, None
-    for name, fields in SWAPS.items():
-        swapped = pairs.with_sources(order, fields)
-        if fields in (IMAGE_FIELDS, TOKEN_FIELDS):
-            # Half a swap: a token whose region the map does not show, or the reverse, is nothing that training ever saw.
-            both = pairs.batch["region_valid"] & pairs.batch["region_valid"][order]
-            swapped = dataclasses.replace(swapped, batch={**swapped.batch, "region_valid": both})
+    for name, swap in {INTACT: Swap(()), **swaps}.items():
+        swapped = pairs.with_sources(order, swap)
         images = swapped.sample(sample, seed, batch_size, check_preemption)
         scores[name] = region_scores(images, pairs)
         intact = images if intact is None else intact
@@ -127,7 +129,7 @@ def swap_scores(
 
 
 def carried_sources(pairs: Pairs, images: np.ndarray, carried: Sample, seed: int, batch_size: int) -> np.ndarray:
-    """The sources as the attention carried them [n h w 3], where the samples of the pairs are `images`. carried: Method.carried
+    """The sources as the attention carried them [n h w 3], where the samples of the pairs are `images`. carried: Denoiser.carried
     of batches whose targets are those."""
     return dataclasses.replace(pairs, batch={**pairs.batch, "target": images}).sample(carried, seed, batch_size)
 
@@ -153,15 +155,15 @@ def _identity(images: ImageSet, index: int) -> str:
 
 def swap_costs(scores: Mapping[str, Mapping[str, float]], group: str = "person") -> dict[str, float]:
     """dB lost inside the group by each swap."""
-    return {name: scores["intact"][group] - scores[name][group] for name in SWAPS if name != "intact"}
+    return {name: scores[INTACT][group] - scores[name][group] for name in scores if name != INTACT}
 
 
 class Evaluator:
     """The evaluation of a run, the same pairs and noise every time, so that its curves compare."""
 
-    def __init__(self, config: Config, method: Method, dataset: Dataset, mesh: Mesh):
-        self.config, self.dataset, self.mesh = config, dataset, mesh
-        self.pairs = Pairs.read(dataset)
+    def __init__(self, config: Config, method: Denoiser, dataset: Dataset, mesh: Mesh):
+        self.config, self.method, self.dataset, self.mesh = config, method, dataset, mesh
+        self.pairs = Pairs.read(dataset, method.needs)
         parts = batch_parts(mesh)
         self.batch_size = -(-min(config.eval.batch_size, len(self.pairs)) // parts) * parts
         self.sampler = make_sampler(config, method, steps=config.eval.steps, guidance=config.eval.guidance)
@@ -179,7 +181,9 @@ class Evaluator:
         loss, norms = self._losses(params, frozen, check_preemption)
         results = {f"{name}_loss": loss}
         sample = self.sample_with(params, frozen)
-        scores, images = swap_scores(self.pairs, sample, self.config.seed, self.batch_size, check_preemption)
+        scores, images = swap_scores(
+            self.pairs, self.method.swaps, sample, self.config.seed, self.batch_size, check_preemption
+        )
         results |= {f"psnr_{region}": value for region, value in scores["intact"].items()}
         results |= {f"swap_cost_{swap}": cost for swap, cost in swap_costs(scores).items()}
         shown = self.sheet(images, self._carried_with(params, frozen)) if self.config.eval.sheet_rows else None
@@ -230,7 +234,7 @@ class Evaluator:
         )
 
 
-def make_sampler(config: Config, method: Method, *, steps: int, guidance: float) -> Sampler:
+def make_sampler(config: Config, method: Denoiser, *, steps: int, guidance: float) -> Sampler:
     """The run's sampler: its schedule and spacing."""
     diffusion = config.diffusion
     return Sampler(method, diffusion.schedule, steps=steps, spacing=diffusion.spacing, guidance=guidance)

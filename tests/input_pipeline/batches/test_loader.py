@@ -8,12 +8,15 @@ import pytest
 
 from input_pipeline.annotations.parsing import LABEL_SETS, class_on, flip_parsing
 from input_pipeline.annotations.skeleton import draw_skeleton
-from input_pipeline.batches.loader import GroupPlan, RecordCache, TokenTable, eval_batches, make_loader
+from input_pipeline.batches.loader import RecordCache, TokenTable, eval_batches, make_loader
+from input_pipeline.batches.plans import GroupPlan
 from input_pipeline.batches.transforms import flip_record
-from input_pipeline.schema import BATCH_FIELDS, InputError, check_batch
+from input_pipeline.schema import InputError
+from tests.records import pair_layout
 from tests.shared_data import NoiseImages
 
 WIDTH = 8
+LAYOUT = pair_layout(width=WIDTH)
 
 
 def tokens_of(count: int) -> TokenTable:
@@ -39,7 +42,7 @@ def take(count: int, loader) -> list[dict[str, np.ndarray]]:
 def assert_same(a: list, b: list) -> None:
     assert len(a) == len(b)
     for left, right in zip(a, b, strict=True):
-        for name in BATCH_FIELDS:
+        for name in LAYOUT.fields:
             np.testing.assert_array_equal(left[name], right[name], err_msg=name)
 
 
@@ -59,26 +62,28 @@ SETTINGS = {"seed": 3, "batch_size": 8, "flip": True, "self_pair": 0.2}
 @pytest.mark.parametrize("k", [1, 4])
 def test_resume_equals_straight_and_threads_do_not_matter(images, tokens, k):
     settings = SETTINGS | {"targets_per_source": k}
-    straight = take(30, make_loader(images, tokens, threads=2, **settings))
-    assert_same(straight[22:], take(8, make_loader(images, tokens, start_step=22, threads=0, **settings)))
-    assert_same(straight[:3], take(3, make_loader(RecordCache(images, max_bytes=10**6), tokens, **settings)))
-    other = take(3, make_loader(images, tokens, **settings | {"seed": 4}))
+    straight = take(30, make_loader(images, tokens, LAYOUT, threads=2, **settings))
+    assert_same(straight[22:], take(8, make_loader(images, tokens, LAYOUT, start_step=22, threads=0, **settings)))
+    assert_same(straight[:3], take(3, make_loader(RecordCache(images, max_bytes=10**6), tokens, LAYOUT, **settings)))
+    other = take(3, make_loader(images, tokens, LAYOUT, **settings | {"seed": 4}))
     assert not np.array_equal(other[0]["source"], straight[0]["source"])
 
 
 @pytest.mark.parametrize("hosts", [2, 4])
 def test_hosts_get_contiguous_rows_of_one_global_batch(images, tokens, hosts):
     settings = SETTINGS | {"targets_per_source": 2, "start_step": 5}
-    whole = take(6, make_loader(images, tokens, **settings))
-    parts = [take(6, make_loader(images, tokens, host_index=h, host_count=hosts, **settings)) for h in range(hosts)]
-    joined = [{name: np.concatenate([p[step][name] for p in parts]) for name in BATCH_FIELDS} for step in range(6)]
+    whole = take(6, make_loader(images, tokens, LAYOUT, **settings))
+    parts = [
+        take(6, make_loader(images, tokens, LAYOUT, host_index=h, host_count=hosts, **settings)) for h in range(hosts)
+    ]
+    joined = [{name: np.concatenate([p[step][name] for p in parts]) for name in LAYOUT.fields} for step in range(6)]
     assert_same(whole, joined)
 
 
 def test_batches_follow_the_schema(images, tokens):
     for k in (1, 2, 8):
-        batch = next(make_loader(images, tokens, seed=0, batch_size=8, targets_per_source=k))
-        assert check_batch(batch) == {"s": 8 // k, "b": 8, "h": 64, "w": 48, "e": WIDTH}
+        batch = next(make_loader(images, tokens, LAYOUT, seed=0, batch_size=8, targets_per_source=k))
+        assert LAYOUT.check(batch) == {"s": 8 // k, "b": 8, "h": 64, "w": 48, "e": WIDTH}
         assert batch["source"].min() == -1 and batch["source"].max() == 1
         assert batch["target_pose"].min() == 0 and batch["target_pose"].max() == 1
         assert batch["valid"].all()
@@ -87,9 +92,9 @@ def test_batches_follow_the_schema(images, tokens):
 def test_bytes_with_maps_are_the_floats_and_fit_the_schema(images, tokens):
     """Of a set that is no set of records: pictures rounded to bytes, everything else as it is."""
     settings = {"seed": 1, "batch_size": 8, "targets_per_source": 2, "flip": True}
-    loaders = (make_loader(images, tokens, form=form, **settings) for form in ("float32", "uint8+maps"))
+    loaders = (make_loader(images, tokens, pair_layout(form), **settings) for form in ("float32", "uint8"))
     for floats, compact in zip(*(take(2, loader) for loader in loaders), strict=True):
-        check_batch(compact, "uint8+maps")
+        pair_layout("uint8").check(compact)
         assert floats.keys() == compact.keys() and compact["target_parsing"].any()
         for name, wanted in floats.items():
             if name in ("source", "target"):
@@ -101,7 +106,7 @@ def test_bytes_with_maps_are_the_floats_and_fit_the_schema(images, tokens):
 
 def test_rows_hold_what_they_say(images, tokens):
     labels = LABEL_SETS["atr18"]
-    for batch in take(3, make_loader(images, tokens, seed=1, batch_size=8, targets_per_source=2, flip=True)):
+    for batch in take(3, make_loader(images, tokens, LAYOUT, seed=1, batch_size=8, targets_per_source=2, flip=True)):
         for row in range(8):
             source, flipped = index_of(images, batch["source"][row // 2])
             target, target_flipped = index_of(images, batch["target"][row])
@@ -125,7 +130,7 @@ def test_rows_hold_what_they_say(images, tokens):
 
 def test_an_epoch_is_every_pair_once_and_reshuffled(images, tokens):
     steps = len(images.pairs) // 8
-    loader = make_loader(images, tokens, seed=0, batch_size=8)
+    loader = make_loader(images, tokens, LAYOUT, seed=0, batch_size=8)
     epochs = []
     for _ in range(2):
         rows = [
@@ -136,7 +141,7 @@ def test_an_epoch_is_every_pair_once_and_reshuffled(images, tokens):
         assert sorted(rows) == sorted(map(tuple, images.pairs.tolist()))
         epochs.append(rows)
     assert epochs[0] != epochs[1]
-    ordered = next(make_loader(images, tokens, seed=0, batch_size=8, shuffle=False))
+    ordered = next(make_loader(images, tokens, LAYOUT, seed=0, batch_size=8, shuffle=False))
     found = [index_of(images, picture)[0] for picture in ordered["target"]]
     assert found == images.pairs[:8, 1].tolist()
 
@@ -176,8 +181,8 @@ class Broken(NoiseImages):
 def test_a_broken_record_keeps_its_slot(images, tokens, caplog):
     broken = Broken()
     settings = {"seed": 0, "batch_size": 8, "targets_per_source": 2}
-    good = take(18, make_loader(images, tokens, **settings))
-    bad = take(18, make_loader(broken, tokens, **settings))
+    good = take(18, make_loader(images, tokens, LAYOUT, **settings))
+    bad = take(18, make_loader(broken, tokens, LAYOUT, **settings))
     hit = 0
     for a, b in zip(good, bad, strict=True):
         for row in range(8):
@@ -188,17 +193,17 @@ def test_a_broken_record_keeps_its_slot(images, tokens, caplog):
                 assert not b["target"][row].any() and not b["target_pose"][row].any() and not b["class_on"][row].any()
             else:
                 np.testing.assert_array_equal(a["target"][row], b["target"][row])
-        check_batch(b)
+        LAYOUT.check(b)
     assert hit > 0
     assert [r.getMessage() for r in caplog.records] == ["photo 1 is truncated (its rows weigh nothing)"]
 
 
 def test_eval_batches_are_ordered_and_padded(images, tokens):
     pairs = images.pairs[:11]
-    batches = list(eval_batches(images, tokens, pairs, 4))
+    batches = list(eval_batches(images, tokens, LAYOUT, pairs, 4))
     assert len(batches) == 3
     for batch in batches:
-        assert check_batch(batch)["b"] == 4
+        assert LAYOUT.check(batch)["b"] == 4
     np.testing.assert_array_equal(np.concatenate([b["valid"] for b in batches]), [1] * 11 + [0])
     found = [index_of(images, b["target"][i])[0] for b in batches for i in range(4) if b["valid"][i]]
     assert found == pairs[:, 1].tolist()
@@ -242,13 +247,13 @@ def test_errors_in_one_line(images, tokens):
     }
     for words, changes in cases.items():
         with pytest.raises(InputError, match=words) as excinfo:
-            make_loader(**{"images": images, "tokens": tokens, "seed": 0, "batch_size": 8} | changes)
+            make_loader(**{"images": images, "tokens": tokens, "layout": LAYOUT, "seed": 0, "batch_size": 8} | changes)
         assert "\n" not in str(excinfo.value)
     with pytest.raises(InputError, match="no pairs"):
-        next(eval_batches(images, tokens, np.zeros((0, 2)), 4))
+        next(eval_batches(images, tokens, LAYOUT, np.zeros((0, 2)), 4))
     for wrong in (99, -1):
         with pytest.raises(InputError, match=f"name image {wrong}, but the set has 24, numbered from 0"):
-            next(eval_batches(images, tokens, np.array([[0, wrong]]), 4))
+            next(eval_batches(images, tokens, LAYOUT, np.array([[0, wrong]]), 4))
 
 
 def test_flip_record_twice_is_the_record(images):

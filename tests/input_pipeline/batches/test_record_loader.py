@@ -16,9 +16,9 @@ from input_pipeline.batches.readers import RecordTokens
 from input_pipeline.records.annotate import rewrite_records
 from input_pipeline.records.reader import RecordImages
 from input_pipeline.records.schema import RecordWriter, pack_latents, pack_tokens
-from input_pipeline.schema import FORMS, InputError, check_batch
+from input_pipeline.schema import InputError
 from tests.process import run
-from tests.records import built
+from tests.records import built, pair_layout
 
 SIZE, WIDTH = (32, 24), 8
 
@@ -55,10 +55,17 @@ def images(root):
     return RecordImages(root, "train", size=SIZE)
 
 
-def batches(images, count, **settings):
-    loader = make_loader(
-        images, RecordTokens(images, WIDTH, True), **{"seed": 1, "batch_size": 8, "flip": True} | settings
-    )
+LAYOUTS = {
+    "float32": pair_layout(width=WIDTH),
+    "uint8": pair_layout("uint8", maps=False, width=WIDTH),
+    "uint8+maps": pair_layout("uint8", width=WIDTH),
+    "latents": pair_layout("latents", maps=False, width=WIDTH),
+}
+
+
+def batches(images, count, form="float32", **settings):
+    settings = {"seed": 1, "batch_size": 8, "flip": True} | settings
+    loader = make_loader(images, RecordTokens(images, WIDTH, True), LAYOUTS[form], **settings)
     return list(itertools.islice(loader, count))
 
 
@@ -72,8 +79,8 @@ def assert_same(left, right):
 @pytest.mark.parametrize("form", ["uint8", "uint8+maps"])
 def test_bytes_are_the_floats_before_they_are_floats(images, form):
     for floats, compact in zip(batches(images, 6), batches(images, 6, form=form), strict=True):
-        check_batch(floats)
-        check_batch(compact, form)
+        LAYOUTS["float32"].check(floats)
+        LAYOUTS[form].check(compact)
         assert floats.keys() - compact.keys() == ({"target_parsing"} if form == "uint8" else set())
         for name in compact:
             wanted = floats[name]
@@ -92,7 +99,7 @@ def test_moments_are_the_stored_latents_of_the_side_that_enters(images):
             places[np.concatenate([mean, log_variance], -1).tobytes()] = index, flip
     seen = set()
     for compact, moments in zip(batches(images, 12, form="uint8"), batches(images, 12, form="latents"), strict=True):
-        check_batch(moments, "latents")
+        LAYOUTS["latents"].check(moments)
         for name in moments.keys() - {"source", "target"}:
             np.testing.assert_array_equal(moments[name], compact[name], err_msg=name)
         for row in range(8):
@@ -111,7 +118,9 @@ def test_hosts_share_one_global_batch(images, hosts):
         batches(images, 4, form="latents", start_step=3, host_index=h, host_count=hosts, threads=h)
         for h in range(hosts)
     ]
-    assert_same(whole, [{n: np.concatenate([p[i][n] for p in parts]) for n in FORMS["latents"]} for i in range(4)])
+    assert_same(
+        whole, [{n: np.concatenate([p[i][n] for p in parts]) for n in LAYOUTS["latents"].fields} for i in range(4)]
+    )
 
 
 PROGRAM = '''
@@ -120,6 +129,7 @@ import absl.flags
 from input_pipeline.batches.loader import make_loader
 from input_pipeline.batches.readers import RecordTokens
 from input_pipeline.records.reader import RecordImages
+from tests.records import pair_layout
 
 def interrupt_at_birth(workers):
     """As Ctrl-C and the end of a whole job step do, before a worker has imported anything."""
@@ -134,9 +144,10 @@ def interrupt_at_birth(workers):
 if __name__ == "__main__":
     absl.flags.FLAGS.mark_as_parsed()
     images = RecordImages(sys.argv[1], "train", size=(32, 24))
+    layout = pair_layout("uint8", maps=False)
     for workers in (0, 2):
         loader = make_loader(
-            images, RecordTokens(images, 8, True), seed=1, batch_size=8, flip=True, form="uint8", workers=workers
+            images, RecordTokens(images, 8, True), layout, seed=1, batch_size=8, flip=True, workers=workers
         )
         threading.Thread(target=interrupt_at_birth, args=[workers], daemon=True).start()
         found = [next(loader)]
@@ -201,7 +212,7 @@ def test_what_is_refused(images):
     with pytest.raises(InputError, match="region tokens of 8; expected 9"):
         RecordTokens(images, 9, True).of(0, flip=False)
     with pytest.raises(InputError, match="mirrored"):
-        make_loader(images, RecordTokens(images, WIDTH, False), seed=0, batch_size=4, flip=True)
+        make_loader(images, RecordTokens(images, WIDTH, False), LAYOUTS["uint8"], seed=0, batch_size=4, flip=True)
     other = RecordImages(images.root, "train", size=(40, 24))
     (batch,) = batches(other, 1, form="latents")
     assert not batch["valid"].any(), "latents of another size"

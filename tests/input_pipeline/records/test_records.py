@@ -24,7 +24,7 @@ from input_pipeline.records.schema import (
 from input_pipeline.schema import InputError, TokenTable
 from input_pipeline.sources.folder import FolderImages
 from input_pipeline.sources.own_photos import read_folder
-from tests.records import IN_RECORD_1, NoiseItem, built, noise_set, write_people
+from tests.records import IN_RECORD_1, NoiseItem, built, noise_set, pair_layout, write_people
 from truepose_jax.config import Config, ConfigError, from_config_dict
 from truepose_jax.data.datasets import evaluation_set, training_set
 
@@ -153,7 +153,7 @@ def test_a_broken_shard_is_named_and_keeps_its_slots(tmp_path, caplog, how):
         images.image(5)
     assert "\n" not in str(caught.value)
     tokens = TokenTable(np.zeros((8, 21, 2), np.float32), np.zeros((8, 21), bool))
-    (batch,) = eval_batches(images, tokens, np.array([[0, 1], [5, 6], [1, 5], [1, 0]]), 4)
+    (batch,) = eval_batches(images, tokens, pair_layout(width=2), np.array([[0, 1], [5, 6], [1, 5], [1, 0]]), 4)
     np.testing.assert_array_equal(batch["valid"], [1, 0, 0, 1])
     assert "record 1 (p005)" in caplog.text
 

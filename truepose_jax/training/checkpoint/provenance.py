@@ -17,6 +17,8 @@ from truepose_jax.training.checkpoint.workdir import has_steps, read_metadata
 NAMES = {
     "autoencoder": ("the autoencoder", "config.model.vae"),
     "clip": ("the CLIP of the region tokens", "config.model.clip.path"),
+    "dino": ("the DINOv2", "config.model.dino.path"),
+    "ipf": ("the first stage", "config.model.ipf.path"),
     "data": ("the data set", "config.data.root"),
     "origin": ("what the run began with", "config.init_from"),
 }
@@ -27,7 +29,7 @@ LONGEST = 64
 
 def as_metadata(contents: Mapping[str, Any]) -> dict[str, Any]:
     """The entries of metadata.json for contents, {key of NAMES: fingerprint}."""
-    frozen = {name: contents[name] for name in ("autoencoder", "clip")}
+    frozen = {name: value for name, value in contents.items() if name not in ("data", "origin")}
     return {"frozen": frozen, "data": contents["data"], "origin": contents["origin"]}
 
 
@@ -40,7 +42,7 @@ def check_same_contents(workdir: str | os.PathLike[str], contents: Mapping[str, 
     was = {**record.get("frozen", {}), **{name: record[name] for name in ("data", "origin") if name in record}}
     for name, (what, setting) in NAMES.items():
         # An origin of nothing is an origin; a CLIP whose fingerprint is not known is "".
-        known = name in was and (name == "origin" or (was[name] and contents[name]))
+        known = name in was and name in contents and (name == "origin" or (was[name] and contents[name]))
         if known and was[name] != json.loads(json.dumps(contents[name])):
             raise CheckpointError(
                 f"{workdir}: {what} is not the one that this run has trained with ({_short(was[name])}, now "
