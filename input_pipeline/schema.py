@@ -19,6 +19,19 @@ NUM_JOINTS = 18
 class UserError(ValueError):
     """An error whose text is written for people. Programs print it as one line and end with 2 (truepose_jax/runtime/cli.py)."""
 
+    lines = False
+    """Whether its text has lines. In others a line break can only be a part of some name, and is written out."""
+
+    def __init__(self, text: str = ""):
+        super().__init__(text if self.lines else printable(text))
+
+
+def printable(text: str) -> str:
+    """The text in one line that a terminal shows as it is: control characters as in Python's escapes."""
+    if str(text).isprintable():
+        return str(text)
+    return "".join(c if c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode() for c in str(text))
+
 
 class InputError(UserError):
     """Bad input from a person: one line that says what is wrong, where, and what to do."""

@@ -14,6 +14,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
+import ml_dtypes
 import numpy as np
 import tqdm
 from jax.sharding import SingleDeviceSharding
@@ -223,16 +224,38 @@ def _open_ckpt(file: pathlib.Path) -> tuple[ArraySource, dict[str, int]]:
         ) from error
     except Exception as error:  # its unpickler fails in any way on what is no checkpoint
         raise ConversionError(f"{file} is no PyTorch checkpoint ({' '.join(repr(error).split())[:200]})") from error
-    if not isinstance(loaded, dict):
-        raise ConversionError(f"{file} holds a {type(loaded).__name__}; expected a state_dict")
-    state = loaded.get("state_dict", loaded)
+    state = loaded.get("state_dict", loaded) if isinstance(loaded, dict) else loaded
+    if not isinstance(state, dict):
+        raise ConversionError(f"{file} holds a {type(state).__name__}; expected a state_dict")
     arrays = {}
     for name, value in state.items():
         if isinstance(value, torch.Tensor):
-            bf16 = value.dtype == torch.bfloat16
-            arrays[name] = value.detach().view(torch.int16).numpy().view("bfloat16") if bf16 else value.detach().numpy()
+            if not isinstance(name, str):
+                raise ConversionError(f"{file}: a tensor is called {name!r}; expected a state_dict, whose names are texts")
+            arrays[name] = _numpy(value, f"{file}: tensor {name}")
     others = len(state) - len(arrays) + (len(loaded) - 1 if state is not loaded else 0)
     return ArraySource(arrays), {"what training kept (epochs, optimizer): no tensors": others} if others else {}
+
+
+def _numpy(tensor: Any, where: str) -> np.ndarray:
+    """The tensor's own bits; bfloat16 and the 8-bit floats have no form in plain NumPy. Raises ConversionError."""
+    import torch
+
+    names = {
+        torch.bfloat16: ("int16", "bfloat16"),
+        torch.float8_e4m3fn: ("uint8", "float8_e4m3fn"),
+        torch.float8_e5m2: ("uint8", "float8_e5m2"),
+    }
+    if tensor.layout != torch.strided or tensor.is_meta or tensor.is_quantized:
+        kind = "a meta tensor, without values" if tensor.is_meta else "a sparse or quantized tensor"
+        raise ConversionError(f"{where} is {kind}; save the model with plain, dense tensors")
+    if tensor.dtype in names:
+        whole, name = names[tensor.dtype]
+        return tensor.detach().contiguous().view(getattr(torch, whole)).numpy().view(getattr(ml_dtypes, name))
+    try:
+        return tensor.detach().numpy()
+    except (RuntimeError, TypeError) as error:
+        raise ConversionError(f"{where} has a dtype that is not read ({tensor.dtype})") from error
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ import tqdm
 from PIL import Image
 
 from input_pipeline.annotations.parsing import label_set
-from input_pipeline.annotations.photo import one_line
+from input_pipeline.files import read_json
 from input_pipeline.process_group import Share
 from input_pipeline.records.reader import RecordImages
 from input_pipeline.schema import InputError
@@ -307,14 +307,9 @@ def settings_of(run: Run, steps: int, guidance: float, flags: argparse.Namespace
 def check_settings(out_dir: pathlib.Path, settings: dict[str, Any]) -> None:
     """Raises InputError where the folder's pictures were made with other settings."""
     path = out_dir / SETTINGS_FILE
-    try:
-        was = json.loads(path.read_text())
-    except FileNotFoundError:
+    if not path.exists():
         return
-    except (OSError, ValueError) as error:
-        raise InputError(
-            f"{path}: cannot be read ({one_line(error)}); take another --out-dir, or --overwrite"
-        ) from error
+    was = read_json(path, what="the settings of pictures", advice="take another --out-dir, or --overwrite")
     for name, value in settings.items():
         if was.get(name) != value:
             raise InputError(

@@ -7,17 +7,16 @@ that set's classes (convert_parsing).
 from __future__ import annotations
 
 import dataclasses
-import io
 import pathlib
 from collections.abc import Mapping
 
 import cv2
 import numpy as np
-from PIL import Image
 
 from input_pipeline.annotations.grey_png import decode_grey_png
 from input_pipeline.annotations.keypoints import inside
-from input_pipeline.annotations.photo import MAX_PIXELS, check_size, one_line
+from input_pipeline.annotations.photo import MAX_PIXELS, one_line, open_picture
+from input_pipeline.files import MAX_PICTURE, MAX_SETTINGS, read_bytes, read_text
 from input_pipeline.schema import MAX_CLASSES, NUM_JOINTS, InputError
 
 NOSE, NECK, HIPS, EYES, EARS = (0,), (1,), (8, 11), (14, 15), (16, 17)
@@ -185,8 +184,8 @@ def said_labels(folder: str | pathlib.Path) -> str:
     """The name of the label set of a folder's maps as LABELS_FILE says it; "" where nothing does. Raises InputError."""
     path = pathlib.Path(folder) / LABELS_FILE
     try:
-        return label_set(path.read_text(encoding="utf-8").strip()).name if path.is_file() else ""
-    except (OSError, UnicodeDecodeError, InputError) as error:
+        return label_set(read_text(path, "a label set's name", limit=MAX_SETTINGS).strip()).name if path.is_file() else ""
+    except InputError as error:
         raise InputError(
             f"{path}: names no label set ({one_line(error)}); write the maps' own into it, or remove it"
         ) from error
@@ -220,12 +219,7 @@ def read_parsing(path: str | pathlib.Path, labels: LabelSet, image_hw: tuple[int
     Raises InputError where the file is missing, truncated or of another kind, where its shape is not the
     photo's `image_hw`, and where an id is outside the set.
     """
-    try:
-        data = pathlib.Path(path).read_bytes()
-    except FileNotFoundError as error:
-        raise InputError(f"{path}: no such parsing map; check the path, or give none") from error
-    except OSError as error:
-        raise InputError(f"{path}: not a readable parsing map ({error.strerror}); it may be truncated") from error
+    data = read_bytes(path, "a parsing map", limit=MAX_PICTURE, advice="check the path, or give none")
     return decode_parsing(data, labels, image_hw, name=str(path))
 
 
@@ -234,18 +228,13 @@ def decode_parsing(data: bytes, labels: LabelSet, image_hw: tuple[int, int], *, 
     parsing = decode_grey_png(data, max_pixels=MAX_PIXELS)
     if parsing is not None:
         return check_parsing(parsing, labels, image_hw, name=name)
-    try:
-        with Image.open(io.BytesIO(data)) as image:
-            check_size(image, name=name)
-            if image.format == "JPEG" or image.mode not in {"L", "P"}:
-                raise InputError(
-                    f"{name}: {image.format} of mode {image.mode}; a parsing map is a PNG of ids, mode L or P"
-                )
-            parsing = np.array(image)
-    except InputError:
-        raise
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise InputError(f"{name}: not a readable parsing map ({one_line(error)}); it may be truncated") from error
+    with open_picture(data, name=name, what="parsing map") as image:
+        if image.format == "JPEG" or image.mode not in {"L", "P"}:
+            seen = " (a picture of the map in colours?)" if image.mode.startswith("RGB") else ""
+            raise InputError(
+                f"{name}: {image.format} of mode {image.mode}{seen}; a parsing map is a PNG of ids, mode L or P"
+            )
+        parsing = np.array(image)
     return check_parsing(parsing, labels, image_hw, name=name)
 
 
@@ -253,13 +242,16 @@ def check_parsing(parsing: np.ndarray, labels: LabelSet, image_hw: tuple[int, in
     """The map itself; InputError where its shape is not `image_hw` or an id is outside the set."""
     if parsing.shape != tuple(image_hw):
         (h, w), (image_h, image_w) = parsing.shape[:2], image_hw
-        raise InputError(f"{name}: the map is {h}x{w} but its photo is {image_h}x{image_w}; make them one size")
+        turned = (h, w) == (image_w, image_h)
+        advice = (
+            "its EXIF tag turns the photo, and the map was made of it unturned: turn the map" if turned else "make them one size"
+        )
+        raise InputError(f"{name}: the map is {h}x{w} but its photo is {image_h}x{image_w}; {advice}")
     if parsing.max(initial=0) >= len(labels):
         strange = [int(i) for i in np.unique(parsing) if i >= len(labels)]
         shown = ", ".join(map(str, strange[:8])) + (", ..." if len(strange) > 8 else "")
-        raise InputError(
-            f"{name}: label {shown} is outside {labels.name}'s 0 to {len(labels) - 1}; is it another set's?"
-        )
+        why = "255 often means void: make it 0, the background" if strange == [255] else "is it another set's?"
+        raise InputError(f"{name}: label {shown} is outside {labels.name}'s 0 to {len(labels) - 1}; {why}")
     return parsing
 
 

@@ -5,13 +5,20 @@ Sizes are (h, w) in pixels, boxes (x0, y0, x1, y1) half open, joints (x, y, visi
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import io
 import pathlib
+import re
+import struct
+import threading
+from collections.abc import Iterator
+from typing import BinaryIO
 
 import numpy as np
 from PIL import Image, ImageOps
 
+from input_pipeline.files import MAX_PICTURE, looks_like, read_bytes
 from input_pipeline.schema import InputError
 
 try:  # Three times Pillow's speed and bit-identical to it (docs/paper.md 11); without it Pillow serves.
@@ -22,6 +29,16 @@ except ImportError:
 MAX_SIDE = 8192
 MAX_PIXELS = 64_000_000
 """Larger photos are refused before they are decoded: nothing here needs them, and they fill the memory."""
+
+FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF")
+"""What is read. Pillow knows many more and tries all of them on any bytes: PostScript would start another program."""
+
+MAX_CHUNKS = 100_000
+"""Parts of a PNG; encoders write one for each 8 to 64 KiB. Pillow takes 10 us for each."""
+
+LARGE = 8_000_000
+"""Photos of more pixels are decoded one at a time: each takes five times its pixels while it is."""
+_large = threading.Semaphore()
 
 MAX_STRETCH = 0.02
 """Aspects that differ by less are stretched (750x1101 against 176x256 is 0.9 %); others are padded."""
@@ -34,32 +51,77 @@ def read_photo(path: str | pathlib.Path, *, over: str = "white") -> np.ndarray:
     Raises InputError where the file is missing, not an image, truncated, or larger than 8192 px a side or 64
     MP.
     """
-    try:
-        data = pathlib.Path(path).read_bytes()
-    except OSError as error:
-        raise InputError(f"{path}: cannot read the photo ({error.strerror}); check the path") from error
-    return decode_photo(data, name=str(path), over=over)
+    return decode_photo(read_bytes(path, "a photo", limit=MAX_PICTURE), name=str(path), over=over)
 
 
 def decode_photo(data: bytes, *, name: str, over: str = "white") -> np.ndarray:
     """The same from an encoded image in memory; `name` is what errors call it."""
+    with open_picture(data, name=name) as image, _large if image.width * image.height > LARGE else contextlib.nullcontext():
+        if is_plain_jpeg(image) and simplejpeg:
+            with contextlib.suppress(_Padded):
+                return _decode_jpeg(data)
+        if image.mode.startswith(("I", "F")):
+            raise InputError(f"{name}: {image.mode} pixels (16 or 32 bits); save the photo with 8 bits a channel")
+        image = ImageOps.exif_transpose(image)
+        if image.mode in {"RGBA", "LA", "PA"} or "transparency" in image.info:
+            image = image.convert("RGBA")
+            image = Image.alpha_composite(Image.new("RGBA", image.size, over), image)
+        return np.array(image.convert("RGB"))
+
+
+@contextlib.contextmanager
+def open_picture(data: bytes | BinaryIO, *, name: str, what: str = "image") -> Iterator[Image.Image]:
+    """Pillow's image of a picture in memory or of an open file, of FORMATS and no larger than check_size allows.
+
+    Raises InputError, one line with `name`, also for what goes wrong with the pixels inside the `with`.
+    """
     try:
-        with Image.open(io.BytesIO(data)) as image:
+        if isinstance(data, bytes):
+            _check_chunks(data, name=name)
+        file = io.BytesIO(data) if isinstance(data, bytes) else data
+        with Image.open(file, formats=FORMATS) as image:
             check_size(image, name=name)
-            plain_jpeg = image.format == "JPEG" and image.mode == "RGB"
-            if plain_jpeg and simplejpeg and image.getexif().get(EXIF_ORIENTATION, 1) == 1:
-                return simplejpeg.decode_jpeg(data, strict=True)
-            if image.mode.startswith(("I", "F")):
-                raise InputError(f"{name}: {image.mode} pixels (16 or 32 bits); save the photo with 8 bits a channel")
-            image = ImageOps.exif_transpose(image)
-            if image.mode in {"RGBA", "LA", "PA"} or "transparency" in image.info:
-                image = image.convert("RGBA")
-                image = Image.alpha_composite(Image.new("RGBA", image.size, over), image)
-            return np.array(image.convert("RGB"))
+            yield image
     except InputError:
         raise
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise InputError(f"{name}: not a readable image ({one_line(error)}); it may be truncated") from error
+    except Image.UnidentifiedImageError as error:
+        file.seek(0)
+        seen = looks_like(file.read(512))
+        why = f"it is {seen}" if seen else "its bytes are no picture's, or it is truncated"
+        raise InputError(f"{name}: not a readable {what}: {why}; {', '.join(FORMATS)} are read") from error
+    except (OSError, ValueError, SyntaxError, EOFError, struct.error, Image.DecompressionBombError) as error:
+        raise InputError(f"{name}: not a readable {what} ({one_line(error)}); it may be truncated") from error
+
+
+def _check_chunks(data: bytes, *, name: str) -> None:
+    """A PNG of so many parts that reading them takes minutes is refused. Raises InputError."""
+    if not data.startswith(b"\x89PNG\r\n\x1a\n") or len(data) < 12 * MAX_CHUNKS:
+        return
+    place, chunks = 8, 0
+    while place + 12 <= len(data):
+        place += 12 + int.from_bytes(data[place : place + 4], "big")
+        chunks += 1
+        if chunks > MAX_CHUNKS:
+            raise InputError(f"{name}: a PNG of more than {MAX_CHUNKS:,} chunks; save it again")
+
+
+def is_plain_jpeg(image: Image.Image) -> bool:
+    """A JPEG of three channels that is not turned by its EXIF tag."""
+    return image.format == "JPEG" and image.mode == "RGB" and image.getexif().get(EXIF_ORIENTATION, 1) == 1
+
+
+class _Padded(Exception):
+    """A JPEG with up to 16 bytes between its last row and its end marker, as some cameras write them: Pillow reads it, to the
+    same pixels. More of them are what a damaged row leaves."""
+
+
+def _decode_jpeg(data: bytes) -> np.ndarray:
+    try:
+        return simplejpeg.decode_jpeg(data, strict=True)
+    except ValueError as error:
+        if re.search(r"\b(\d|1[0-6]) extraneous bytes before marker 0xd9", str(error)):
+            raise _Padded from error
+        raise
 
 
 def check_size(image: Image.Image, *, name: str) -> None:

@@ -13,12 +13,13 @@ from __future__ import annotations
 
 import csv
 import functools
-import json
+import io
 import pathlib
 from typing import Any
 
 import numpy as np
 
+from input_pipeline import files
 from input_pipeline.annotations.parsing import decode_parsing, label_set, whole_photo
 from input_pipeline.annotations.photo import decode_photo, fit_photo, one_line
 from input_pipeline.records.schema import parse_record, unpack_tokens
@@ -53,6 +54,8 @@ class RecordImages:
             )
         self.names = [row[0] for row in images]
         self.identities = [row[1] for row in images]
+        if not all(row[4].isdecimal() and len(row[4]) < 3 for row in images):
+            raise InputError(f"{root}: images-{split}.csv does not say how many joints each has; build it again")
         self.joint_counts = np.array([int(row[4]) for row in images], np.int32)
         self.pairs = self._read_pairs()
 
@@ -129,8 +132,10 @@ def open_build(root: pathlib.Path):
     try:
         builder = tfds.builder_from_directory(str(root))
         labels = builder.info.metadata["labels"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except Exception as error:  # for broken files tensorflow_datasets raises whatever its parts do
         raise InputError(f"{root}: its metadata cannot be read ({one_line(error)}); build it again") from error
+    if not isinstance(labels, str):
+        raise InputError(f"{root}: its metadata.json does not say the maps' labels; build it again")
     label_set(labels)
     return builder
 
@@ -149,21 +154,29 @@ def _raw_records(builder, split: str):
 def read_table(path: pathlib.Path, columns: tuple[str, ...]) -> list[list[str]]:
     """The rows of one of our own CSVs. Raises InputError where it is missing or has other columns."""
     try:
-        with open(path, newline="", encoding="utf-8") as file:
-            rows = list(csv.reader(file))
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        text = files.read_text(path, "a table of the build", advice="build the dataset again")
+        rows = list(csv.reader(io.StringIO(text, newline="")))
+    except csv.Error as error:
         raise InputError(f"{path}: cannot be read ({error}); build the dataset again") from error
     if not rows or tuple(rows[0]) != columns or any(len(row) != len(columns) for row in rows):
         raise InputError(f"{path}: every line must have {','.join(columns)}; build the dataset again")
     return rows[1:]
 
 
-def read_json(path: pathlib.Path) -> dict[str, Any]:
-    """A JSON object of ours. Raises InputError."""
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise InputError(f"{path}: cannot be read ({one_line(error)}); build the dataset again") from error
-    if not isinstance(content, dict):
-        raise InputError(f"{path}: is not a JSON object; build the dataset again")
-    return content
+FORMS: dict[str, files.Form] = {
+    "checksums.json": {"sha256": {str: str}, "digest": str},
+    "metadata.json": {
+        "labels?": str,
+        "size?": (list, type(None)),
+        "settings?": dict,
+        "annotations?": {str: {"fingerprint": str, "size": [int], "flipped": bool, "width?": int}},
+    },
+    "dataset_info.json": {"splits": [{"name": str}]},
+}
+"""Files of a build that are read again -> what must be in them; of others an object is expected."""
+
+
+def read_json(path: pathlib.Path, form: files.Form = None) -> dict[str, Any]:
+    """A JSON object of ours. form: of FORMS by the file's name where none is given. Raises InputError."""
+    form = form or FORMS.get(path.name, dict)
+    return files.read_json(path, form, what="a file of the build", limit=files.MAX_TEXT, advice="build the dataset again")

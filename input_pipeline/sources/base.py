@@ -7,17 +7,16 @@ items it returns read one photo each, in whichever process works on them.
 from __future__ import annotations
 
 import dataclasses
-import io
 import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Protocol
 
 import numpy as np
-from PIL import Image
 
 from input_pipeline.annotations.keypoints import Pose
 from input_pipeline.annotations.parsing import label_set, read_parsing
-from input_pipeline.annotations.photo import EXIF_ORIENTATION, Framing, decode_photo
+from input_pipeline.annotations.photo import Framing, decode_photo, is_plain_jpeg, open_picture
+from input_pipeline.files import MAX_PICTURE, read_bytes
 from input_pipeline.schema import NUM_JOINTS, InputError
 
 NO_PHOTO, NO_POSE, NO_MAP = "photo missing", "pose missing", "parsing map missing"
@@ -119,15 +118,15 @@ class RawSet:
 def read_photo_bytes(path: str) -> tuple[np.ndarray, bytes | None]:
     """(pixels uint8 [h w 3], the file's bytes if they are an upright RGB JPEG). Raises Unusable."""
     try:
-        data = pathlib.Path(path).read_bytes()
+        data = read_bytes(path, "a photo", limit=MAX_PICTURE)
+    except InputError as error:
+        raise Unusable(BAD_PHOTO if pathlib.Path(path).exists() else NO_PHOTO, str(error)) from error
+    try:
         image = decode_photo(data, name=path)
-    except OSError as error:
-        raise Unusable(NO_PHOTO, f"{path}: {error.strerror}") from error
+        with open_picture(data, name=path) as header:
+            return image, data if is_plain_jpeg(header) else None
     except InputError as error:
         raise Unusable(BAD_PHOTO, str(error)) from error
-    with Image.open(io.BytesIO(data)) as header:
-        plain = header.format == "JPEG" and header.mode == "RGB" and header.getexif().get(EXIF_ORIENTATION, 1) == 1
-    return image, data if plain else None
 
 
 def joints_in(pose: Pose | None, hw: tuple[int, int]) -> np.ndarray:

@@ -21,6 +21,7 @@ import numpy as np
 
 from input_pipeline.annotations.parsing import LABEL_SETS, check_parsing
 from input_pipeline.annotations.photo import one_line
+from input_pipeline.files import read_bytes
 from input_pipeline.schema import InputError
 from input_pipeline.sources.base import (
     BAD_MAP,
@@ -136,9 +137,7 @@ def _read_mat(path: pathlib.Path, key: str) -> np.ndarray:
     from scipy.io.matlab import MatReadError
 
     try:
-        if path.stat().st_size > MAX_MAT_BYTES:
-            raise InputError(f"{path}: larger than {MAX_MAT_BYTES >> 20} MB; not a label map")
-        return scipy.io.loadmat(io.BytesIO(path.read_bytes()))[key]
+        return scipy.io.loadmat(io.BytesIO(read_bytes(path, "a label map", limit=MAX_MAT_BYTES)))[key]
     except InputError:
         raise
     except (OSError, LookupError, ValueError, TypeError, NotImplementedError, zlib.error, MatReadError) as error:

@@ -10,7 +10,6 @@ photo.
 
 from __future__ import annotations
 
-import csv
 import logging
 import pathlib
 from collections import defaultdict
@@ -28,6 +27,7 @@ from input_pipeline.annotations.keypoints import (
 )
 from input_pipeline.annotations.parsing import check_said_labels, label_set, read_parsing, whole_photo
 from input_pipeline.annotations.photo import Framing, fit_photo, read_photo
+from input_pipeline.files import read_list
 from input_pipeline.schema import ImageRecord, InputError
 
 __all__ = ["FolderImages", "fit_photo", "identity_of", "pairs_within", "read_pairs", "read_photo"]
@@ -209,20 +209,14 @@ def pairs_within(identities: Sequence[str], usable: np.ndarray) -> np.ndarray:
 
 def read_pairs(path: str | pathlib.Path) -> list[tuple[str, str]]:
     """(source, target) names of a CSV with columns from,to or source,target; empty lines are skipped."""
-    try:
-        with open(path, newline="", encoding="utf-8-sig") as file:
-            rows = [[cell.strip() for cell in row] for row in csv.reader(file)]
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise InputError(f"{path}: cannot read the pairs ({error}); give a CSV, or 'self' or 'identity'") from error
-    header = [cell.lower() for cell in rows[0]] if rows else []
+    rows = read_list(path, "a list of pairs", advice="give a CSV, or 'self' or 'identity'")
+    header = [cell.lower() for cell in rows[0][1]] if rows else []
     columns = next((names for names in PAIR_COLUMNS if set(names) <= set(header)), None)
     if columns is None:
         raise InputError(f"{path}: not a list of pairs; its first line must be from,to or source,target")
     first, second = (header.index(name) for name in columns)
     pairs = []
-    for number, row in enumerate(rows[1:], start=2):
-        if not any(row):
-            continue
+    for number, row in rows[1:]:
         if len(row) <= max(first, second) or not row[first] or not row[second]:
             raise InputError(f"{path}: line {number} names no pair; every line needs {columns[0]} and {columns[1]}")
         pairs.append((row[first], row[second]))

@@ -11,6 +11,7 @@ import numpy as np
 
 from input_pipeline.annotations.keypoints import annotation_pose, load_pose, name_key, read_annotations
 from input_pipeline.annotations.parsing import check_said_labels
+from input_pipeline.files import read_text
 from input_pipeline.schema import InputError
 from input_pipeline.sources.base import BAD_POSE, NO_MAP, NO_PHOTO, NO_POSE, Dropped, Item, PhotoItem, RawSplit
 from input_pipeline.sources.folder import PHOTO_SUFFIXES, read_pairs
@@ -114,10 +115,7 @@ def read_poses(
 
 def read_names(path: pathlib.Path) -> list[str]:
     """The `name_key` of every line of a .lst file."""
-    try:
-        lines = path.read_text(encoding="utf-8-sig").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{path}: cannot read the list ({error})") from error
+    lines = read_text(path, "a list").splitlines()
     return [name_key(line.strip(" ,")) for line in lines if line.strip(" ,")]
 
 

@@ -16,6 +16,7 @@ import pathlib
 from collections.abc import Sequence
 
 from input_pipeline.annotations.keypoints import name_key
+from input_pipeline.files import read_text
 from input_pipeline.schema import InputError
 from input_pipeline.sources.base import NO_MAP, NO_PHOTO, NO_POSE, RawSet
 from input_pipeline.sources.folder import read_pairs
@@ -87,10 +88,7 @@ def wpose_pairs(path: pathlib.Path) -> list[tuple[str, str]]:
     """(source, target) keys of the list: the first two columns, whatever separates them."""
     if path.suffix == ".csv":
         return [(_key(source), _key(target)) for source, target in read_pairs(path)]
-    try:
-        lines = path.read_text(encoding="utf-8-sig").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{path}: cannot read the pairs ({error})") from error
+    lines = read_text(path, "a list of pairs").splitlines()
     pairs = []
     for number, line in enumerate(lines, start=1):
         columns = line.split("\t") if "\t" in line else line.replace(",", " ").split()

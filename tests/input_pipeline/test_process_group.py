@@ -155,7 +155,7 @@ def test_a_build_by_several_that_one_leaves_goes_on_with_another_number(tmp_path
 def test_annotations_by_several(tmp_path):
     """As by one process, byte for byte; sound where one has failed, and gone on with by another number."""
     alone, several = (built(tmp_path / name, noise_set(train=16), shard_records=4) for name in ("alone", "several"))
-    wanted, asked = {"clip": {"fingerprint": "x"}}, []
+    wanted, asked = {"clip": {"fingerprint": "x", "size": [32, 24], "flipped": False}}, []
 
     def fill(records, labels, bad=""):
         assert labels == "atr18"

@@ -11,7 +11,6 @@
 from __future__ import annotations
 
 import collections
-import csv
 import dataclasses
 import hashlib
 import pathlib
@@ -21,7 +20,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from PIL import Image
 
 from input_pipeline.annotations.keypoints import name_key
-from input_pipeline.annotations.photo import EXIF_ORIENTATION, check_size, one_line
+from input_pipeline.annotations.photo import EXIF_ORIENTATION, open_picture
+from input_pipeline.files import open_plain, read_list
 from input_pipeline.schema import InputError
 from input_pipeline.sources.folder import PARSING_FOLDER, PHOTO_FOLDERS, POSE_FOLDERS
 from input_pipeline.sources.listing import first_folder
@@ -240,13 +240,11 @@ def _listed_key(source: str | None, target: str, listed: Mapping[tuple[str, str]
 
 def read_pair_list(path: str) -> list[tuple[str, str]]:
     """(from, to) of a CSV with those columns. Raises InputError."""
-    rows = _rows(path)
-    if not rows or rows[0][:2] != ["from", "to"]:
+    rows = read_list(path)
+    if not rows or rows[0][1][:2] != ["from", "to"]:
         raise InputError(f"--pairs={path}: the first line must be from,to")
     pairs = []
-    for line, row in enumerate(rows[1:], 2):
-        if row in ([], [""]):
-            continue
+    for line, row in rows[1:]:
         if len(row) < 2 or not (row[0] and row[1]):
             raise InputError(f"--pairs={path}, line {line}: '{','.join(row)}'; write from,to, and none of them empty")
         pairs.append((row[0], row[1]))
@@ -257,18 +255,10 @@ def read_pair_list(path: str) -> list[tuple[str, str]]:
 
 def read_names(path: str) -> set[str]:
     """Keys of the images that a text file names, one a line, in any spelling. Raises InputError."""
-    keys = {image_key(row[0]) for row in _rows(path) if row and row[0]}
+    keys = {image_key(cells[0]) for _, cells in read_list(path) if cells[0]}
     if not keys:
         raise InputError(f"--fid-names={path}: names no image")
     return keys
-
-
-def _rows(path: str) -> list[list[str]]:
-    try:
-        with open(path, newline="", encoding="utf-8-sig") as file:
-            return [[cell.strip() for cell in row] for row in csv.reader(file)]
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise InputError(f"{path}: cannot read the list ({one_line(error)})") from error
 
 
 def image_size(path: pathlib.Path, *, upright: bool) -> tuple[int, int]:
@@ -276,15 +266,9 @@ def image_size(path: pathlib.Path, *, upright: bool) -> tuple[int, int]:
 
     upright: as `read_photo` turns it; parsing maps are not turned.
     """
-    try:
-        with Image.open(path) as image:
-            check_size(image, name=str(path))
-            w, h = image.size
-            return (w, h) if upright and _lies(image) else (h, w)
-    except InputError:
-        raise
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise InputError(f"{path}: not a readable image ({one_line(error)})") from error
+    with open_plain(path, "an image") as file, open_picture(file, name=str(path)) as image:
+        w, h = image.size
+        return (w, h) if upright and _lies(image) else (h, w)
 
 
 def _lies(image: Image.Image) -> bool:

@@ -15,6 +15,7 @@ from __future__ import annotations
 import collections
 import csv
 import html
+import itertools
 import json
 import pathlib
 import random
@@ -23,6 +24,7 @@ from collections.abc import Mapping, Sequence
 from PIL import Image
 
 from input_pipeline.annotations.photo import one_line, read_photo
+from input_pipeline.files import read_list
 from input_pipeline.schema import InputError
 from truepose_jax.evaluate.pairing import Folder, pair_folders
 from truepose_jax.runtime.cli import Parser, parse_size
@@ -209,11 +211,7 @@ def _write_csv(path: pathlib.Path, columns: Sequence[str], rows: Sequence[Sequen
 
 
 def _read_csv(path: str, columns: Sequence[str]) -> list[dict[str, str]]:
-    try:
-        with open(path, newline="", encoding="utf-8-sig") as file:
-            reader = csv.DictReader(file)
-            if list(reader.fieldnames or []) != list(columns):
-                raise InputError(f"{path}: the first line must be {','.join(columns)}")
-            return [{name: row[name] or "" for name in columns} for row in reader]
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise InputError(f"{path}: cannot be read ({one_line(error)})") from error
+    lines = [cells for _, cells in read_list(path)]
+    if not lines or lines[0] != list(columns):
+        raise InputError(f"{path}: the first line must be {','.join(columns)}")
+    return [dict(itertools.zip_longest(columns, cells[: len(columns)], fillvalue="")) for cells in lines[1:]]

@@ -17,6 +17,7 @@ from PIL import Image
 
 from input_pipeline.annotations.parsing import CLOTHES, LabelSet, read_parsing
 from input_pipeline.annotations.photo import read_photo
+from input_pipeline.files import parse_json
 from input_pipeline.process_group import ALONE, Share
 from input_pipeline.schema import InputError
 from truepose_jax.evaluate.pairing import Folder, Pair, image_key, image_size
@@ -145,7 +146,7 @@ class Rows:
             for line in file:
                 # cut off by a kill, or empty
                 with contextlib.suppress(ValueError):
-                    row = json.loads(line)
+                    row = parse_json(line.decode())
                     if isinstance(row, dict):
                         yield place, row
                 place += len(line)

@@ -24,6 +24,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from input_pipeline.annotations.photo import one_line
+from input_pipeline.files import check_form, parse_json
 from input_pipeline.schema import InputError
 from truepose_jax.metrics.fid import FID_KINDS
 from truepose_jax.metrics.inception import Inception
@@ -146,7 +147,8 @@ def load(metric: str, path: str) -> Network:
 def _verify(published: Published, metadata: Mapping[str, str], file: pathlib.Path) -> tuple[dict[str, str], str]:
     """({source file: sha256}, why the weights may not be the published ones; empty where they are)."""
     try:
-        sources = dict(json.loads(metadata.get(METADATA_SOURCES, "{}")))
+        sources = parse_json(metadata.get(METADATA_SOURCES, "{}"))
+        check_form(sources, {str: str})
     except ValueError:
         sources = {}
     if not sources:

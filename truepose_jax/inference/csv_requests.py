@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import argparse
-import csv
 import dataclasses
 import logging
 import pathlib
 
 from input_pipeline.annotations.keypoints import canonical_name, load_pose
 from input_pipeline.annotations.parsing import LABEL_SETS, label_set, read_parsing
-from input_pipeline.annotations.photo import one_line, read_photo
+from input_pipeline.annotations.photo import read_photo
+from input_pipeline.files import place_in, read_list
 from input_pipeline.schema import InputError
 from truepose_jax.inference.pipeline import Fitted, Request, Run
 from truepose_jax.runtime.cli import parse_size
@@ -82,12 +82,7 @@ def read_rows(
 
     Raises InputError where the file cannot be read, lacks columns or holds no pairs.
     """
-    try:
-        with open(path, newline="", encoding="utf-8-sig") as file:
-            reader = csv.reader(file)
-            lines = [(reader.line_num, [cell.strip() for cell in cells]) for cells in reader]
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise InputError(f"{path}: cannot read the list ({one_line(error)}); give a CSV") from error
+    lines = read_list(path)
     header = [cell.lower() for cell in lines[0][1]] if lines else []
     missing = [name for name in COLUMNS if name not in header]
     if source_poses and not missing and "source_pose" not in header:
@@ -102,8 +97,6 @@ def read_rows(
         logging.warning("%s: columns %s mean nothing here", path, ", ".join(unknown))
     rows, problems, taken = [], [], {}
     for line, cells in lines[1:]:
-        if not any(cells):
-            continue
         values = dict(zip(header, cells, strict=False))
         try:
             if source_poses and not values.get("source_pose"):
@@ -133,9 +126,7 @@ def _row(
     empty = [name for name in COLUMNS if not values.get(name)]
     if empty:
         raise InputError(f"{empty[0]} is empty" + ("; write none where there is no map" if "parsing" in empty else ""))
-    out = (out_dir / values["out"]).resolve()
-    if not out.is_relative_to(out_dir.resolve()):
-        raise InputError(f"out '{values['out']}' leaves the folder {out_dir}")
+    out = place_in(out_dir, values["out"], "out")
     if out.suffix.lower() != ".png" or out.is_dir():
         raise InputError(f"out '{values['out']}' is no file name that ends in .png")
     frames = {"pose_frame": pose_frame, "source_pose_frame": source_pose_frame}

@@ -12,7 +12,6 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import itertools
-import json
 import pathlib
 from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
@@ -21,6 +20,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from input_pipeline import files
 from truepose_jax.config import ConfigError, ModelConfig
 from truepose_jax.models.patch_codec import PatchAutoencoder
 from truepose_jax.models.vae import Autoencoder, AutoencoderKLConfig, KLAutoencoder, PixelAutoencoder
@@ -118,11 +118,8 @@ def read_torch_config(folder: str, parse: Callable[[Mapping[str, Any]], T], kind
     """parse(the folder's config.json). Raises ConfigError where it is missing, broken or of another model."""
     path = folder_of(folder, kind) / "config.json"
     try:
-        values = json.loads(path.read_text())
-        if not isinstance(values, dict):
-            raise ValueError("not an object")
-        return parse(values)
-    except (OSError, ValueError, TypeError) as error:
+        return parse(files.read_json(path))
+    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
         raise _refusal(folder, kind, f"{path.name} does not serve ({_one_line(error)})") from error
 
 

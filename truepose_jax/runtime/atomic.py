@@ -14,7 +14,8 @@ from collections.abc import Iterator
 
 def partial_of(path: pathlib.Path) -> pathlib.Path:
     """A hidden name beside `path` that no one else has: in containers every Python is process 1, so its number is not enough."""
-    return path.with_name(f".{path.name}.{os.getpid()}-{uuid.uuid4().hex[:8]}.partial")
+    name = os.fsdecode(os.fsencode(path.name)[:200])  # with the rest a name, however long the file's own is
+    return path.with_name(f".{name}.{os.getpid()}-{uuid.uuid4().hex[:8]}.partial")
 
 
 @contextlib.contextmanager

@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from types import ModuleType
 from typing import NoReturn
 
-from input_pipeline.schema import InputError, UserError
+from input_pipeline.schema import InputError, UserError, printable
 from truepose_jax.runtime.bundled import find_config
 
 BAD_INPUT = 2
@@ -33,19 +33,42 @@ class Parser(argparse.ArgumentParser):
 def run_program(main: Callable[[Sequence[str]], int | None], argv: Sequence[str]) -> int:
     """main(argv); returns its exit code (None: 0).
 
-    A UserError is printed as `error: ...`, and 2 is returned. Other exceptions are bugs and keep their tracebacks.
+    A UserError is printed as `error: ...`, and 2 is returned; so is what the system says of a file or of memory. Other
+    exceptions are bugs and keep their tracebacks.
     """
     # Pillow's warning about large pictures: check_size of photo.py is stricter, and its one line says what to do.
     warnings.filterwarnings("ignore", message="Image size .* decompression bomb")
+    sys.stdout.reconfigure(errors="backslashreplace")  # names of files need not be text
     try:
-        return main(argv) or 0
-    except UserError as error:
+        code = main(argv) or 0
         sys.stdout.flush()
-        print(f"error: {error}", file=sys.stderr)
-        return BAD_INPUT
+        return code
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return INTERRUPTED
+    except (UserError, OSError, MemoryError) as error:
+        text = str(error) if isinstance(error, UserError) else _of_the_system(error)
+        if text is None:
+            raise
+    with contextlib.suppress(OSError):
+        sys.stdout.flush()
+    print(f"error: {text}", file=sys.stderr)
+    return BAD_INPUT
+
+
+def _of_the_system(error: OSError | MemoryError) -> str | None:
+    """One line where the cause lies outside of the program: the standard output, a file, memory. None: it may be a bug."""
+    if isinstance(error, MemoryError):
+        return f"there is not enough memory ({printable(str(error)) or 'for this'}); make what is asked for smaller"
+    try:
+        sys.stdout.flush()
+    except OSError as cause:
+        # Nothing more can be written there; the interpreter would try again at its end, and say so in several lines.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return f"cannot write to the standard output ({cause.strerror})"
+    if error.filename is None:
+        return None
+    return printable(f"{os.fsdecode(error.filename)}: {error.strerror}; see whether it is there and may be used")
 
 
 def run_with_config(main: Callable[[Sequence[str]], int | None], told: ModuleType | None = None) -> NoReturn:

@@ -8,7 +8,6 @@ photo; its parsing map is stretched with it. Behind the [torch] extra.
 from __future__ import annotations
 
 import dataclasses
-import json
 import pathlib
 from typing import Any
 
@@ -16,6 +15,7 @@ import numpy as np
 from PIL import Image
 
 from input_pipeline.annotations.photo import one_line
+from input_pipeline.files import read_json
 from input_pipeline.schema import InputError
 from truepose_jax.pretrained.frozen_networks import files_sha256
 from truepose_jax.runtime.cli import install
@@ -110,16 +110,8 @@ def load_baseline(flag: str, folder: str) -> Baseline:
 
 
 def _read(flag: str, place: pathlib.Path, name: str) -> dict[str, Any]:
-    try:
-        found = json.loads((place / name).read_text())
-        if not isinstance(found, dict):
-            raise ValueError("not an object")
-        return found
-    except (OSError, ValueError) as error:
-        raise InputError(
-            f"--{flag}={place}: its {name} does not serve ({one_line(error)}); give a folder of transformers with config.json, "
-            "preprocessor_config.json and safetensors"
-        ) from error
+    advice = f"--{flag} is a folder of transformers with config.json, preprocessor_config.json and safetensors"
+    return read_json(place / name, advice=advice)
 
 
 def _untrained(model: Any) -> bool:

@@ -11,6 +11,7 @@ from typing import Any
 
 import jax
 
+from input_pipeline import files
 from truepose_jax.runtime import atomic
 from truepose_jax.training.checkpoint import CheckpointError, has_steps
 
@@ -59,7 +60,5 @@ def kept_steps(workdir: str | os.PathLike[str]) -> int | None:
     path = Path(workdir) / FILE
     if not (has_steps(workdir) and path.exists()):
         return None
-    try:
-        return int(json.loads(path.read_text())["total_steps"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(f"cannot read {path}; remove it to have the number of steps chosen anew") from error
+    advice = "remove it to have the number of steps chosen anew"
+    return files.read_json(path, {"total_steps": int}, what="a time budget", advice=advice, error=CheckpointError)["total_steps"]

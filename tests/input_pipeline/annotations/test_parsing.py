@@ -146,7 +146,7 @@ def test_bad_maps_say_so_in_one_line(tmp_path):
         "grey.jpg": "JPEG",
         "cut.png": "truncated",
         "text.png": "truncated",
-        "absent.png": "no such parsing map",
+        "absent.png": "cannot read the parsing map",
     }
     for name, words in cases.items():
         with pytest.raises(InputError) as excinfo:

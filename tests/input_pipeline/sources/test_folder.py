@@ -59,7 +59,7 @@ def test_bad_photos_say_so_in_one_line(tmp_path, monkeypatch, decoder):
     cases = {
         "cut.jpg": "truncated",
         "header.jpg": "truncated",
-        "empty.jpg": "truncated",
+        "empty.jpg": "it is empty",
         "text.jpg": "truncated",
         "wide.png": "at most 8192 a side",
         "deep.png": "16 or 32 bits",
@@ -161,7 +161,7 @@ def test_folder_errors_name_what_is_missing(tmp_path):
     assert "no such folder" in error(root=tmp_path / "absent")
     assert "no folder image/" in error(root=tmp_path)
     assert "unknown label set" in error(labels="atr")
-    assert "cannot read the pairs" in error(pairs=tmp_path / "absent.csv")
+    assert "cannot read the list of pairs" in error(pairs=tmp_path / "absent.csv")
     assert "no pairs 'identity'" in error(pairs="identity")
     assert "no poses" in error(keypoints=tmp_path / "absent")
     (root / "parsing" / "b.png").unlink()

@@ -281,7 +281,7 @@ def test_folders_that_do_not_serve(src, tmp_path, capsys):
     assert ".bin files are not read" in refused(capsys, src, dst)
     assert "holds no variant 'fp16'" in refused(capsys, src, dst, "--variant=fp16")
     (src / "unet/config.json").write_text("{")
-    assert "config.json is no JSON" in refused(capsys, src, dst)
+    assert "config.json: cannot read the JSON file (not valid JSON" in refused(capsys, src, dst)
     shutil.rmtree(src / "scheduler")
     assert "holds no folder scheduler" in refused(capsys, src, dst)
 

@@ -185,4 +185,4 @@ def test_exports_that_do_not_serve(src, tmp_path, capsys):
     assert "configs of source_net and target_net differ" in refused(capsys, src, dst)
     edit_json(src / "truepose.json", method="fpdm")
     assert "method is 'fpdm'" in refused(capsys, src, dst)
-    assert "truepose.json cannot be read" in refused(capsys, src / "source_net", dst)
+    assert "truepose.json: cannot read the JSON file" in refused(capsys, src / "source_net", dst)

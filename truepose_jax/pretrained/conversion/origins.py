@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
+from input_pipeline import files
 from truepose_jax.config import Schedule
 from truepose_jax.pretrained.conversion.safetensors_io import ConversionError
 
@@ -19,35 +19,22 @@ SCHEDULE_FIELDS = ("betas", "beta_start", "beta_end", "steps", "prediction")
 
 UNKNOWN_LICENCE = "unknown: see where the weights come from"
 
-_MAX_TEXT = 10_000_000  # bytes; a config or card is a few thousand
-
 
 def read_text(path: Path) -> str:
     """Raises ConversionError where it is missing, huge or no text."""
-    try:
-        if path.stat().st_size > _MAX_TEXT:
-            raise ConversionError(f"{path} is {path.stat().st_size:,} bytes; expected a short text file")
-        return path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConversionError(f"{path} cannot be read ({getattr(error, 'strerror', None) or error})") from error
+    return files.read_text(path, "a short text file", limit=files.MAX_SETTINGS, error=ConversionError)
 
 
-def read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path, form: files.Form = dict) -> dict[str, Any]:
     """A JSON object. Raises ConversionError."""
-    try:
-        found = json.loads(read_text(path))
-    except json.JSONDecodeError as error:
-        raise ConversionError(f"{path} is no JSON: {error}") from error
-    if not isinstance(found, dict):
-        raise ConversionError(f"{path} holds no JSON object")
-    return found
+    return files.read_json(path, form, error=ConversionError)
 
 
 def parsed(path: Path, config: Mapping[str, Any], parse: Callable[[Mapping[str, Any]], T]) -> T:
     """parse(config), with errors that name the file the config is from. Raises ConversionError."""
     try:
         return parse(config)
-    except (ValueError, TypeError, KeyError, AttributeError, ZeroDivisionError) as error:
+    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
         raise ConversionError(f"{path}: {error}") from error
 
 
@@ -97,7 +84,8 @@ def licence_of(folder: Path) -> str:
     """What the model card's front matter says, or that it is unknown."""
     card = folder / "README.md"
     if card.is_file():
-        front = re.match(r"---\r?\n(.*?)\n---", card.read_text(encoding="utf-8", errors="replace"), re.DOTALL)
+        data = files.read_bytes(card, "a model card", limit=files.MAX_SETTINGS, error=ConversionError)
+        front = re.match(r"---\r?\n(.*?)\n---", data.decode(errors="replace"), re.DOTALL)
         lines = re.findall(r"^license(?:_name)?:[ \t]*['\"]?([^\s'\"#]+)", front[1], re.MULTILINE) if front else []
         if lines:
             # "other" comes with a license_name that says which.

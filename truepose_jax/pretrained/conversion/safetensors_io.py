@@ -7,6 +7,7 @@ The format is 8 bytes of header length, a JSON header, then the arrays.
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -15,12 +16,15 @@ from typing import NamedTuple, Protocol
 import ml_dtypes
 import numpy as np
 
+from input_pipeline import files
 from input_pipeline.schema import UserError
 from truepose_jax.runtime import atomic
 
 
 class ConversionError(UserError):
     """Weights that cannot be converted: the message names every tensor concerned and what was expected."""
+
+    lines = True
 
 
 DTYPES = {
@@ -39,6 +43,7 @@ DTYPES = {
 }
 _CODES = {dtype: code for code, dtype in DTYPES.items()}
 _MAX_HEADER = 100_000_000  # bytes; the limit of the format
+_ENTRY = {"dtype": str, "shape": [int], "data_offsets": [int]}
 
 
 class TensorInfo(NamedTuple):
@@ -88,28 +93,40 @@ class SafetensorsSource:
 
 def _read_header(file: Path) -> dict[str, tuple[TensorInfo, int]]:
     """{name: (info, offset of its first byte in the file)}."""
-    size = file.stat().st_size
-    with file.open("rb") as f:
-        length = int.from_bytes(f.read(8), "little")
+    with files.open_plain(file, "a safetensors file", error=ConversionError) as f:
+        size = os.fstat(f.fileno()).st_size
+        start = f.read(8)
+        length = int.from_bytes(start, "little")
         if size < 8 or length > min(_MAX_HEADER, size - 8):
-            raise ConversionError(f"{file} is not a safetensors file or is truncated ({size} bytes)")
+            seen = files.looks_like(start + f.read(504))
+            why = f"it is {seen}" if seen else f"{size} bytes"
+            raise ConversionError(f"{file} is not a safetensors file or is truncated ({why})")
         try:
-            header = json.loads(f.read(length))
+            header = files.parse_json(f.read(length).decode())
+            files.check_form(header, {str: dict})
             header.pop("__metadata__", None)
-        except (UnicodeDecodeError, json.JSONDecodeError, AttributeError) as error:
+            files.check_form(header, {str: _ENTRY})
+        except ValueError as error:
             raise ConversionError(f"{file} is not a safetensors file: {error}") from error
-    found = {}
-    for name, entry in header.items():
+    found, end = {}, 0
+    # The official reader's rules: the tensors fill the file, one behind the other, no byte of two and none of none.
+    for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
         if entry["dtype"] not in DTYPES:
             raise ConversionError(f"{file}: tensor {name} has the unknown dtype {entry['dtype']}")
         info = TensorInfo(tuple(entry["shape"]), DTYPES[entry["dtype"]])
-        start, end = entry["data_offsets"]
-        if end - start != info.dtype.itemsize * int(np.prod(info.shape, dtype=np.int64)):
+        if len(entry["data_offsets"]) != 2 or any(side < 0 for side in info.shape):
+            raise ConversionError(f"{file}: tensor {name} has the shape {info.shape} at {entry['data_offsets']}")
+        start, stop = entry["data_offsets"]
+        if stop - start != info.dtype.itemsize * math.prod(info.shape):
             raise ConversionError(f"{file}: tensor {name} of shape {info.shape} does not fill its bytes")
-        if 8 + length + end > size:
+        if 8 + length + stop > size:
             raise ConversionError(f"{file} is truncated: tensor {name} ends beyond its {size} bytes")
-        found[name] = (info, 8 + length + start)
-    return found
+        if start != end:
+            raise ConversionError(f"{file}: tensor {name} begins at byte {start} of the data; the one before ends at {end}")
+        found[name], end = (info, 8 + length + start), stop
+    if 8 + length + end != size:
+        raise ConversionError(f"{file}: {size - 8 - length - end} bytes behind the last tensor belong to none")
+    return {name: found[name] for name in header}
 
 
 STEMS = ("diffusion_pytorch_model", "model")
@@ -141,22 +158,20 @@ def weight_files(src: Path, variant: str | None = None) -> list[Path]:
 
 
 def _files_of_index(index: Path) -> list[Path]:
-    try:
-        shard_of = json.loads(index.read_text())["weight_map"]
-    except (json.JSONDecodeError, KeyError) as error:
-        raise ConversionError(f"{index} is no index of safetensors shards: {error!r}") from error
+    form, what = {"weight_map": {str: str}}, "an index of safetensors shards"
+    shard_of = files.read_json(index, form, what=what, limit=_MAX_HEADER, error=ConversionError)["weight_map"]
     outside = [name for name in shard_of.values() if Path(name).name != name]
     if outside:
         raise ConversionError(f"{index} names a shard outside its folder: {outside[0]}")
-    files = [index.parent / name for name in sorted(set(shard_of.values()))]
-    missing = [f.name for f in files if not f.is_file()]
+    shards = [index.parent / name for name in sorted(set(shard_of.values()))]
+    missing = [f.name for f in shards if not f.is_file()]
     if missing:
         raise ConversionError(f"{index} names shards that are missing: {missing}")
-    there = {name: file.name for file in files for name in _read_header(file)}
+    there = {name: file.name for file in shards for name in _read_header(file)}
     astray = sorted(name for name, shard in shard_of.items() if there.get(name) != shard)
     if astray:
         raise ConversionError(f"{index}: tensors that are not in the shard it names: {astray}")
-    return files
+    return shards
 
 
 def open_source(src: TensorSource | Mapping[str, np.ndarray] | str | os.PathLike, variant: str | None = None):

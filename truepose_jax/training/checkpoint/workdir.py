@@ -20,6 +20,7 @@ import jax
 import jax.numpy as jnp
 
 import truepose_jax
+from input_pipeline import files
 from truepose_jax.config import Config, ConfigError, from_config_dict, to_dict, with_defaults
 from truepose_jax.runtime import atomic, sharding
 from truepose_jax.training.checkpoint.errors import CheckpointError, first_line
@@ -34,6 +35,13 @@ contents check_same_contents compares. Everything else means another run. A nois
 means the same: every step tells the size of its parts, and the estimate is of one start."""
 
 LIBRARIES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
+
+METADATA: files.Form = {
+    "config": dict,
+    "frozen?": {str: (str, type(None))},
+    "data?": (str, type(None)),
+}
+"""What is read again of metadata.json."""
 
 Row = tuple[str, Sequence[int], str]
 """(path, shape, dtype) of a parameter."""
@@ -100,15 +108,9 @@ def write_metadata(
 def read_metadata(workdir: str | os.PathLike[str]) -> dict[str, Any]:
     """workdir/metadata.json. Raises CheckpointError."""
     path = Path(workdir) / "metadata.json"
-    try:
-        record = json.loads(path.read_text())
-    except FileNotFoundError as error:
-        raise CheckpointError(f"{path} does not exist: {workdir} holds no training run") from error
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"cannot read {path} ({first_line(error)})") from error
-    if not isinstance(record, dict) or not isinstance(record.get("config"), dict):
-        raise CheckpointError(f"cannot read {path}: it holds no 'config'")
-    return record
+    if not os.path.lexists(path):
+        raise CheckpointError(f"{path} does not exist: {workdir} holds no training run")
+    return files.read_json(path, METADATA, what="a run's metadata", limit=files.MAX_TEXT, error=CheckpointError)
 
 
 def read_config(workdir: str | os.PathLike[str]) -> Config:
