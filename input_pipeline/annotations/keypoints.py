@@ -7,23 +7,29 @@ A pose is named by a "spec": a file, or FILE#NAME for one image of a file that h
 
 | file | frame that its pixels are in |
 |---|---|
-| OpenPose JSON, 18 or 25 joints | `canvas_height` x `canvas_width` where written, else not implied |
-| COCO-17 JSON (annotations or results) | the image's `height` x `width` where written, else not implied |
-| text, 18 rows of `x y`, -1 missing | DeepFashion's padded 256x256: 256x176 and 40 columns left and right |
+| OpenPose JSON, 18 or 25 joints (ControlNet's tools: a list of one) | `canvas_height` x `canvas_width`, else not implied |
+| COCO-17 JSON: annotations or results (AlphaPose, MMPose) | the image's `height` x `width`, else not implied |
+| text, 18 rows of `x y` or `x y score` | DeepFashion's padded 256x256 (40 white columns a side), where they fit into it |
 | annotations.csv#image-name | 256x176 (PATN), padded 256x256 for pose-gan's names, 128x64 for Market's |
+
+One rule for all: (0, 0), (-1, -1) and scores under MIN_SCORE are missing joints; of several people the largest of those with
+most joints is taken; coordinates of which none passes 2 are fractions of the picture, or from -1 to 1, and not pixels.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import functools
-import json
+import os
 import pathlib
 import re
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
 from input_pipeline.annotations.photo import Framing, one_line
+from input_pipeline.files import MAX_TEXT, parse_json, read_json, read_text
 from input_pipeline.schema import NUM_JOINTS, InputError
 
 JOINT_NAMES = (
@@ -42,23 +48,37 @@ FROM_BODY_25 = np.array([0, 1, 2, 3, 4, 5, 6, 7, 9, 10, 11, 12, 13, 14, 15, 16, 
 FROM_COCO = np.array([0, -1, 6, 8, 10, 5, 7, 9, 12, 14, 16, 11, 13, 15, 2, 1, 4, 3])
 """COCO-17 has no neck (-1): it is the mean of both shoulders where both are visible."""
 
+COCO_JOINTS = (17, 26, 133, 136)
+"""COCO's own, Halpe's two and whole bodies: all begin with COCO's 17."""
+
+MIN_SCORE = 0.1
+"""Joints of lower scores are missing. OpenPose draws from 0.05, others from 0.3; below 0.1 they lie anywhere."""
+
+FRACTIONS = 2.0
+"""No person is so small in pixels, and no joint so far outside in fractions of the picture."""
+
 DEEPFASHION_HW = (256, 176)
 DEEPFASHION_PADDING = 40
 """Columns of white left and right that make the 256x176 frame 256x256 (docs/paper.md 8.2)."""
 MARKET_HW = (128, 64)
+FAR_OUTSIDE = 1.25
+"""Text whose joints lie beyond so many times DeepFashion's padded frame is in other pixels."""
 
 DEEPFASHION_NAME = re.compile(r"(WOMEN|MEN)([A-Z][A-Za-z]*?)id(\d{8})(\d{2})(\d)([a-z]+)(\.\w+)?$")
 CANONICAL_NAME = re.compile(r"(WOMEN|MEN)/(\w+)/id_(\d{8})/(\d{2})_(\d)_([a-z]+)")
 POSE_GAN_NAME = re.compile(r"fasion(WOMEN|MEN)")
 MARKET_NAME = re.compile(r"-?\d+_c\d+s\d+_\d+_\d+(\.\w+)+$")
+FILE_SUFFIXES = re.compile(r"(\.(jpe?g|jfif|png|webp|bmp|tiff?|gif|hei[cf]|json|txt))+$", re.IGNORECASE)
 
 
 @dataclasses.dataclass(frozen=True)
 class Pose:
-    """Joints float32 [18 3] in pixels of a frame of `frame_hw`; None where the file does not imply one."""
+    """Joints float32 [18 3] in pixels of a frame of `frame_hw`; None where the file does not imply one. notes: what a person
+    should know of how they were read, each the same words for every file."""
 
     joints: np.ndarray
     frame_hw: tuple[int, int] | None
+    notes: tuple[str, ...] = ()
 
 
 def read_pose(
@@ -89,11 +109,11 @@ def place_pose(pose: Pose, *, out_hw: tuple[int, int], name: str) -> np.ndarray:
 
 
 def load_pose(spec: str | pathlib.Path, *, frame_hw: tuple[int, int] | None = None) -> Pose:
-    """The pose of a spec in its own frame; `frame_hw` overrides the frame the file implies.
+    """The pose of a spec in its own frame; `frame_hw` overrides the frame the file implies. All zeros where nobody is seen.
 
     Raises InputError.
     """
-    path, _, member = str(spec).partition("#")
+    path, member = split_spec(spec)
     suffix = pathlib.Path(path).suffix.lower()
     if suffix == ".json":
         pose = _from_json(path, member, frame_hw)
@@ -108,6 +128,16 @@ def load_pose(spec: str | pathlib.Path, *, frame_hw: tuple[int, int] | None = No
     if not np.isfinite(pose.joints).all():
         raise InputError(f"{spec}: holds coordinates that are not finite numbers; the file is broken")
     return pose
+
+
+def split_spec(spec: str | os.PathLike[str]) -> tuple[str, str]:
+    """(file, member) of FILE or FILE#NAME. Names of files may hold "#" too: the longest part that is a file is one."""
+    text = os.fspath(spec)
+    places = [i for i, letter in enumerate(text) if letter == "#"]
+    if not places or os.path.isfile(text):
+        return text, ""
+    place = next((i for i in reversed(places) if os.path.isfile(text[:i])), places[0])
+    return text[:place], text[place + 1 :]
 
 
 def flip_joints(joints: np.ndarray, width: int) -> np.ndarray:
@@ -149,8 +179,8 @@ def patn_name(name: str) -> str:
 
 
 def name_key(name: str) -> str:
-    """What two spellings of one image share: the canonical name without its suffix."""
-    return str(pathlib.PurePosixPath(canonical_name(name)).with_suffix("")) if name.strip() else ""
+    """What the spellings of one image share: the canonical name without suffixes of files. The key of a key is that key."""
+    return FILE_SUFFIXES.sub("", canonical_name(name))
 
 
 # ------------------------------------------------------------------------------------------ annotation CSV
@@ -164,18 +194,26 @@ def read_annotations(path: str | pathlib.Path) -> dict[str, str]:
     path = pathlib.Path(path)
     try:
         return _annotation_rows(path, path.stat().st_mtime_ns)
-    except OSError as error:
-        raise InputError(f"{path}: cannot read the annotations ({error.strerror}); check the path") from error
+    except (OSError, ValueError) as error:
+        why = getattr(error, "strerror", None) or error
+        raise InputError(f"{path}: cannot read the annotations ({why}); check the path") from error
 
 
 @functools.lru_cache(maxsize=4)
 def _annotation_rows(path: pathlib.Path, modified: int) -> dict[str, str]:
-    lines = _text(path).splitlines()
+    lines = read_text(path, "the annotations").splitlines()
     header = [column.strip(" ,") for column in lines[0].split(":")] if lines else []
     if header != ["name", "keypoints_y", "keypoints_x"]:
         raise InputError(f"{path}: not an annotation CSV; its first line must be name:keypoints_y:keypoints_x")
-    rows = (line.strip(" ,") for line in lines[1:])
-    return {name_key(row.split(":", 1)[0]): row for row in rows if row}
+    rows: dict[str, tuple[int, str]] = {}
+    for number, line in enumerate(lines[1:], start=2):
+        if row := line.strip(" ,"):
+            name, _, numbers = row.partition(":")
+            before, known = rows.get(name_key(name), (number, row))
+            if known.partition(":")[2] != numbers:
+                raise InputError(f"{path}: lines {before} and {number} give {name} different joints; remove one of them")
+            rows[name_key(name)] = number, row
+    return {name: row for name, (_, row) in rows.items()}
 
 
 def annotation_pose(
@@ -190,8 +228,8 @@ def annotation_pose(
         raise InputError(f"{path}: has no row for {canonical_name(name)} (of {len(rows)}); check the image's name")
     try:
         spelling, y, x = row.split(":")
-        yx = np.array([json.loads(column.strip(' ,"')) for column in (y, x)], np.float32)
-        joints = _from_xy(yx[::-1].T)
+        yx = np.array([parse_json(column.strip(' ,"')) for column in (y, x)], np.float32)
+        joints = _seen(yx[::-1].T)
     except (ValueError, TypeError) as error:
         raise InputError(f"{path}: the row of {name} is broken ({one_line(error)})") from error
     if frame_hw is None and POSE_GAN_NAME.match(spelling):
@@ -200,29 +238,23 @@ def annotation_pose(
     return Pose(joints, frame_hw or (MARKET_HW if market else DEEPFASHION_HW))
 
 
-# ------------------------------------------------------------------------------------------ text and JSON
+# --------------------------------------------------------------------------------------------------- text
 
 
-def _text(path: str | pathlib.Path) -> str:
-    try:
-        return pathlib.Path(path).read_text(encoding="utf-8-sig")
-    except OSError as error:
-        raise InputError(f"{path}: cannot read the pose ({error.strerror}); check the path") from error
-    except UnicodeDecodeError as error:
-        raise InputError(f"{path}: is not a text file; a pose is JSON, CSV or 18 rows of 'x y'") from error
+def _seen(joints: np.ndarray) -> np.ndarray:
+    """[18 2] of x, y or [18 3] of x, y, score -> float32 [18 3] of x, y, visible; see the module for what is missing.
 
-
-def _from_xy(xy: np.ndarray) -> np.ndarray:
-    """[18 2] with -1, -1 (or 0, 0) for missing -> joints [18 3].
-
-    Other negative coordinates are real joints.
+    Other negative coordinates are real joints. Raises ValueError for another shape.
     """
-    if xy.shape != (NUM_JOINTS, 2):
-        raise ValueError(f"{xy.shape[0]} joints with {xy.shape[1:]} numbers; expected 18 of x, y")
+    if joints.ndim != 2 or joints.shape[0] != NUM_JOINTS or joints.shape[1] not in (2, 3):
+        raise ValueError(f"{joints.shape[0]} joints with {joints.shape[1:]} numbers; expected 18 of x, y")
+    xy = joints[:, :2]
     missing = (xy == -1).all(1) | (xy == 0).all(1)
-    joints = np.concatenate([xy, np.ones((NUM_JOINTS, 1))], axis=1).astype(np.float32)
-    joints[missing] = 0
-    return joints
+    if joints.shape[1] == 3:
+        missing |= joints[:, 2] < MIN_SCORE
+    seen = np.concatenate([xy, np.ones((NUM_JOINTS, 1))], axis=1).astype(np.float32)
+    seen[missing] = 0
+    return seen
 
 
 def _unpadded(joints: np.ndarray) -> Pose:
@@ -233,39 +265,184 @@ def _unpadded(joints: np.ndarray) -> Pose:
 
 
 def _from_text(path: str, frame_hw: tuple[int, int] | None) -> Pose:
-    lines = [line.replace(",", " ").split() for line in _text(path).splitlines() if line.strip(" ,")]
+    text = read_text(path, "a pose", advice="a pose is JSON, CSV or 18 rows of 'x y'")
+    lines = [line.replace(",", " ").split() for line in text.splitlines() if line.strip(" ,")]
     try:
-        joints = _from_xy(np.array(lines, np.float32))
+        joints = _seen(np.array(lines, np.float32))
     except ValueError as error:
         raise InputError(
             f"{path}: not a pose; expected 18 rows of 'x y', -1 for missing ({one_line(error)})"
         ) from error
-    return Pose(joints, frame_hw) if frame_hw else _unpadded(joints)
+    if frame_hw:
+        return Pose(joints, frame_hw)
+    if joints[:, :2].max() > FAR_OUTSIDE * DEEPFASHION_HW[0]:
+        return Pose(joints, None)
+    return _unpadded(joints)
+
+
+# --------------------------------------------------------------------------------------------------- JSON
+
+Rows = Sequence[Mapping[str, Any]]
+
+
+@dataclasses.dataclass(frozen=True)
+class _Image:
+    """What a JSON file says of one image: its people as OpenPose's objects or as COCO's rows."""
+
+    people: Rows
+    frame_hw: tuple[int, int] | None = None
 
 
 def _from_json(path: str, member: str, frame_hw: tuple[int, int] | None) -> Pose:
+    images = _images(path)
+    if member:
+        image = images.get(name_key(member)) or images.get(_number(member))
+        if image is None:
+            raise InputError(f"{path}: has no image {member} ({_some(images)}); check the name after #")
+    elif len(images) > 1:
+        raise InputError(f"{path}: holds several images ({_some(images)}); say which, as {path}#{next(iter(images))}")
+    else:
+        image = next(iter(images.values()), _Image(()))
     try:
-        content = json.loads(_text(path))
-    except ValueError as error:
-        raise InputError(f"{path}: not valid JSON ({one_line(error)})") from error
+        people = [joints for person in image.people if (joints := _joints_of(person, path)) is not None]
+    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+        if isinstance(error, InputError):
+            raise
+        raise _no_keypoints(path, error) from error
+    return _pose_of(people, frame_hw or image.frame_hw, path)
+
+
+def _images(path: str) -> dict[str, _Image]:
+    """{name: what is said of it} of a JSON file, read once. Raises InputError."""
     try:
-        if isinstance(content, dict) and "people" in content:
-            people, implied = _openpose_people(content, path)
-        else:
-            people, implied = _coco_people(content, member, path)
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        modified = os.stat(path).st_mtime_ns
+    except (OSError, ValueError):
+        modified = 0
+    return _images_of(path, modified)
+
+
+@functools.lru_cache(maxsize=2)
+def _images_of(path: str, modified: int) -> dict[str, _Image]:
+    content = read_json(path, (dict, list), what="a pose", limit=MAX_TEXT)
+    try:
+        pictures = content if isinstance(content, list) else [content]
+        if pictures and all(isinstance(each, dict) and "people" in each for each in pictures):
+            return {str(i): _Image(each["people"], _canvas(each)) for i, each in enumerate(pictures)}
+        return _coco_images(content)
+    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+        raise _no_keypoints(path, error) from error
+
+
+def _no_keypoints(path: str, error: Exception) -> InputError:
+    return InputError(f"{path}: neither OpenPose nor COCO keypoints ({type(error).__name__}: {one_line(error)})")
+
+
+def _some(images: Mapping[str, _Image]) -> str:
+    names = list(images)
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+
+
+def _canvas(picture: Mapping[str, Any]) -> tuple[int, int] | None:
+    h, w = picture.get("canvas_height"), picture.get("canvas_width")
+    return (int(h), int(w)) if h and w and min(h, w) >= 1 else None
+
+
+def _coco_images(content: dict | list) -> dict[str, _Image]:
+    """By name where the file says names, else by number; results' `image_id` is either."""
+    listed = content.get("images", []) if isinstance(content, dict) else []
+    names = {image["id"]: name_key(image["file_name"]) for image in listed if "file_name" in image}
+    sizes = {i["id"]: (int(i["height"]), int(i["width"])) for i in listed if i.get("height") and i.get("width")}
+    if isinstance(content, list):
+        rows = content
+    elif "instance_info" in content:  # MMPose: people of the frames of a video or a folder
+        frames = content["instance_info"]
+        rows = [row | {"image_id": f.get("frame_id", 0)} for f in frames for row in f["instances"]]
+    else:
+        rows = content.get("annotations", [content])
+    people: dict[Any, list] = {}
+    for row in rows:
+        if row.get("keypoints"):
+            people.setdefault(row.get("image_id"), []).append(row)
+    if not people and rows and not listed:
+        raise ValueError("no row has keypoints")
+    found = {}
+    for key in dict.fromkeys([*names, *people]):
+        name = names.get(key) or (_number(key) if isinstance(key, int) else name_key(str(key)))
+        found[name] = _Image(people.get(key, ()), sizes.get(key))
+    return found
+
+
+def _number(name: Any) -> str:
+    """COCO's files are called by their number, with zeros before it."""
+    text = name_key(str(name))
+    return text.lstrip("0") or "0"
+
+
+def _joints_of(person: Mapping[str, Any], path: str) -> np.ndarray | None:
+    """[18 3] of x, y, score, in whatever unit; None where the file says a person of no body."""
+    if "keypoints" in person:
+        numbers = np.array(person["keypoints"], np.float64)
+        if numbers.ndim == 2 and "keypoint_scores" in person:
+            numbers = np.concatenate([numbers[:, :2], np.array(person["keypoint_scores"], np.float64)[:, None]], axis=1)
+        if numbers.size not in {3 * n for n in COCO_JOINTS}:
+            raise InputError(f"{path}: {numbers.size} numbers in 'keypoints'; expected 51 (COCO's 17 joints)")
+        return from_coco(numbers.reshape(-1, 3)[:17])
+    body = person.get("pose_keypoints_2d", person.get("pose_keypoints"))
+    if not body:
+        return None
+    numbers = np.array(body, np.float64)
+    if numbers.size not in {3 * NUM_JOINTS, 75}:
+        raise InputError(f"{path}: {numbers.size} numbers in pose_keypoints_2d; expected 54 (18 joints) or 75")
+    return numbers.reshape(-1, 3)[FROM_BODY_25 if numbers.size == 75 else slice(None)]
+
+
+def from_coco(coco: np.ndarray) -> np.ndarray:
+    """COCO-17 [17 3] of x, y, visible or score (missing: zeros) -> [18 3]; the neck is between two visible shoulders."""
+    joints = coco[FROM_COCO]
+    shoulders = joints[[2, 5]]
+    joints[1] = shoulders.mean(0) if (shoulders[:, 2] >= MIN_SCORE).all() and shoulders[:, :2].any(1).all() else 0
+    return joints
+
+
+def _pose_of(people: Sequence[np.ndarray], frame_hw: tuple[int, int] | None, path: str) -> Pose:
+    """One of the people, in pixels of the frame: see the module. Raises InputError."""
+    seen = [_seen(person) for person in people]
+    notes = []
+    seen = [person for person in seen if person[:, 2].any()]
+    if not seen:
+        return Pose(np.zeros((NUM_JOINTS, 3), np.float32), frame_hw)
+    unit = _unit(np.concatenate([person[person[:, 2] > 0, :2] for person in seen]), path)
+    if unit:
+        if frame_hw is None:
+            raise InputError(
+                f"{path}: coordinates are {unit} of an image of unknown size; add --pose-frame=HxW, the size of its picture"
+            )
+        for person in seen:
+            there = person[:, 2] > 0
+            xy = person[there, :2] if unit == FRACTION else (person[there, :2] + 1) / 2
+            person[there, :2] = xy * (frame_hw[1], frame_hw[0])
+        notes.append(f"coordinates were {unit}, and are taken as such")
+    counts = [int(person[:, 2].sum()) for person in seen]
+    whole = [person for person, count in zip(seen, counts, strict=True) if 2 * count >= max(counts)]
+    if len(whole) > 1:
+        notes.append("shows several people; the largest is taken")
+    return Pose(max(whole, key=_extent), frame_hw, tuple(notes))
+
+
+FRACTION, CENTRED = "fractions", "fractions from -1 to 1 (OpenPose's --keypoint_scale 4)"
+
+
+def _unit(xy: np.ndarray, path: str) -> str:
+    """"" for pixels. [n 2], of all people of a picture: a joint may lie outside of it. Raises InputError where it is unclear."""
+    if np.abs(xy).max() > FRACTIONS:
+        return ""
+    if (xy < 0).mean() > 0.25:
+        return CENTRED
+    if xy.min() < -0.3:
         raise InputError(
-            f"{path}: neither OpenPose nor COCO keypoints ({type(error).__name__}: {one_line(error)})"
-        ) from error
-    people = [person for person in people if person[:, 2].any()]
-    if not people:
-        raise InputError(f"{path}: no joint of any person is visible; choose another pose")
-    joints, frame = max(people, key=_extent), frame_hw or implied
-    if np.abs(joints[:, :2]).max() <= 1:
-        if frame is None:
-            raise InputError(f"{path}: coordinates are fractions of an image of unknown size; add --pose-frame=HxW")
-        joints = joints * (frame[1], frame[0], 1)
-    return Pose(joints.astype(np.float32), frame)
+            f"{path}: coordinates from {xy.min():g} to {xy.max():g} are neither pixels nor clearly fractions; write them in pixels"
+        )
+    return FRACTION
 
 
 def _extent(person: np.ndarray) -> tuple[float, int]:
@@ -273,49 +450,3 @@ def _extent(person: np.ndarray) -> tuple[float, int]:
     xy = person[person[:, 2] > 0, :2]
     width, height = np.ptp(xy, axis=0)
     return float((width + 1e-3) * (height + 1e-3)), len(xy)
-
-
-def _openpose_people(content: dict, path: str) -> tuple[list[np.ndarray], tuple[int, int] | None]:
-    people = []
-    for person in content["people"]:
-        numbers = np.array(person.get("pose_keypoints_2d", person.get("pose_keypoints", [])), np.float32)
-        if numbers.size not in {3 * NUM_JOINTS, 75}:
-            raise InputError(f"{path}: {numbers.size} numbers in pose_keypoints_2d; expected 54 (18 joints) or 75")
-        people.append(_scored(numbers.reshape(-1, 3)[FROM_BODY_25 if numbers.size == 75 else slice(None)]))
-    canvas = content.get("canvas_height"), content.get("canvas_width")
-    return people, (int(canvas[0]), int(canvas[1])) if all(canvas) else None
-
-
-def _scored(joints: np.ndarray) -> np.ndarray:
-    """(x, y, score) -> (x, y, visible): score 0 and (0, 0) are missing."""
-    missing = (joints[:, 2] <= 0) | (joints[:, :2] == 0).all(1)
-    return np.where(missing[:, None], 0, np.concatenate([joints[:, :2], np.ones_like(joints[:, :1])], axis=1))
-
-
-def _coco_people(content, member: str, path: str) -> tuple[list[np.ndarray], tuple[int, int] | None]:
-    images = content.get("images", []) if isinstance(content, dict) else []
-    rows = content.get("annotations", [content]) if isinstance(content, dict) else content
-    rows = [row for row in rows if row.get("keypoints")]
-    if member:
-        images = [image for image in images if name_key(image["file_name"]) == name_key(member)]
-        if not images:
-            raise InputError(f"{path}: 'images' has no file_name {member}; check the name after #")
-        rows = [row for row in rows if row["image_id"] == images[0]["id"]]
-    elif len({row.get("image_id") for row in rows}) > 1:
-        raise InputError(f"{path}: holds several images; say which, as {path}#IMAGE-NAME")
-    people = []
-    for row in rows:
-        numbers = np.array(row["keypoints"], np.float32)
-        if numbers.size != 51:
-            raise InputError(f"{path}: {numbers.size} numbers in 'keypoints'; expected 51 (COCO's 17 joints)")
-        people.append(from_coco(_scored(numbers.reshape(17, 3))))
-    sizes = [(int(i["height"]), int(i["width"])) for i in images if "height" in i and "width" in i]
-    return people, sizes[0] if len(sizes) == 1 else None
-
-
-def from_coco(coco: np.ndarray) -> np.ndarray:
-    """COCO-17 [17 3] of x, y, visible 0/1 (missing: zeros) -> [18 3]; the neck is between two visible shoulders."""
-    joints = coco[FROM_COCO]
-    shoulders = joints[[2, 5]]
-    joints[1] = shoulders.mean(0) if shoulders[:, 2].all() else 0
-    return joints

@@ -45,6 +45,7 @@ MAX_STRETCH = 0.02
 
 EXIF_ORIENTATION = 0x0112
 
+
 def read_photo(path: str | pathlib.Path, *, over: str = "white") -> np.ndarray:
     """Reads a photo: uint8 [h w 3] RGB, upright (EXIF orientation applied), transparency over the colour `over`.
 

@@ -32,7 +32,7 @@ from input_pipeline.schema import ImageRecord, InputError
 
 __all__ = ["FolderImages", "fit_photo", "identity_of", "pairs_within", "read_pairs", "read_photo"]
 
-PHOTO_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
+PHOTO_SUFFIXES = (".jpg", ".jpeg", ".jfif", ".png", ".webp", ".bmp", ".tif", ".tiff")
 PHOTO_FOLDERS = ("image", "images", "img")
 POSE_FOLDERS = ("keypoints", "pose")
 PARSING_FOLDER = "parsing"
@@ -171,14 +171,22 @@ def find_photos(root: pathlib.Path) -> dict[str, pathlib.Path]:
     if folder is None:
         raise InputError(f"{root}: has no folder {PHOTO_FOLDERS[0]}/ with photos")
     photos: dict[str, pathlib.Path] = {}
+    others: list[str] = []
     for path in sorted(folder.rglob("*")):
-        if path.suffix.lower() in PHOTO_SUFFIXES and path.is_file() and not path.name.startswith("."):
+        if path.name.startswith(".") or not path.is_file():
+            continue
+        if path.suffix.lower() not in PHOTO_SUFFIXES:
+            others.append(path.relative_to(folder).as_posix())
+        else:
             name = path.relative_to(folder).with_suffix("").as_posix()
             if name in photos:
                 raise InputError(f"{path}: two photos are called {name}; rename one")
             photos[name] = path
     if not photos:
-        raise InputError(f"{folder}: holds no photos ({', '.join(PHOTO_SUFFIXES)})")
+        seen = f"; there are {_some(others)}" if others else ""
+        raise InputError(f"{folder}: holds no photos ({', '.join(PHOTO_SUFFIXES)}){seen}")
+    if others:
+        logging.warning("%s: %d files are left out, their suffixes are no photos': %s", folder, len(others), _some(others))
     return photos
 
 

@@ -16,7 +16,16 @@ from PIL import Image
 from input_pipeline.annotations.keypoints import load_pose, read_annotations
 from input_pipeline.annotations.parsing import label_set, read_parsing
 from input_pipeline.annotations.photo import MAX_CHUNKS, decode_photo, read_photo
-from input_pipeline.files import check_form, looks_like, parse_json, place_in, read_bytes, read_json, read_list, read_text
+from input_pipeline.files import (
+    check_form,
+    looks_like,
+    parse_json,
+    place_in,
+    read_bytes,
+    read_json,
+    read_list,
+    read_text,
+)
 from input_pipeline.records.reader import read_json as read_json_of_build
 from input_pipeline.schema import InputError, UserError
 from input_pipeline.sources.folder import read_pairs
@@ -65,7 +74,7 @@ def test_what_is_no_plain_file_is_one_line_and_never_waited_for(tmp_path, reader
         assert str(path) in refused(READERS[reader], str(path)), kind
     for path in (tmp_path / "absent" / name, tmp_path / ("long" * 75) / name, f"{tmp_path}/nul\0/{name}"):
         if reader != "metadata of a run" or "\0" not in str(path):
-            refused(READERS[reader], str(path), error=(UserError, ValueError))
+            refused(READERS[reader], str(path), error=(UserError, OSError, ValueError))  # run_program: one line
 
 
 BAD_JSON = {

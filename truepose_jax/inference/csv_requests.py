@@ -7,7 +7,7 @@ import dataclasses
 import logging
 import pathlib
 
-from input_pipeline.annotations.keypoints import canonical_name, load_pose
+from input_pipeline.annotations.keypoints import canonical_name, load_pose, split_spec
 from input_pipeline.annotations.parsing import LABEL_SETS, label_set, read_parsing
 from input_pipeline.annotations.photo import read_photo
 from input_pipeline.files import place_in, read_list
@@ -63,7 +63,7 @@ class Row:
 
 
 def _short_name(spec: str) -> str:
-    file, _, member = spec.partition("#")
+    file, member = split_spec(spec)
     name = canonical_name(member or file)
     return name if name.startswith(("WOMEN/", "MEN/")) else pathlib.PurePosixPath(name).name
 

@@ -38,7 +38,8 @@ def run_program(main: Callable[[Sequence[str]], int | None], argv: Sequence[str]
     """
     # Pillow's warning about large pictures: check_size of photo.py is stricter, and its one line says what to do.
     warnings.filterwarnings("ignore", message="Image size .* decompression bomb")
-    sys.stdout.reconfigure(errors="backslashreplace")  # names of files need not be text
+    with contextlib.suppress(AttributeError):  # names of files need not be text; another's stdout need not be a file
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         code = main(argv) or 0
         sys.stdout.flush()
@@ -60,13 +61,13 @@ def _of_the_system(error: OSError | MemoryError) -> str | None:
     """One line where the cause lies outside of the program: the standard output, a file, memory. None: it may be a bug."""
     if isinstance(error, MemoryError):
         return f"there is not enough memory ({printable(str(error)) or 'for this'}); make what is asked for smaller"
-    try:
-        sys.stdout.flush()
-    except OSError as cause:
-        # Nothing more can be written there; the interpreter would try again at its end, and say so in several lines.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return f"cannot write to the standard output ({cause.strerror})"
     if error.filename is None:
+        try:
+            print(flush=True)
+        except OSError as cause:
+            # The interpreter would try again at its end, and say so in several lines.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            return f"cannot write to the standard output ({cause.strerror})"
         return None
     return printable(f"{os.fsdecode(error.filename)}: {error.strerror}; see whether it is there and may be used")
 

@@ -171,7 +171,7 @@ def test_bad_poses_say_so_in_one_line(tmp_path):
         "empty.json": "no joint",
         "none.json": "no joint",
         "short.json": "expected 54",
-        "nan.json": "not finite",
+        "nan.json": "no number of JSON",
         "two.json": "several images",
         "unsized.json": "--pose-frame",
         "short.txt": "18 rows",
@@ -183,7 +183,7 @@ def test_bad_poses_say_so_in_one_line(tmp_path):
         "rows.csv#z.jpg": "no row",
         "rows.csv": "which image",
         "pose.yaml": "unknown pose format",
-        "bytes.json": "not a text file",
+        "bytes.json": "no UTF-8 text",
     }
     for spec, words in cases.items():
         with pytest.raises(InputError) as excinfo:
