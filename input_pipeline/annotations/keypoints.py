@@ -440,7 +440,7 @@ def _unit(xy: np.ndarray, path: str) -> str:
         return CENTRED
     if xy.min() < -0.3:
         raise InputError(
-            f"{path}: coordinates from {xy.min():g} to {xy.max():g} are neither pixels nor clearly fractions; write them in pixels"
+            f"{path}: coordinates from {xy.min():g} to {xy.max():g} are neither pixels nor clearly fractions; write pixels"
         )
     return FRACTION
 

@@ -10,6 +10,8 @@ import numpy as np
 import tqdm
 
 from input_pipeline.annotations.keypoints import inside
+from input_pipeline.annotations.parsing import label_set
+from input_pipeline.annotations.plausibility import SetOfDoubts, judge
 from input_pipeline.records.reader import RecordImages, open_build, read_json
 from input_pipeline.records.schema import unpack_latents, unpack_tokens
 from input_pipeline.records.writer import file_checksum
@@ -60,11 +62,11 @@ def _file_defects(root: pathlib.Path) -> Iterator[str]:
 
 
 def _split_defects(images: RecordImages) -> tuple[list[str], list[str]]:
-    defects, outside, targets = [], 0, np.unique(images.pairs[:, 1])
+    defects, outside, targets, doubts = [], 0, np.unique(images.pairs[:, 1]), SetOfDoubts()
     with tqdm.tqdm(total=len(images), desc=f"records of {images.split}", unit="image", delay=1) as bar:
         for index in range(len(images)):
             try:
-                outside += _check_record(images, index)
+                outside += _check_record(images, index, doubts)
             except InputError as error:
                 defects.append(str(error))
             bar.update()
@@ -80,11 +82,12 @@ def _split_defects(images: RecordImages) -> tuple[list[str], list[str]]:
         fact += f"; {outside} joints lie outside their picture"
     if not images.joint_counts.any():
         fact += "; no joints, so it cannot be trained on"
-    return defects, [fact]
+    return defects, [fact, *(f"warning: {images.split}: {line}" for line in doubts.lines())]
 
 
-def _check_record(images: RecordImages, index: int) -> int:
-    """The number of joints outside the picture. Raises InputError: what is wrong with the record, and where."""
+def _check_record(images: RecordImages, index: int, doubts: SetOfDoubts) -> int:
+    """The number of joints outside the picture; what is doubtful goes into `doubts`. Raises InputError: what is wrong with
+    the record, and where."""
     record = images.image(index)  # decodes; checks the map's shape and ids
     where = images.place(index)
     fields = images.fields(index)
@@ -102,6 +105,7 @@ def _check_record(images: RecordImages, index: int) -> int:
     margin = FAR_OUTSIDE * np.array(hw[::-1])
     if ((joints[seen, :2] < -margin) | (joints[seen, :2] > hw[::-1] + margin)).any():
         raise InputError(f"{where}: a joint lies far outside the picture; is the pose frame right?")
+    doubts.add(record.name, judge(joints, record.parsing, label_set(images.labels), hw))
     for kind in ("", "flipped_"):
         try:
             unpack_tokens(fields[f"{kind}region_tokens"], fields[f"{kind}region_valid"])

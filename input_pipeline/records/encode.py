@@ -17,6 +17,7 @@ from PIL import Image
 from input_pipeline.annotations.grey_png import encode_grey_png
 from input_pipeline.annotations.parsing import label_set, whole_photo
 from input_pipeline.annotations.photo import fit_photo
+from input_pipeline.annotations.plausibility import judge
 from input_pipeline.annotations.regions import region_boxes
 from input_pipeline.records.schema import new_fields
 from input_pipeline.schema import InputError
@@ -24,6 +25,9 @@ from input_pipeline.sources.base import Dropped, Item, RawPicture, Unusable
 
 CHUNK = 16
 """Images a worker reads at a time."""
+
+DOUBTS = "doubts"
+"""Beside the fields of a record: what plausibility.judge says of it. Not stored; counted in the report."""
 
 JPEG_QUALITY = 95
 """Of photos that had to be encoded again; with full colour resolution (4:4:4)."""
@@ -72,7 +76,7 @@ def _make_chunk(items: Sequence[Item], labels: str, size) -> list[dict[str, Any]
 
 
 def make_fields(item: Item, labels: str, size: tuple[int, int] | None) -> dict[str, Any] | Dropped:
-    """The fields of the record of one image; a Dropped where it cannot be read."""
+    """The fields of the record of one image, and DOUBTS; a Dropped where it cannot be read."""
     try:
         picture = item.load()
     except Unusable as error:
@@ -81,7 +85,8 @@ def make_fields(item: Item, labels: str, size: tuple[int, int] | None) -> dict[s
     hw = picture.image.shape[:2]
     parsing = whole_photo(hw) if picture.parsing is None else picture.parsing
     boxes, valid = region_boxes(parsing, label_set(labels))
-    return new_fields(
+    doubts = judge(picture.joints, picture.parsing, label_set(labels), hw)
+    return {DOUBTS: doubts} | new_fields(
         image=picture.jpeg or encode_jpeg(picture.image),
         parsing=b"" if picture.parsing is None else encode_grey_png(picture.parsing),
         joints=picture.joints,

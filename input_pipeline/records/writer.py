@@ -28,8 +28,9 @@ import numpy as np
 import tqdm
 
 from input_pipeline.annotations.photo import one_line
+from input_pipeline.annotations.plausibility import SetOfDoubts
 from input_pipeline.process_group import ALONE, Share
-from input_pipeline.records.encode import read_items
+from input_pipeline.records.encode import DOUBTS, read_items
 from input_pipeline.records.reader import IMAGE_COLUMNS, PAIR_COLUMNS, read_json
 from input_pipeline.records.schema import VERSION, RecordWriter, features
 from input_pipeline.schema import InputError
@@ -89,10 +90,11 @@ def build_records(
                 bar.update()
                 share.check()
             records = [fields for fields in found if isinstance(fields, dict)]
+            doubts = [(fields["name"], fields.pop(DOUBTS)) for fields in records]
             for annotate in annotators:
                 annotate(records)
             with writing(out):
-                shard.write(out, work, writer, records, [drop for drop in found if isinstance(drop, Dropped)])
+                shard.write(out, work, writer, records, [drop for drop in found if isinstance(drop, Dropped)], doubts)
     share.meet("all shards")
 
     def finish() -> None:
@@ -129,7 +131,15 @@ class _Shard:
         note, file = self.note(work), out / self.file
         return note.is_file() and file.is_file() and read_json(note)["bytes"] == file.stat().st_size
 
-    def write(self, out, work, writer: RecordWriter, records: Sequence[dict], dropped: Sequence[Dropped]) -> None:
+    def write(
+        self,
+        out: pathlib.Path,
+        work: pathlib.Path,
+        writer: RecordWriter,
+        records: Sequence[dict],
+        dropped: Sequence[Dropped],
+        doubts: Sequence[tuple[str, dict[str, bool]]],
+    ) -> None:
         """The shard under its own name only when it is whole, and its note after it."""
         checksum = write_shard(out / self.file, work, writer, records)
         rows = [
@@ -141,6 +151,7 @@ class _Shard:
             "bytes": (out / self.file).stat().st_size,
             "images": rows,
             "dropped": [dataclasses.astuple(drop) for drop in dropped],
+            DOUBTS: doubts,
         }
         write_whole(self.note(work), json.dumps(note))
 
@@ -196,7 +207,7 @@ def _finish(raw: RawSet, out: pathlib.Path, work: pathlib.Path, plan: dict, shar
     """Writes tables, checksums, the report and, last, what makes the folder a dataset."""
     notes = {shard: read_json(shard.note(work)) for shard in shards}
     dropped = list(raw.dropped) + [Dropped(*drop) for note in notes.values() for drop in note["dropped"]]
-    report: dict[str, Any] = {"dataset": raw.name, "plan": plan, "notes": [*raw.notes, *raw.problems], "splits": {}}
+    report: dict[str, Any] = {"dataset": raw.name, "plan": plan, "notes": [*raw.notes, *raw.problems], "doubts": [], "splits": {}}
     reasons = collections.Counter(drop.reason for drop in dropped)
     report["dropped"] = {
         reason: {"count": count, "images": [_told(drop) for drop in dropped if drop.reason == reason]}
@@ -211,6 +222,10 @@ def _finish(raw: RawSet, out: pathlib.Path, work: pathlib.Path, plan: dict, shar
             continue
         lengths[split] = [len(notes[shard]["images"]) for shard in mine]
         pairs, lost = _kept_pairs(content, rows)
+        doubts = SetOfDoubts()
+        for name, judged in (told for shard in mine for told in notes[shard].get(DOUBTS, ())):
+            doubts.add(name, judged)
+        report["doubts"] += [f"{split}: {line}" for line in doubts.lines()]
         write_csv(out / f"images-{split}.csv", IMAGE_COLUMNS, rows)
         write_csv(out / f"pairs-{split}.csv", PAIR_COLUMNS, pairs)
         report["splits"][split] = {

@@ -10,9 +10,9 @@ photo.
 
 from __future__ import annotations
 
+import collections
 import logging
 import pathlib
-from collections import defaultdict
 from collections.abc import Sequence
 
 import numpy as np
@@ -27,6 +27,7 @@ from input_pipeline.annotations.keypoints import (
 )
 from input_pipeline.annotations.parsing import check_said_labels, label_set, read_parsing, whole_photo
 from input_pipeline.annotations.photo import Framing, fit_photo, read_photo
+from input_pipeline.annotations.plausibility import SetOfDoubts, judge
 from input_pipeline.files import read_list
 from input_pipeline.schema import ImageRecord, InputError
 
@@ -34,8 +35,10 @@ __all__ = ["FolderImages", "fit_photo", "identity_of", "pairs_within", "read_pai
 
 PHOTO_SUFFIXES = (".jpg", ".jpeg", ".jfif", ".png", ".webp", ".bmp", ".tif", ".tiff")
 PHOTO_FOLDERS = ("image", "images", "img")
-POSE_FOLDERS = ("keypoints", "pose")
+POSE_FOLDERS = ("keypoints", "pose", "openpose_json", "openpose-json")
 PARSING_FOLDER = "parsing"
+OTHERS_MAPS = ("image-parse-v3", "image-parse", "segm")
+"""Where VITON-HD and UPGPT have theirs."""
 POSE_SUFFIXES = (".json", "_keypoints.json", ".txt")
 PAIR_COLUMNS = (("from", "to"), ("source", "target"))
 
@@ -94,6 +97,17 @@ class FolderImages:
         name = self.names[index]
         return ImageRecord(image, parsing, joints, name, identity_of(name))
 
+    def doubts(self, count: int) -> list[str]:
+        """What is doubtful (annotations/plausibility.py) of `count` photos at even distances; unreadable ones are passed over."""
+        found = SetOfDoubts()
+        for index in np.unique(np.linspace(0, len(self) - 1, min(count, len(self))).astype(int)):
+            try:
+                photo, parsing, joints = self.original(int(index))
+            except InputError:
+                continue
+            found.add(self.names[index], judge(joints, parsing, self._label_set, photo.shape[:2]))
+        return found.lines()
+
     def original(self, index: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """(photo uint8 [h w 3], map uint8 [h w], joints [18 3]) at the photo's own size."""
         name = self.names[index]
@@ -106,9 +120,9 @@ class FolderImages:
     def _find_maps(self) -> dict[str, pathlib.Path]:
         folder = self.root / PARSING_FOLDER
         if not folder.is_dir():
-            raise InputError(
-                f"{self.root}: has no {PARSING_FOLDER}/ with {self.labels} maps; add it or use labels none"
-            )
+            seen = _first_folder(self.root, OTHERS_MAPS)
+            advice = f"rename {seen.name}/ to it" if seen else "add it or use labels none"
+            raise InputError(f"{self.root}: has no {PARSING_FOLDER}/ with {self.labels} maps; {advice}")
         check_said_labels(folder, self.labels)
         maps = {name: folder / f"{name}.png" for name in self.names}
         missing = [name for name, path in maps.items() if not path.is_file()]
@@ -122,6 +136,8 @@ class FolderImages:
             raise InputError(
                 f"{place or self.root}: no poses; add {POSE_FOLDERS[0]}/NAME.json or give an annotation CSV"
             )
+        if place.is_file() and place.suffix.lower() == ".json":
+            return [load_pose(f"{place}#{name}", frame_hw=frame_hw) for name in self.names]
         if place.is_file():
             rows = read_annotations(place)
             missing = [name for name in self.names if name_key(name) not in rows]
@@ -135,6 +151,8 @@ class FolderImages:
         return [load_pose(files[name], frame_hw=frame_hw) for name in self.names]
 
     def _make_pairs(self, pairs: str) -> np.ndarray:
+        for note, count in collections.Counter(note for pose in self._poses for note in pose.notes).items():
+            logging.warning("%s: %d of %d poses: %s", self.root, count, len(self._poses), note)
         posed = np.array([bool(pose.joints[:, 2].any()) for pose in self._poses])
         if not posed.all():
             logging.warning("%s: %d of %d photos have no visible joint", self.root, (~posed).sum(), len(posed))
@@ -208,7 +226,7 @@ def pairs_within(identities: Sequence[str], usable: np.ndarray) -> np.ndarray:
     With `usable` = both shoulders and both hips seen (joints 2, 5, 8, 11) this is the rule behind
     DeepFashion's published lists (PATN; docs/paper.md 8.1).
     """
-    groups: dict[str, list[int]] = defaultdict(list)
+    groups: dict[str, list[int]] = collections.defaultdict(list)
     for index in np.flatnonzero(usable):
         groups[identities[index]].append(int(index))
     found = [(a, b) for members in groups.values() for a in members for b in members if a != b]

@@ -127,7 +127,7 @@ def test_size_is_bounded_before_it_is_read(tmp_path):
     path = tmp_path / "large"
     with path.open("wb") as file:
         file.truncate(10 << 20)
-    with pytest.raises(InputError, match="cannot read the photo .it is larger than 1 MiB"):
+    with pytest.raises(InputError, match=r"cannot read the photo \(it is larger than 1 MiB"):
         read_bytes(path, "a photo", limit=1 << 20)
 
 
@@ -275,7 +275,7 @@ def test_words_of_the_system_are_one_line_and_bugs_keep_their_tracebacks(tmp_pat
         return lambda: run_program(main, [])
 
     def opens(argv):
-        open(tmp_path / "absent\n").read()
+        (tmp_path / "absent\n").read_text()
 
     assert run_program(opens, []) == 2
     assert capsys.readouterr().err.count("\n") == 1
@@ -286,7 +286,7 @@ def test_words_of_the_system_are_one_line_and_bugs_keep_their_tracebacks(tmp_pat
 
 
 def test_a_full_standard_output_is_one_line():
-    code = "import sys; from truepose_jax.runtime.cli import run_program as run\nsys.exit(run(lambda a: print('x', flush=%s), []))"
+    code = "import sys; from truepose_jax.runtime.cli import run_program as run\nsys.exit(run(lambda _: print(1, flush=%s), []))"
     for flush in (True, False):
         with open("/dev/full", "w") as full:
             done = subprocess.run(

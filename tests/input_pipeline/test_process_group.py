@@ -23,10 +23,11 @@ from tests.evaluate.test_evaluate import folder
 from tests.process_group import share_work
 from tests.records import built, noise_set
 from truepose_jax import prepare
+from truepose_jax.detection import parsing_model
 from truepose_jax.evaluate import __main__ as evaluation
 from truepose_jax.evaluate import statistics
 from truepose_jax.evaluate.weights import Network
-from truepose_jax.prepare import label, parsing_model
+from truepose_jax.prepare import label
 from truepose_jax.runtime import distributed
 
 

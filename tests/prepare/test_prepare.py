@@ -1,12 +1,11 @@
 """`prepare inspect`: the sheet, the counts, the warnings, and one line with exit code 2 for bad input."""
 
-import dataclasses
-
 import numpy as np
 import pytest
 from PIL import Image
 
 from input_pipeline.annotations.parsing import LABEL_SETS, flip_parsing
+from input_pipeline.annotations.plausibility import SetOfDoubts, judge
 from input_pipeline.sources.folder import FolderImages
 from tests.shared_data import shared_data, write_folder
 from truepose_jax import prepare
@@ -95,16 +94,18 @@ def test_bad_flags_exit_with_2(tmp_path):
 
 
 def test_warnings_for_swapped_sides_and_another_set():
+    """Of studio photos; tests/input_pipeline/annotations/test_plausibility.py has the kinds."""
     images = FolderImages(shared_data("zalora_parsed"), labels="cihp20", size=(128, 80))
-    labels = LABEL_SETS["cihp20"]
     records = [images.image(i) for i in range(len(images))]
-    assert prepare.side_warnings(records, labels) == []
-    swapped = [dataclasses.replace(r, parsing=labels.flipped[r.parsing]) for r in records]
-    lines = prepare.side_warnings(swapped, labels)
-    assert len(lines) == 2 and "arm" in lines[0] and "leg" in lines[1]
-    mirrored = [dataclasses.replace(r, parsing=flip_parsing(r.parsing, labels)[:, ::-1]) for r in records]
-    assert len(prepare.side_warnings(mirrored, labels)) == 2
-    other = prepare.side_warnings(
-        [dataclasses.replace(r, parsing=r.parsing % 18) for r in records], LABEL_SETS["atr18"]
-    )
-    assert any("Face" in line for line in other)
+
+    def lines(change, labels="cihp20"):
+        found, labels = SetOfDoubts(), LABEL_SETS[labels]
+        for record in records:
+            found.add(record.name, judge(record.joints, change(record.parsing), labels, record.parsing.shape))
+        return found.lines()
+
+    labels = LABEL_SETS["cihp20"]
+    assert lines(lambda parsing: parsing) == []
+    assert len(lines(lambda parsing: labels.flipped[parsing])) == 1
+    assert len(lines(lambda parsing: flip_parsing(parsing, labels)[:, ::-1])) == 1
+    assert any("no face" in line for line in lines(lambda parsing: parsing % 18, "atr18"))

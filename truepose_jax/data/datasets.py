@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import logging
 import pathlib
 from collections.abc import Iterator
 
@@ -32,6 +33,9 @@ TRAIN_SPLIT, TEST_SPLIT = "train", "test"
 """Splits of a built dataset where the config names none."""
 
 Encoder = RegionEncoder | LazyEncoder
+
+DOUBTED = 32
+"""Photos of a folder that are looked at before a training starts: does all belong together?"""
 
 EVAL_SEED = 1
 """Added to the run's seed for held-out people."""
@@ -178,6 +182,8 @@ def _folder(config: Config, split: str) -> tuple[ImageSet, str]:
         pairs=d.pairs if split == "train" else d.eval_pairs,
         keypoints=d.keypoints or None,
     )
+    for line in images.doubts(DOUBTED):
+        logging.warning("%s: %s", d.root, line)
     files = hashlib.sha256()
     for name, path in sorted(images.files.items()):
         stat = path.stat()

@@ -30,7 +30,7 @@ from truepose_jax.prepare.annotate import add_annotate
 from truepose_jax.prepare.build import add_build
 from truepose_jax.prepare.check import add_check
 from truepose_jax.prepare.codec import add_codec
-from truepose_jax.prepare.inspection import add_inspect, side_warnings
+from truepose_jax.prepare.inspection import add_inspect
 from truepose_jax.prepare.label import add_label
 from truepose_jax.prepare.sheet import PANEL_HEIGHT
 from truepose_jax.runtime.cli import Parser, run_program
@@ -39,7 +39,7 @@ from truepose_jax.runtime.distributed import add_flags, joined, refuse_flags
 SHARED = ("build", "label", "annotate")
 """Sub-commands whose work several processes share."""
 
-__all__ = ["PANEL_HEIGHT", "main", "side_warnings"]
+__all__ = ["PANEL_HEIGHT", "main"]
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -170,3 +170,5 @@ def print_report(report: dict[str, Any]) -> None:
         print(f"dropped: {found['count']:,} images, {reason}, such as {found['images'][0]['name']}")
     for note in report["notes"]:
         print(f"note: {note}")
+    for line in report.get("doubts", ()):
+        print(f"warning: {line}")

@@ -12,6 +12,7 @@ from PIL import Image
 
 from input_pipeline.annotations.keypoints import JOINT_NAMES, inside
 from input_pipeline.annotations.parsing import LABEL_SETS, LabelSet, class_areas, class_on, label_set
+from input_pipeline.annotations.plausibility import SetOfDoubts, judge
 from input_pipeline.annotations.regions import region_boxes
 from input_pipeline.records.reader import RecordImages
 from input_pipeline.schema import MAX_CLASSES, ImageRecord, ImageSet, InputError
@@ -109,7 +110,10 @@ def print_counts(records: Sequence[ImageRecord], labels: LabelSet) -> None:
         under = labels_under(records, labels, joint)
         listed = ", ".join(f"{label} {count}" for label, count in under.most_common(4))
         print(f"{joint:>3} {name:>14} {visible:>7} {under.total():>8}  {listed}")
-    for line in side_warnings(records, labels):
+    doubts = SetOfDoubts()
+    for record in records:
+        doubts.add(record.name, judge(record.joints, record.parsing, labels, record.image.shape[:2]))
+    for line in doubts.lines():
         print(f"warning: {line}")
 
 
@@ -122,22 +126,3 @@ def labels_under(records: Sequence[ImageRecord], labels: LabelSet, joint: int) -
             x, y = np.rint(record.joints[joint, :2]).astype(int)
             under[labels.classes[record.parsing[min(y, h - 1), min(x, w - 1)]]] += 1
     return under
-
-
-def side_warnings(records: Sequence[ImageRecord], labels: LabelSet) -> list[str]:
-    """Lines for a face without Face under it and for limbs whose joints lie in the other side's label."""
-    warnings = []
-    noses = labels_under(records, labels, 0)
-    face = next((name for name in ("Face", "Head") if labels.id_of(name)), None)
-    if face and noses.total() >= 3 and noses[face] < noses.total() / 2:
-        warnings.append(f"only {noses[face]} of {noses.total()} noses lie in {face}: is it another label set?")
-    for part, joints in (("arm", (3, 4)), ("leg", (9, 10))):
-        own = other = 0
-        for right in joints:
-            for side, joint in (("Right", right), ("Left", right + 3)):
-                under = labels_under(records, labels, joint)
-                own += under[f"{side}-{part}"]
-                other += under[f"{'Left' if side == 'Right' else 'Right'}-{part}"]
-        if other > own:
-            warnings.append(f"{other} joints lie in the other side's {part} and {own} in their own: are sides swapped?")
-    return warnings
