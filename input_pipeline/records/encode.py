@@ -34,12 +34,12 @@ JPEG_QUALITY = 95
 
 
 def read_items(items: Sequence[Item], labels: str, size, workers: int) -> Iterator[dict[str, Any] | Dropped]:
-    """The fields of every item, in order; a Dropped where it cannot be read."""
+    """The fields of every item and its DOUBTS, in order; a Dropped where it cannot be read."""
     chunks = [items[start : start + CHUNK] for start in range(0, len(items), CHUNK)]
     if workers <= 1:
         for chunk in chunks:
             for item in chunk:
-                yield make_fields(item, labels, size)
+                yield _make(item, labels, size)
         return
     # Spawned, not forked: the annotators' threads (JAX's, torch's) do not survive a fork.
     pool = ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn"), initializer=end_with_parent)
@@ -72,11 +72,19 @@ def end_with_parent() -> None:
 
 
 def _make_chunk(items: Sequence[Item], labels: str, size) -> list[dict[str, Any] | Dropped]:
-    return [make_fields(item, labels, size) for item in items]
+    return [_make(item, labels, size) for item in items]
 
 
 def make_fields(item: Item, labels: str, size: tuple[int, int] | None) -> dict[str, Any] | Dropped:
-    """The fields of the record of one image, and DOUBTS; a Dropped where it cannot be read."""
+    """The fields of the record of one image; a Dropped where it cannot be read."""
+    made = _make(item, labels, size)
+    if isinstance(made, dict):
+        del made[DOUBTS]
+    return made
+
+
+def _make(item: Item, labels: str, size: tuple[int, int] | None) -> dict[str, Any] | Dropped:
+    """The same, and DOUBTS."""
     try:
         picture = item.load()
     except Unusable as error:

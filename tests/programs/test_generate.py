@@ -228,7 +228,7 @@ BAD = {
     "no workdir": ({"workdir": "/absent"}, "holds no training run"),
     "no photo": ({"source": "/absent.png"}, "cannot read the photo"),
     "cut photo": ({"source": "INPUTS/cut.png"}, "truncated"),
-    "no map": ({"parsing": "/absent.png"}, "no such parsing map"),
+    "no map": ({"parsing": "/absent.png"}, "cannot read the parsing map"),
     "map of another photo": ({"parsing": "INPUTS/large_map.png"}, "the map is 50x40 but its photo is 40x30"),
     "labels of another set": ({"labels": "pascal7"}, "outside pascal7's 0 to 6"),
     "unknown labels": ({"labels": "atr"}, "unknown label set 'atr'"),

@@ -52,6 +52,8 @@ class Row:
             labels = self.labels
             parsing = read_parsing(self.parsing, label_set(labels), photo.shape[:2])
         pose = load_pose(self.pose, frame_hw=self.pose_frame)
+        for note in pose.notes:
+            logging.warning("%s: %s", self.pose, note)
         frame = pose.frame_hw if edit is None else pose.frame_hw or edit.reference.shape[:2]
         if frame is None:
             raise InputError(f"{self.pose}: the file does not say how large its image was; add --pose-frame=HxW")

@@ -11,6 +11,7 @@ import numpy as np
 from input_pipeline.annotations.keypoints import inside
 from input_pipeline.annotations.parsing import LabelSet, check_parsing, convert_parsing, label_set, whole_photo
 from input_pipeline.annotations.photo import Framing, fit_photo
+from input_pipeline.annotations.plausibility import doubts, judge
 from input_pipeline.annotations.skeleton import draw_skeleton_uint8
 from input_pipeline.schema import NUM_JOINTS, ImageRecord, InputError
 from truepose_jax.sampling.inpainting import Edit, FittedEdit
@@ -105,8 +106,21 @@ def fit_request(request: Request, size: tuple[int, int], *, head: bool = False, 
     if edit is not None:
         framing, hw = edit.framing, edit.framing.photo_hw
     joints = _place_joints(request.joints, request.frame_hw or hw, framing, name)
+    for line in _doubts(request, hw):
+        logging.warning("%s: %s", name, line)
     record = ImageRecord(image, parsing, source_joints, name, identity=name)
     return Fitted(record, own, joints, framing, request.name, request.seed, edit)
+
+
+def _doubts(request: Request, hw: tuple[int, int]) -> list[str]:
+    """What looks wrong about the pose in its frame and about the map on its photo. hw: of the picture to make."""
+    found = doubts(judge(np.asarray(request.joints), None, label_set("whole"), request.frame_hw or hw))
+    if request.parsing is not None:
+        size, none = request.source.shape[:2], np.zeros((NUM_JOINTS, 3), np.float32)
+        in_photo = request.source_joints is not None and request.source_frame_hw in (None, size)
+        own = np.asarray(request.source_joints) if in_photo else none
+        found += doubts(judge(own, request.parsing, label_set(request.labels), size))
+    return found
 
 
 def _place_joints(

@@ -14,7 +14,8 @@ from collections.abc import Iterator
 
 def partial_of(path: pathlib.Path) -> pathlib.Path:
     """A hidden name beside `path` that no one else has: in containers every Python is process 1, so its number is not enough."""
-    name = os.fsdecode(os.fsencode(path.name)[:200])  # with the rest a name, however long the file's own is
+    # With the rest it is a name too, however long the file's own is.
+    name = path.name.encode("utf-8", "surrogateescape")[:200].decode("utf-8", "surrogateescape")
     return path.with_name(f".{name}.{os.getpid()}-{uuid.uuid4().hex[:8]}.partial")
 
 
