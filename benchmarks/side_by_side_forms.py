@@ -111,11 +111,12 @@ def _our_training(case: Case, jax, cases) -> Form:
 
 
 def _our_sampling(case: Case, jax, cases) -> Form:
-    from truepose_jax.sampling.sampler import Sampler, cast_kernels, compiler_options
+    from truepose_jax.sampling.sampler import Sampler, Sampling, cast_kernels, compiler_options
 
     config = case.config()
     diffusion = config.diffusion
-    sampler = Sampler(cases.method_of(case), diffusion.schedule, case.steps, diffusion.spacing, case.guidance)
+    sampling = Sampling(case.steps, case.guidance)
+    sampler = Sampler(cases.method_of(case), diffusion.schedule, diffusion.spacing, sampling)
     # In float32 cast_kernels gives back what it got: without device_put every call would copy the host's arrays.
     params = jax.device_put(cast_kernels(cases.params_of(case), case.dtype))
     inputs = params, {}, jax.device_put(cases.batch_of(case))

@@ -75,7 +75,9 @@ ROOMS = {
         "inference kernels methods models pretrained pretrained.conversion runtime sampling training",
         torch="late",
     ),
-    "flags": Room(f"{INPUT} pretrained.conversion runtime", never=frozenset({"jax", "flax", "optax", "orbax", "grain"})),
+    "flags": Room(
+        f"{INPUT} pretrained.conversion runtime", never=frozenset({"jax", "flax", "optax", "orbax", "grain"})
+    ),
     "programs": Room(
         f"configs flags {INPUT} input_pipeline.synthetic input_pipeline.sources input_pipeline.records input_pipeline.batches "
         "config data detection evaluate inference methods metrics models pretrained pretrained.conversion runtime sampling "

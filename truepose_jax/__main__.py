@@ -1,8 +1,8 @@
 """All programs under one name: truepose COMMAND [ARGUMENT ...], or python -m truepose_jax COMMAND [ARGUMENT ...].
 
-    truepose generate --workdir=synthetic_128x96 --source=anna.jpg ... --out=anna_moved.png
-    truepose train --config=demo --workdir=runs/mine
-    truepose COMMAND --help
+truepose generate --workdir=synthetic_128x96 --source=anna.jpg ... --out=anna_moved.png
+truepose train --config=demo --workdir=runs/mine
+truepose COMMAND --help
 """
 
 from __future__ import annotations

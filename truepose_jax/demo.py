@@ -45,6 +45,7 @@ SHOWN = (
 SHOWN_CELL = 256
 """Least height of a picture on the sheet, in pixels: prints can be seen."""
 
+
 def main(argv: list[str]) -> int:
     if len(argv) > 1:
         raise ConfigError(f"unknown argument {argv[1]!r}; settings are --config.key=value")

@@ -1,6 +1,6 @@
 """What a report of a fault needs: versions, devices, the cache of compiled programs, disk.
 
-    python -m truepose_jax.env
+python -m truepose_jax.env
 """
 
 from __future__ import annotations

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import collections
+import dataclasses
 import hashlib
 import itertools
 import json
@@ -26,7 +27,7 @@ from input_pipeline.records.reader import RecordImages
 from input_pipeline.schema import InputError
 from truepose_jax.config import to_dict
 from truepose_jax.flags.generate import BATCH, NAMING, SPLIT, make_parser
-from truepose_jax.inference.csv_requests import COLUMNS, Row, read_rows
+from truepose_jax.inference.csv_requests import COLUMNS, Row, of_seeds, read_rows
 from truepose_jax.inference.pipeline import Fitted, Pipeline, Run
 from truepose_jax.inference.record_requests import RecordRow, pair_list, record_rows
 from truepose_jax.runtime.choices import OUTSIDE
@@ -35,6 +36,7 @@ from truepose_jax.runtime.distributed import joined, refuse_flags
 from truepose_jax.runtime.files import atomic_write
 from truepose_jax.sampling.image_grid import sheet
 from truepose_jax.sampling.inpainting import read_edit, sheet_columns
+from truepose_jax.sampling.sampler import Sampling
 from truepose_jax.training.checkpoint import STOPPED, Preemption
 
 EDIT_FLAGS = ("reference", "edit-mask", "reference-parsing", "reference-labels", "outside")
@@ -53,8 +55,11 @@ FLAGS_USED_BY = {
     "naming": ("--records",),
     "out-dir": ("--pairs", "--records"),
     "batch-size": ("--pairs", "--records"),
+    "num": (ONE, "--pairs"),
 }
 """Which calls read a flag; in others it is an error. What is for one picture alone is refused before."""
+MOST = 1000
+"""Pictures of one pair."""
 READERS = 4
 """Threads that read and fit the photos of the next batches while one is sampled."""
 Report = Callable[[int, object], None]
@@ -105,41 +110,60 @@ def _main(argv: Sequence[str]) -> int | None:
     return None
 
 
+def _sampling(run: Run, flags: argparse.Namespace) -> Sampling:
+    if flags.num is not None and not 1 <= flags.num <= MOST:
+        raise InputError(f"--num is {flags.num}; it must be from 1 to {MOST}")
+    return run.sampling(flags.steps, flags.guidance, flags.sampler, flags.guidance_interval)
+
+
 def generate_one(flags: argparse.Namespace) -> None:
-    """One picture, and its sheet. Everything is checked before the weights are read."""
+    """One pair's pictures, and their sheet. Everything is checked before the weights are read."""
     run = Run.open(flags.workdir, weights=flags.weights, step=flags.step)
-    steps, guidance = run.sampling(flags.steps, flags.guidance)
-    places = [_new_png(path, flags.overwrite) for path in (flags.out, flags.sheet) if path]
+    sampling = _sampling(run, flags)
     own = flags.source_pose, flags.source_pose_frame
-    row = Row(0, flags.source, flags.parsing, flags.pose, flags.labels, flags.pose_frame, places[0], *own)
+    out = pathlib.Path(flags.out)
+    pair = Row(0, flags.source, flags.parsing, flags.pose, flags.labels, flags.pose_frame, out, *own)
+    rows = of_seeds(pair, flags.seed, flags.num or 1)
+    places = [_new_png(path, flags.overwrite) for path in [*(row.out for row in rows), flags.sheet] if path]
     edit = None
     if flags.reference:
         labels, outside = flags.reference_labels or flags.labels, flags.outside or OUTSIDE[0]
         parsing = flags.reference_parsing
         edit = read_edit(flags.reference, flags.edit_mask, parsing=parsing, labels=labels, outside=outside)
-    fitted = row.read(run, flags.seed, edit)
-    pipeline = Pipeline.of_run(run, vae=flags.vae, clip=flags.clip)
-    print(describe(run, steps, guidance, flags.seed), flush=True)
+    fitted = pair.read(run, flags.seed, edit)
+    every = [dataclasses.replace(fitted, seed=row.seed) for row in rows]
+    pipeline = Pipeline.of_run(run, vae=flags.vae, clip=flags.clip, dtype=flags.dtype)
+    print(describe(run, sampling, flags.seed), flush=True)
     start = time.perf_counter()
-    (picture,) = pipeline.sample([fitted], steps=steps, guidance=guidance)
-    save_png(picture, places[0])
+    size = min(len(every), BATCH)
+    with tqdm.tqdm(unit="step", leave=False, disable=None) as bar:  # on a terminal alone
+
+        def progress(done: int, steps: int) -> None:
+            bar.total = steps
+            bar.update(done - bar.n)
+
+        pictures = pipeline.sample(every, sampling=sampling, batch_size=size, callback=progress)
+    for picture, row in zip(pictures, rows, strict=True):
+        save_png(picture, row.out)
     if flags.sheet:
         shown = {"source": fitted.source.image, "pose": fitted.skeleton}
         columns = {name: [fitted.framing.crop(image)] for name, image in shown.items()}
         if fitted.edit:
-            columns = sheet_columns(fitted.source.image, fitted.skeleton, fitted.edit, picture)
+            sheets = [sheet_columns(fitted.source.image, fitted.skeleton, fitted.edit, picture) for picture in pictures]
+            columns = {title: [each[title][0] for each in sheets] for title in sheets[0]}
         else:
-            carried = {"carried": pipeline.carried([fitted], [picture])} if pipeline.method.carries else {}
-            columns |= carried | {"generated": [picture]}
-        save_png(sheet(columns), places[1])
-    h, w = picture.shape[:2]
-    print(f"{flags.out}: {h}x{w}, {time.perf_counter() - start:.1f} s with compilation", flush=True)
+            columns = {title: cells * len(pictures) for title, cells in columns.items()}
+            carried = {"carried": pipeline.carried(every, pictures)} if pipeline.method.carries else {}
+            columns |= carried | {"generated": pictures}
+        save_png(sheet(columns), places[-1])
+    (h, w), seconds = pictures[0].shape[:2], time.perf_counter() - start
+    made = flags.out if len(rows) == 1 else f"{rows[0].out} to {rows[-1].out.name}"
+    print(f"{made}: {h}x{w}, {seconds:.1f} s with compilation", flush=True)
 
 
-def describe(run: Run, steps: int, guidance: float, seed: int) -> str:
+def describe(run: Run, sampling: Sampling, seed: int) -> str:
     """One line that says what the pictures are made with."""
-    sampling = f"{steps} DDIM steps, guidance {guidance:g}, seed {seed}"
-    return f"{run.workdir}: step {run.step}, {run.weights} weights; {sampling}"
+    return f"{run.workdir}: step {run.step}, {run.weights} weights; {sampling}, seed {seed}"
 
 
 AnyRow = Row | RecordRow
@@ -179,12 +203,13 @@ def generate_list(flags: argparse.Namespace, share: Share) -> int:
     hosts never wait for one another between the beginning and the end.
     """
     batch_size = BATCH if flags.batch_size is None else flags.batch_size
+    num = flags.num or 1
     if batch_size < 1:
         raise InputError(f"--batch-size is {batch_size}; it must be 1 or more")
     run = Run.open(flags.workdir, weights=flags.weights, step=flags.step)
-    steps, guidance = run.sampling(flags.steps, flags.guidance)
+    sampling = _sampling(run, flags)
     out_dir = pathlib.Path(flags.out_dir)
-    settings = settings_of(run, steps, guidance, flags)
+    settings = settings_of(run, sampling, flags)
     if flags.records:
         images = RecordImages(flags.records, flags.split or SPLIT)
         source, problems = str(images.root / f"pairs-{images.split}.csv"), []
@@ -194,7 +219,8 @@ def generate_list(flags: argparse.Namespace, share: Share) -> int:
         source = flags.pairs
         frames = {"pose_frame": flags.pose_frame, "source_pose_frame": flags.source_pose_frame}
         needed = run.config.model.carry.head
-        rows, problems = read_rows(flags.pairs, out_dir, labels=flags.labels, **frames, source_poses=needed)
+        listed, problems = read_rows(flags.pairs, out_dir, labels=flags.labels, **frames, source_poses=needed)
+        rows = [row for pair in listed for row in of_seeds(pair, flags.seed, num)]
     if not flags.overwrite:
         check_settings(out_dir, settings)
     listed = hashlib.sha256("\n".join(f"{row.name} {row.out}" for row in rows).encode()).hexdigest()
@@ -202,13 +228,17 @@ def generate_list(flags: argparse.Namespace, share: Share) -> int:
     mine = share.mine(rows)
     todo = mine if flags.overwrite else [row for row in mine if not row.out.exists()]
     left = sum(share.meet("what is left", len(todo)))
-    count = len(rows) + len(problems)
+    pairs = len(rows) // num
+    count = pairs + len(problems)
     if share.leads:
-        print(describe(run, steps, guidance, flags.seed), flush=True)
-        print(f"{source}: {len(rows)} pairs, {len(rows) - left} of them done before", flush=True)
+        print(describe(run, sampling, flags.seed), flush=True)
+        many = f", {num} pictures each, {len(rows) - left}" if num > 1 else f", {len(rows) - left} of them"
+        print(f"{source}: {pairs} pairs{many} done before", flush=True)
     failed = []
 
     def report(line: int, why: object) -> None:
+        if line in failed:  # as the same pair's first seed
+            return
         failed.append(line)
         tqdm.tqdm.write(f"error: {source}, line {line}: {why}", file=sys.stderr)
 
@@ -216,7 +246,7 @@ def generate_list(flags: argparse.Namespace, share: Share) -> int:
         report(line, why)
     stopped = False
     if left:
-        pipeline = Pipeline.of_run(run, vae=flags.vae, clip=flags.clip) if todo else None
+        pipeline = Pipeline.of_run(run, vae=flags.vae, clip=flags.clip, dtype=flags.dtype) if todo else None
         # Old pictures go first: a kill must not leave some that a second start takes for new ones.
         for row in todo:
             row.out.unlink(missing_ok=True)
@@ -240,7 +270,7 @@ def generate_list(flags: argparse.Namespace, share: Share) -> int:
         with bar, Preemption(safe_to_exit=lambda: not compiled and share.count == 1) as preemption:
             for batch in _batches(todo, run, flags.seed, size, report):
                 fitted = [fitted for _, fitted in batch]
-                pictures = pipeline.sample(fitted, steps=steps, guidance=guidance, batch_size=size)
+                pictures = pipeline.sample(fitted, sampling=sampling, batch_size=size)
                 compiled = True
                 for (row, _), picture in zip(batch, pictures, strict=True):
                     save_png(picture, row.out)
@@ -253,7 +283,7 @@ def generate_list(flags: argparse.Namespace, share: Share) -> int:
         stopped = any(ends)
     ours = {"pictures": sum(row.out.exists() for row in mine), "failed": failed}
     found = share.meet("the sum", ours, meanwhile=lambda: share.asked(stopped))
-    failed = sorted(line for part in found for line in part["failed"])
+    failed = sorted({line for part in found for line in part["failed"]})
     if share.leads:
         pictures = sum(part["pictures"] for part in found)
         if stopped:
@@ -289,15 +319,18 @@ def _batches(
                 batch = []
 
 
-def settings_of(run: Run, steps: int, guidance: float, flags: argparse.Namespace) -> dict[str, Any]:
+def settings_of(run: Run, sampling: Sampling, flags: argparse.Namespace) -> dict[str, Any]:
     """What a picture depends on besides its row."""
     config = json.dumps(to_dict(run.config), sort_keys=True)
     return {
         "config": hashlib.sha256(config.encode()).hexdigest()[:16],
         "step": run.step,
         "weights": run.weights,
-        "steps": steps,
-        "guidance": guidance,
+        "steps": sampling.steps,
+        "guidance": sampling.guidance,
+        "sampler": sampling.sampler,
+        "guidance_interval": list(sampling.guidance_interval),
+        "dtype": flags.dtype,
         "seed": flags.seed,
         "vae": flags.vae,
         "clip": flags.clip,

@@ -11,7 +11,7 @@ from diffusers import DDIMScheduler
 
 from truepose_jax.diffusion import losses
 from truepose_jax.diffusion.guidance import Branches, guided, two_branches
-from truepose_jax.diffusion.samplers import ddim_sample, ddim_timesteps
+from truepose_jax.diffusion.samplers import ddim_timesteps, sample_latents
 from truepose_jax.diffusion.schedule import PREDICTIONS, Schedule
 
 SD15 = Schedule()
@@ -156,7 +156,7 @@ def test_ddim_equals_diffusers(prediction, name, steps, spacing):
     def predict(x, t):
         return network(x, t[:, None, None, None].astype(jnp.float32), w)
 
-    got = ddim_sample(predict, noise, schedule, steps=steps, spacing=spacing)
+    got = sample_latents(predict, noise, schedule, steps=steps, spacing=spacing)
     want = trajectory_of_diffusers(noise, w, steps=steps, prediction_type=name, timestep_spacing=spacing)
     assert np.abs(got - want).max() / np.abs(want).max() < 3e-4
 
@@ -166,7 +166,7 @@ def test_ddim_with_the_true_noise_lands_near_x0():
     x0, eps = normal(0, *SHAPE), normal(1, *SHAPE)
     for spacing in ("leading", "trailing"):
         start = np.full(SHAPE[0], ddim_timesteps(35, spacing=spacing)[0])
-        got = ddim_sample(
+        got = sample_latents(
             lambda x, t: jnp.asarray(eps), SD15.add_noise(x0, eps, start), SD15, steps=35, spacing=spacing
         )
         np.testing.assert_allclose(got, SD15.add_noise(x0, eps, np.zeros(SHAPE[0], int)), atol=1e-3)
@@ -181,7 +181,7 @@ def test_ddim_is_one_scan_and_sees_every_timestep():
         return x
 
     seen: list[int] = []
-    ddim_sample(predict, normal(0, *SHAPE), SD15, steps=35)
+    sample_latents(predict, normal(0, *SHAPE), SD15, steps=35)
     jax.effects_barrier()
     assert calls == [(SHAPE[0],)]
     assert seen == list(range(953, 0, -28))

@@ -138,6 +138,40 @@ def test_what_a_picture_depends_on(pipe):
     assert min(apart.values()) > 1, apart
 
 
+def test_progress_inside_a_picture(pipe):
+    """The same pictures, every step told of once, in order; what the callback raises stops the sampling."""
+    fitted = [pipe.run.fit(person(i)) for i in range(4)]
+    told = []
+    found = pipe.sample(fitted, batch_size=3, callback=lambda done, steps: told.append((done, steps)))
+    for picture, plain in zip(found, pipe.sample(fitted, batch_size=3), strict=True):
+        assert levels_apart(picture, plain) <= 1
+    assert told == [(1, 4), (2, 4), (3, 4), (4, 4)]  # two batches of two steps
+
+    def enough(done, steps):
+        raise TimeoutError(f"{done} of {steps}")
+
+    one = person(0)
+    with pytest.raises(TimeoutError, match="1 of 2"):
+        pipe(one.source, one.parsing, one.joints, callback=enough)
+
+
+def test_samplers_of_a_pipeline(pipe):
+    """They show, and what is no sampler, no interval or no dtype is refused."""
+    one = person(0)
+    made = {name: pipe.batch([one], sampler=name, batch_size=3)[0] for name in ("ddim", "unipc")}
+    assert levels_apart(*made.values()) > 1
+    sampling = pipe.run.sampling(7, 2.0, "dpmpp_2m", (0.2, 0.8))
+    assert str(sampling) == "7 DPM-Solver++ 2M steps, guidance 2 for t/T from 0.2 to 0.8"
+    assert str(pipe.run.sampling()) == "2 DDIM steps, guidance 2"
+    for wrong, words in (((None, None, "euler"), "sampler is 'euler'"), ((2, 2.0, "ddim", (0.8, 0.2)), "0.8 to 0.2")):
+        with pytest.raises(InputError, match=words):
+            pipe.run.sampling(*wrong)
+    with pytest.raises(ConfigError, match="float16"):
+        Pipeline.load(shared_run(), dtype="float16")
+    held = jax.tree.leaves(Pipeline.load(shared_run(), dtype="bfloat16").params)
+    assert {str(x.dtype) for x in held if x.ndim > 1} == {"bfloat16"}
+
+
 def test_the_photos_framing_comes_back(pipe):
     wide = person(2, hw=(30, 60))
     assert pipe.batch([wide], batch_size=3)[0].shape == (12, 24, 3)

@@ -15,7 +15,7 @@ from diffusers import DDIMScheduler
 from tests.diffusion.test_diffusion import SD15, SD15_SCHEDULER
 from tests.parity.compare import difference, normal
 from truepose_jax.config import DiffusionConfig
-from truepose_jax.diffusion.samplers import ddim_sample
+from truepose_jax.diffusion.samplers import sample_latents
 from truepose_jax.pretrained.conversion.export_configs import scheduler_config
 
 SHAPE = (2, 3, 4, 5)
@@ -64,7 +64,7 @@ def steps_of_ours(schedule, steps, spacing):
         jax.debug.callback(lambda *arrays: seen.append([np.array(a) for a in arrays]), x, t[0], output, ordered=True)
         return output
 
-    last = ddim_sample(predict, normal(8, *SHAPE), schedule, steps=steps, spacing=spacing)
+    last = sample_latents(predict, normal(8, *SHAPE), schedule, steps=steps, spacing=spacing)
     jax.effects_barrier()
     following = [x for x, *_ in seen[1:]] + [np.asarray(last)]
     return [(x, int(t), output, after) for (x, t, output), after in zip(seen, following, strict=True)]

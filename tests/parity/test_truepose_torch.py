@@ -22,7 +22,7 @@ from tests.parity.compare import difference, torch_epsilons
 from truepose_jax.config import Config, from_config_dict
 from truepose_jax.diffusion import losses
 from truepose_jax.diffusion.guidance import guided
-from truepose_jax.diffusion.samplers import ddim_sample
+from truepose_jax.diffusion.samplers import sample_latents
 from truepose_jax.interop.torch_truepose import SOURCE_MODES, Inputs, TargetBlock, TruePose, coverage_and_masks
 from truepose_jax.methods import truepose
 from truepose_jax.models import caa
@@ -295,7 +295,7 @@ def test_a_network_from_nothing_samples_alike(tmp_path):
             conditional = functools.partial(made.denoise, params, x, t, conditioning)
             return guided(lambda: made.denoise(params, x, t, null), [(2.0, conditional)])
 
-        x = ddim_sample(predict, noise, schedule, steps=4, spacing=cfg.diffusion.spacing)
+        x = sample_latents(predict, noise, schedule, steps=4, spacing=cfg.diffusion.spacing)
         return x, made.autoencoder.encode_mean({}, batch["source"])
 
     expected, source = sample(params, batch, noise)

@@ -157,6 +157,30 @@ def test_a_list_with_bad_rows(inputs, tmp_path, capsys, loaded):
     assert levels_apart(read(made[1]), alone) <= 1, "batches do not change a picture"
 
 
+def test_several_pictures_of_a_pair(inputs, tmp_path, capsys, loaded):
+    """Of a list with a seed column, and of one pair: the same pictures as those seeds alone give."""
+    rows = ["0.png,0_map.png,1.json,a.png,5", "1.png,1_map.png,0.json,b.png,", "2.png,2_map.png,0.json,c.png,five"]
+    listed = write_list(inputs / "seeds.csv", rows, header="source,parsing,pose,out,seed")
+    flags = [f"--workdir={shared_run()}", "--labels=atr18", "--pose-frame=40x30", f"--pairs={listed}", "--seed=2"]
+    assert run(*flags, f"--out-dir={tmp_path}", "--num=2", "--batch-size=3") == 2
+    said = capsys.readouterr()
+    assert "line 4: seed 'five' is no whole number" in said.err and "1 of 3 rows failed" in said.err
+    assert "2 pairs, 2 pictures each, 0 done before" in said.out
+    assert sorted(p.name for p in tmp_path.glob("*.png")) == ["a_5.png", "a_6.png", "b_2.png", "b_3.png"]
+    assert levels_apart(read(tmp_path / "a_5.png"), read(tmp_path / "a_6.png")) > 5
+    out, sheet = tmp_path / "one" / "o.png", tmp_path / "one" / "sheet.png"
+    assert run(*single(inputs, out, sheet=sheet, seed=5, num=2)) == 0
+    assert "o_5.png to o_6.png: 32x24" in capsys.readouterr().out
+    for seed in (5, 6):
+        assert levels_apart(read(out.with_stem(f"o_{seed}")), read(tmp_path / f"a_{seed}.png")) <= 1
+    assert not out.exists() and read(sheet).shape[0] > 2 * SIZE[0]
+    for wrong, words in (({"num": 0}, "--num is 0"), ({"num": 2, "seed": 2**32 - 1}, "seeds go from 0 to")):
+        assert run(*single(inputs, tmp_path / "x.png", **wrong)) == 2
+        assert words in capsys.readouterr().err
+    assert run(*single(inputs, tmp_path / "x.png", guidance_interval="0.5")) == 2
+    assert "'0.5' is not LOW:HIGH" in capsys.readouterr().err
+
+
 def test_a_list_stopped_midway_goes_on(inputs, tmp_path, capsys, monkeypatch, loaded):
     """Stopped between two pictures of a batch: what is there is whole, stays, and the rest follows."""
     listed = write_list(inputs / "all.csv", all_pairs(inputs))

@@ -17,7 +17,16 @@ from tests.process import LONGEST, ROOT, environment, of_code
 from truepose_jax import __version__
 from truepose_jax.__main__ import COMMANDS, main
 
-PACKED = ("pyproject.toml", "setup.py", "MANIFEST.in", "README.md", "LICENSE", "truepose_jax", "input_pipeline", "configs")
+PACKED = (
+    "pyproject.toml",
+    "setup.py",
+    "MANIFEST.in",
+    "README.md",
+    "LICENSE",
+    "truepose_jax",
+    "input_pipeline",
+    "configs",
+)
 
 
 @pytest.fixture(scope="module")
@@ -40,7 +49,9 @@ def site(wheel, tmp_path_factory) -> pathlib.Path:
 
 
 def _pip(*words) -> None:
-    done = subprocess.run([sys.executable, "-m", "pip", "--disable-pip-version-check", *map(str, words)], capture_output=True)
+    done = subprocess.run(
+        [sys.executable, "-m", "pip", "--disable-pip-version-check", *map(str, words)], capture_output=True
+    )
     assert done.returncode == 0, done.stderr.decode()
 
 
@@ -69,7 +80,9 @@ def test_what_is_in_the_wheel(wheel):
 
 def test_a_picture_from_an_empty_folder(site, tmp_path):
     grid = np.mgrid[:160, :120].sum(0)
-    Image.fromarray(np.stack([grid % 256, grid * 2 % 256, grid * 3 % 256], -1).astype(np.uint8)).save(tmp_path / "a.png")
+    Image.fromarray(np.stack([grid % 256, grid * 2 % 256, grid * 3 % 256], -1).astype(np.uint8)).save(
+        tmp_path / "a.png"
+    )
     joints = np.stack([np.linspace(40, 80, NUM_JOINTS), np.linspace(20, 140, NUM_JOINTS)], -1)
     np.savetxt(tmp_path / "pose.txt", joints)
     code, out, errors = truepose(
@@ -119,7 +132,9 @@ def test_help_takes_no_library_that_takes_seconds(names):
     assert (len(pages), rest) == (len(names), "")
     for name, page in zip(names, pages, strict=True):
         grouped = len(re.findall(r":\n  -", page)) >= 2
-        assert grouped or name in ("env", "prepare", "convert", "study"), f"{name}: flags come in groups"  # sub-commands
+        assert grouped or name in ("env", "prepare", "convert", "study"), (
+            f"{name}: flags come in groups"
+        )  # sub-commands
 
 
 def test_one_name_for_all_programs(capsys):

@@ -115,7 +115,9 @@ def batches():
 def messages():
     """What eight normed layers send between eight devices in a step, [with every array cut, with small ones whole]."""
     mesh = make_mesh(data=1, fsdp=8, tensor=1)
-    params = {f"layer{i}": {"kernel": np.ones((256, 256), np.float32), "scale": np.ones(256, np.float32)} for i in range(8)}
+    params = {
+        f"layer{i}": {"kernel": np.ones((256, 256), np.float32), "scale": np.ones(256, np.float32)} for i in range(8)
+    }
 
     def loss(params, x):
         for layer in params.values():

@@ -18,12 +18,13 @@ from tests.tiny_run import shared_pipeline, shared_run, write_inputs
 from tests.torch_models import tiny_vae
 from truepose_jax import generate
 from truepose_jax.diffusion.guidance import Branches
-from truepose_jax.diffusion.samplers import ddim_levels, ddim_sample
+from truepose_jax.diffusion.samplers import ddim_levels, sample_latents
 from truepose_jax.diffusion.schedule import Schedule
 from truepose_jax.inference.pipeline import Pipeline, Request, fit_request
 from truepose_jax.pretrained.frozen_networks import load_vae
 from truepose_jax.sampling import inpainting
 from truepose_jax.sampling.inpainting import Edit, EditSampler, class_mask, keep_outside, latent_mask, read_edit
+from truepose_jax.sampling.sampler import Sampling
 
 FACTOR = 4
 """Of the tiny run's pixel codec."""
@@ -87,7 +88,7 @@ def test_every_level_is_the_reference_noised_to_it():
         jax.debug.callback(lambda x: shown.append(np.asarray(x)), x, ordered=True)
         return jnp.full_like(x, 0.25)
 
-    found = ddim_sample(predict, noise, schedule, steps=5, spacing="trailing", step_callback=watched)
+    found = sample_latents(predict, noise, schedule, steps=5, spacing="trailing", step_callback=watched)
     jax.effects_barrier()
     assert len(seen) == 6 and len(shown) == 5
     for (abar, x), want in zip(seen, ddim_levels(schedule, steps=5, spacing="trailing")[1], strict=True):
@@ -98,7 +99,9 @@ def test_every_level_is_the_reference_noised_to_it():
     for (_, x), given in zip(seen, shown, strict=False):
         assert np.array_equal(x, given), "the network sees what amend made"
     inside = np.broadcast_to(region, found.shape)
-    plain = np.asarray(ddim_sample(lambda x, t: jnp.full_like(x, 0.25), noise, schedule, steps=5, spacing="trailing"))
+    plain = np.asarray(
+        sample_latents(lambda x, t: jnp.full_like(x, 0.25), noise, schedule, steps=5, spacing="trailing")
+    )
     np.testing.assert_allclose(np.asarray(found)[inside], plain[inside], atol=2e-6)
 
 
@@ -112,7 +115,7 @@ def test_a_perfect_network_is_not_disturbed():
     def predict(x, t):
         return jnp.asarray(reference)
 
-    amended = ddim_sample(
+    amended = sample_latents(
         predict,
         noise,
         schedule,
@@ -120,7 +123,9 @@ def test_a_perfect_network_is_not_disturbed():
         spacing="trailing",
         step_callback=keep_outside(outside_only, reference, noise),
     )
-    np.testing.assert_allclose(ddim_sample(predict, noise, schedule, steps=4, spacing="trailing"), amended, atol=2e-5)
+    np.testing.assert_allclose(
+        sample_latents(predict, noise, schedule, steps=4, spacing="trailing"), amended, atol=2e-5
+    )
 
 
 def test_masks_are_max_pooled():
@@ -208,7 +213,7 @@ def with_vae():
         "target_pose": jnp.zeros((1, 128, 64, 3)),
         inpainting.MASK_FIELD: jnp.asarray(mask[None]),
     }
-    sampler = EditSampler(Constant(autoencoder), Schedule(prediction="x0"), steps=2, spacing="trailing", guidance=1.0)
+    sampler = EditSampler(Constant(autoencoder), Schedule(prediction="x0"), "trailing", Sampling(2, 1.0))
 
     @jax.jit
     def both(vae, batch, keys):
@@ -244,7 +249,7 @@ def test_a_method_of_other_latents_says_so():
         encode_mean = staticmethod(lambda params, images: jnp.zeros((1, 4, 3, 12)))
 
     batch = {"target": jnp.zeros((1, 32, 24, 3)), "target_pose": jnp.zeros((1, 32, 24, 3))}
-    sampler = EditSampler(Constant(Canvas()), Schedule(), steps=2, spacing="leading", guidance=1.0)
+    sampler = EditSampler(Constant(Canvas()), Schedule(), "leading", Sampling(2, 1.0))
     with pytest.raises(ValueError, match="cannot edit"):
         sampler.sample({}, {}, batch, jax.random.split(jax.random.key(0), 1))
 

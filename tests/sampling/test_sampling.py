@@ -13,7 +13,7 @@ from tests import oracle, tiny
 from tests.models.test_masks import brute_force, brute_force_mask
 from truepose_jax.methods.truepose import TruePose
 from truepose_jax.models.vae import PixelAutoencoder
-from truepose_jax.sampling.sampler import Sampler, cast_kernels, compiler_options
+from truepose_jax.sampling.sampler import Sampler, Sampling, cast_kernels, compiler_options
 
 N = tiny.TARGETS
 STEPS, GUIDANCE = 3, 3.5
@@ -137,7 +137,7 @@ def test_dropping_some_rows_leaves_the_others():
 @functools.cache
 def sampler():
     cfg, made, params = tiny.base()
-    found = Sampler(made, cfg.diffusion.schedule, STEPS, "leading", GUIDANCE)
+    found = Sampler(made, cfg.diffusion.schedule, "leading", Sampling(STEPS, GUIDANCE))
     return functools.partial(tiny.jit(found.sample), params, {})
 
 
@@ -188,7 +188,7 @@ def test_branches_of_the_guidance(guidance, branches):
             return super().denoise(without(params, "source_net", "fusion", "pose_encoder"), x_t, t, conditioning)
 
     made = Counting(cfg.model, cfg.diffusion, PixelAutoencoder(2))
-    found = Sampler(made, cfg.diffusion.schedule, 35, "leading", guidance)
+    found = Sampler(made, cfg.diffusion.schedule, "leading", Sampling(35, guidance))
     image = jax.eval_shape(found.sample, params, {}, batch(), KEYS())
     assert image.shape == (N, 16, 10, 3)
     assert seen[0] == "condition" and sorted(seen[1:]) == branches
@@ -199,7 +199,7 @@ def test_weights_held_in_bfloat16_change_no_bit():
     cfg = tiny.config(tiny.MIDDLE_ONLY, {"model": {"dtype": "bfloat16"}})
     made = tiny.method(cfg)
     params = tiny.params(made, cfg)
-    sample = tiny.jit(Sampler(made, cfg.diffusion.schedule, 2, "leading", GUIDANCE).sample)
+    sample = tiny.jit(Sampler(made, cfg.diffusion.schedule, "leading", Sampling(2, GUIDANCE)).sample)
     want = sample(params, {}, batch(), KEYS())
     held = cast_kernels(params, "bfloat16")
     assert {str(x.dtype) for x in jax.tree.leaves(held) if x.ndim > 1} == {"bfloat16"}

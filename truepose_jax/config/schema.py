@@ -116,7 +116,9 @@ class ModelConfig:
         composes = not self.carry.head or self.autoencoder == "patches"
         _require(composes, "model.carry.head composes pixels: it needs config.model.autoencoder 'patches'")
         slots = self.fusion.regions <= MAX_CLASSES
-        _require(slots, f"model.fusion.regions is {self.fusion.regions}; parsing maps have at most {MAX_CLASSES} regions")
+        _require(
+            slots, f"model.fusion.regions is {self.fusion.regions}; parsing maps have at most {MAX_CLASSES} regions"
+        )
         joins = not self.carry.head or self.fusion.texture != "hpfa" or self.fusion.cosine
         _require(joins, "model.carry.head joins limb coordinates to HPFA's logits: it needs config.model.fusion.cosine")
 
@@ -135,21 +137,28 @@ class LossConfig:
 
 @dataclasses.dataclass(frozen=True)
 class DiffusionConfig:
-    """timestep_power: t = 1000 u^power. drop_rate: share of samples trained without the source. steps, spacing,
-    guidance: DDIM's."""
+    """timestep_power: t = 1000 u^power. drop_rate: share of samples trained without the source. The others are of sampling;
+    guidance_interval: the lowest and the highest t, as shares of schedule.steps, that are guided (ours; the paper: all)."""
 
     schedule: Schedule = Schedule()
     timestep_power: PositiveFloat = 1.0
     drop_rate: ShareBelow1 = 0.3
     steps: Positive = 35
+    sampler: Literal["ddim", "dpmpp_2m", "unipc"] = "ddim"
     spacing: Literal["leading", "trailing"] = "leading"
     guidance: float = 3.5
+    guidance_interval: tuple[Share, Share] = (0.0, 1.0)
     losses: LossConfig = LossConfig()
 
     def __post_init__(self):
         predicted, needed = self.schedule.prediction, self.losses.pixels or self.losses.parsing
         said = f"{predicted!r}; losses.pixels and losses.parsing need 'x0'"
         _require(not needed or predicted == "x0", f"diffusion.schedule.prediction is {said}")
+        low, high = self.guidance_interval
+        _require(
+            low <= high,
+            f"diffusion.guidance_interval is {self.guidance_interval}; the first must not be above the second",
+        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -270,12 +279,13 @@ class CheckpointConfig:
 @dataclasses.dataclass(frozen=True)
 class EvalConfig:
     """Every `every` steps and after the last one (0: never): held-out loss, region PSNR and swap test over `pairs` pairs in
-    batches of `batch_size`, and a sample sheet of `sheet_rows` rows (0: none), sampled with `steps` steps at `guidance`."""
+    batches of `batch_size`, and a sample sheet of `sheet_rows` rows (0: none), by `steps` steps of `sampler` at `guidance`."""
 
     every: Count = 5_000
     pairs: Positive = 64
     batch_size: Positive = 16
     sheet_rows: Count = 8
+    sampler: Literal["ddim", "dpmpp_2m", "unipc"] = "ddim"
     steps: Positive = 35
     guidance: float = 3.5
 

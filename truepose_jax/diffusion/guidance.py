@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
+import jax
 from jaxtyping import Array, Float, Int
 
 Denoise = Callable[[Float[Array, "b h w c"], Int[Array, " b"]], Float[Array, "b h w c"]]
@@ -45,3 +46,13 @@ def guided_denoise(denoise: Callable[..., Float[Array, "b h w c"]], branches: Br
         return guided(lambda: denoise(x, t, branches.base), others)
 
     return run
+
+
+EVERYWHERE = (0.0, 1.0)
+"""The guidance interval that is off."""
+
+
+def inside_interval(inside: Denoise, outside: Denoise, low: float, high: float) -> Denoise:
+    """`inside` for t from low to high, `outside` at others (Kynkaanniemi et al. 2024, who count in noise levels). Of the two only
+    one runs; all of t must be one number."""
+    return lambda x, t: jax.lax.cond((t[0] >= low) & (t[0] <= high), inside, outside, x, t)

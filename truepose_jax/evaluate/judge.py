@@ -108,8 +108,7 @@ def judge(pipe: Pipeline, *, eval_seed: int | None = None) -> dict[str, Judged]:
 
 def sampling(pipe: Pipeline) -> Sample:
     """The model's own sampling on host batches; values as pictures have them, in [-1, 1]."""
-    steps, guidance = pipe.run.sampling(None, None)
-    sampler = make_sampler(pipe.run.config, pipe.method, steps=steps, guidance=guidance)
+    sampler = make_sampler(pipe.run.config, pipe.method, pipe.run.sampling())
 
     def sample(batch: Mapping[str, np.ndarray], keys: jax.Array) -> np.ndarray:
         with jax.set_mesh(pipe.mesh):

@@ -13,8 +13,8 @@ with the source's clothes, in the reference's own --pose (its frame is the refer
 otherwise). MASK is a picture of its size, white where it is made anew, or classes such as Upper-clothes,Dress of its
 --reference-parsing.
 
-LIST.csv has columns source,parsing,pose,out and may have labels, pose_frame, source_pose, source_pose_frame; its paths are
-relative to it, `out` (a .png) to D. --records makes all pairs of a split of what `prepare build` wrote, as
+LIST.csv has columns source,parsing,pose,out and may have labels, pose_frame, source_pose, source_pose_frame, seed; its paths
+are relative to it, `out` (a .png) to D. --records makes all pairs of a split of what `prepare build` wrote, as
 SOURCE_to_TARGET.png (or as --naming says), with D/pairs.csv for `evaluate --pairs`. Rows that are done are skipped: run the
 same command again after a kill. SIGTERM or Ctrl-C: the batch under way is finished and written, then it ends with 143.
 Several processes (SLURM, a TPU pod, or --coordinator, --process and --processes) share a list: the same command on every
@@ -26,7 +26,7 @@ from __future__ import annotations
 import argparse
 
 from input_pipeline.annotations.parsing import LABEL_SETS
-from truepose_jax.runtime.choices import NAMINGS, OUTSIDE, WEIGHTS
+from truepose_jax.runtime.choices import DTYPES, NAMINGS, OUTSIDE, SAMPLERS, WEIGHTS
 from truepose_jax.runtime.cli import Parser, parse_size
 from truepose_jax.runtime.distributed import add_flags
 
@@ -78,10 +78,23 @@ def make_parser() -> argparse.ArgumentParser:
     add("--out-dir", metavar="D", help="folder for the pictures of --pairs or --records")
     add("--batch-size", type=int, help=f"of a list ({BATCH}); no picture depends on it")
     add = parser.add_argument_group("sampling").add_argument
-    add("--steps", type=int, help="DDIM steps (the run's)")
+    add("--sampler", choices=tuple(SAMPLERS), help="the run's; all but ddim want fewer steps (docs/generate.md)")
+    add("--steps", type=int, help="of the sampler (the run's)")
     add("--guidance", type=float, help="classifier-free guidance, 1: none (the run's)")
+    add("--guidance-interval", type=_interval, metavar="LOW:HIGH", help="guided shares of the schedule (the run's)")
     add("--seed", type=int, default=0, help="of the noise, which also depends on the pair's names (0)")
+    add("--num", type=int, metavar="K", help="pictures of each pair, of --seed and those after it, OUT_SEED.png (1)")
+    add("--dtype", choices=DTYPES, help="what the networks compute in (the run's)")
     add = parser.add_argument_group("files").add_argument
     add("--overwrite", action="store_true", help="replace what is there")
     add_flags(parser)
     return parser
+
+
+def _interval(text: str) -> tuple[float, float]:
+    """'0.2:0.8' -> (0.2, 0.8)."""
+    try:
+        low, high = (float(part) for part in text.split(":"))
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"'{text}' is not LOW:HIGH, as in 0.2:0.8") from error
+    return low, high

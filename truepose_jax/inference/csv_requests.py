@@ -13,17 +13,18 @@ from input_pipeline.annotations.photo import read_photo
 from input_pipeline.files import place_in, read_list
 from input_pipeline.schema import InputError
 from truepose_jax.inference.pipeline import Fitted, Request, Run
+from truepose_jax.inference.request import SEEDS
 from truepose_jax.runtime.cli import parse_size
 from truepose_jax.sampling.inpainting import Edit
 
 COLUMNS = ("source", "parsing", "pose", "out")
-OPTIONAL_COLUMNS = ("labels", "pose_frame", "source_pose", "source_pose_frame")
+OPTIONAL_COLUMNS = ("labels", "pose_frame", "source_pose", "source_pose_frame", "seed")
 
 
 @dataclasses.dataclass(frozen=True)
 class Row:
     """A picture to make: the files, as FILE or FILE#NAME, and where it goes. line: in the CSV. source_pose: of the source's
-    person, in pixels of the photo unless the file or source_pose_frame says otherwise."""
+    person, in pixels of the photo unless the file or source_pose_frame says otherwise. seed: None: the command line's."""
 
     line: int
     source: str
@@ -34,6 +35,7 @@ class Row:
     out: pathlib.Path
     source_pose: str | None = None
     source_pose_frame: tuple[int, int] | None = None
+    seed: int | None = None
 
     @property
     def name(self) -> str:
@@ -57,11 +59,25 @@ class Row:
         frame = pose.frame_hw if edit is None else pose.frame_hw or edit.reference.shape[:2]
         if frame is None:
             raise InputError(f"{self.pose}: the file does not say how large its image was; add --pose-frame=HxW")
+        seed = seed if self.seed is None else self.seed
         request = Request(photo, pose.joints, parsing, labels, frame, self.name, seed, edit)
         if self.source_pose:
             own = load_pose(self.source_pose, frame_hw=self.source_pose_frame)
             request = dataclasses.replace(request, source_joints=own.joints, source_frame_hw=own.frame_hw)
         return run.fit(request)
+
+
+def of_seeds(row: Row, seed: int, num: int) -> list[Row]:
+    """`num` pictures of a row, with its seed (without one: `seed`) and those that follow. Of several, OUT.png becomes
+    OUT_SEED.png. Raises InputError past the last seed."""
+    first = seed if row.seed is None else row.seed
+    if not 0 <= first <= SEEDS - num:
+        many = "" if num == 1 else f" and {num} pictures follow it"
+        raise InputError(f"seed is {first}{many}; seeds go from 0 to {SEEDS - 1}")
+    if num == 1:
+        return [dataclasses.replace(row, seed=first)]
+    found = range(first, first + num)
+    return [dataclasses.replace(row, seed=s, out=row.out.with_stem(f"{row.out.stem}_{s}")) for s in found]
 
 
 def _short_name(spec: str) -> str:
@@ -138,7 +154,9 @@ def _row(
                 frames[name] = parse_size(values[name])
             except argparse.ArgumentTypeError as error:
                 raise InputError(f"{name} {error}") from error
-    parsing, source_pose = values["parsing"], values.get("source_pose")
+    parsing, source_pose, seed = values["parsing"], values.get("source_pose"), values.get("seed")
+    if seed and not (seed.isdecimal() and int(seed) < SEEDS):
+        raise InputError(f"seed '{seed}' is no whole number from 0 to {SEEDS - 1}")
     return Row(
         line,
         str(base / values["source"]),
@@ -149,4 +167,5 @@ def _row(
         out,
         str(base / source_pose) if source_pose else None,
         frames["source_pose_frame"],
+        int(seed) if seed else None,
     )

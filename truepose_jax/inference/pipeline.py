@@ -39,11 +39,11 @@ from truepose_jax.pretrained.frozen_networks import KINDS
 from truepose_jax.pretrained.region_tokens import RegionEncoder, make_encoder
 from truepose_jax.runtime import rng
 from truepose_jax.runtime.bundled import find_model
-from truepose_jax.runtime.choices import WEIGHTS
+from truepose_jax.runtime.choices import DTYPES, SAMPLERS, WEIGHTS
 from truepose_jax.runtime.sharding import batch_parts, make_mesh, put_whole_batch, replicate
 from truepose_jax.sampling.image_grid import to_uint8
 from truepose_jax.sampling.inpainting import MASK_FIELD, Edit, EditSampler
-from truepose_jax.sampling.sampler import Sampler, cast_kernels, compiler_options
+from truepose_jax.sampling.sampler import Progress, Sampler, Sampling, cast_kernels, compiler_options
 from truepose_jax.training.checkpoint import CheckpointError, Checkpoints, read_config, read_metadata
 
 
@@ -110,8 +110,14 @@ class Run:
             return self.checkpoints.frozen
         return read_metadata(self.workdir).get("frozen", {})
 
-    def sampling(self, steps: int | None, guidance: float | None) -> tuple[int, float]:
-        """Steps and guidance with the run's own in place of None. Raises InputError where they are out of range."""
+    def sampling(
+        self,
+        steps: int | None = None,
+        guidance: float | None = None,
+        sampler: str | None = None,
+        guidance_interval: tuple[float, float] | None = None,
+    ) -> Sampling:
+        """With the run's own in place of None. Raises InputError where they are out of range."""
         diffusion = self.config.diffusion
         steps = diffusion.steps if steps is None else steps
         guidance = diffusion.guidance if guidance is None else guidance
@@ -121,7 +127,15 @@ class Run:
             raise InputError(
                 f"guidance is {guidance}; it must be 0 or more (1: none, the run's: {diffusion.guidance:g})"
             )
-        return steps, guidance
+        sampler = diffusion.sampler if sampler is None else sampler
+        if sampler not in SAMPLERS:
+            raise InputError(f"sampler is {sampler!r}; choose one of {tuple(SAMPLERS)}")
+        low, high = diffusion.guidance_interval if guidance_interval is None else guidance_interval
+        if not 0 <= low <= high <= 1:
+            raise InputError(
+                f"guidance_interval is {low:g} to {high:g}; both are shares of the schedule, from 0 to 1, low first"
+            )
+        return Sampling(steps, guidance, sampler, (low, high))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -134,7 +148,7 @@ class Pipeline:
     frozen: Mapping[str, Any]
     encoder: RegionEncoder | None
     mesh: Mesh
-    _samplers: dict[tuple[int, float, type[Sampler]], Sampler] = dataclasses.field(default_factory=dict)
+    _samplers: dict[tuple[Sampling, type[Sampler]], Sampler] = dataclasses.field(default_factory=dict)
 
     @classmethod
     def load(
@@ -145,21 +159,28 @@ class Pipeline:
         step: int | None = None,
         vae: str | None = None,
         clip: str | None = None,
+        dtype: str | None = None,
     ) -> Pipeline:
         """Restores the parameters alone; the run may still be training. See `Run.open` for weights and step.
 
-        vae, clip: folders that override the config's (vae: the file of a patch codec). Raises CheckpointError and ConfigError.
+        vae, clip: folders that override the config's (vae: the file of a patch codec). dtype: what the networks compute in,
+        in place of the config's. Raises CheckpointError and ConfigError.
         """
-        return cls.of_run(Run.open(workdir, weights=weights, step=step), vae=vae, clip=clip)
+        return cls.of_run(Run.open(workdir, weights=weights, step=step), vae=vae, clip=clip, dtype=dtype)
 
     @classmethod
-    def of_run(cls, run: Run, *, vae: str | None = None, clip: str | None = None) -> Pipeline:
+    def of_run(cls, run: Run, *, vae: str | None = None, clip: str | None = None, dtype: str | None = None) -> Pipeline:
         """The same of a run that is open. Raises CheckpointError and ConfigError."""
         config, model = run.config, run.config.model
+        if dtype not in (None, *DTYPES):
+            raise ConfigError(f"dtype is {dtype!r}; choose one of {DTYPES}")
         if vae and model.autoencoder == "pixels":
             raise ConfigError(f"{run.workdir} uses the {model.autoencoder!r} codec; a VAE does not apply to it")
         model = dataclasses.replace(
-            model, vae=vae or model.vae, clip=dataclasses.replace(model.clip, path=clip or model.clip.path)
+            model,
+            vae=vae or model.vae,
+            clip=dataclasses.replace(model.clip, path=clip or model.clip.path),
+            dtype=dtype or model.dtype,
         )
         encoder = make_encoder(model.clip, config.token_width) if needs(config).tokens else None
         method, frozen, _, prints = assemble(dataclasses.replace(config, model=model), encoder)
@@ -183,15 +204,22 @@ class Pipeline:
         frame_hw: tuple[int, int] | None = None,
         steps: int | None = None,
         guidance: float | None = None,
+        sampler: str | None = None,
+        guidance_interval: tuple[float, float] | None = None,
         seed: int = 0,
         name: str = "",
         edit: Edit | None = None,
         source_joints: np.ndarray | None = None,
         source_frame_hw: tuple[int, int] | None = None,
+        callback: Progress | None = None,
     ) -> np.ndarray:
-        """One picture, uint8 [h w 3]; see `Request` for the arguments and `sample` for the result."""
+        """One picture, uint8 [h w 3]; see `Request` for the arguments and `sample` for the others and the result."""
         request = Request(source, joints, parsing, labels, frame_hw, name, seed, edit, source_joints, source_frame_hw)
-        return self.batch([request], steps=steps, guidance=guidance)[0]
+        return self.sample(
+            [self.run.fit(request)],
+            sampling=self.run.sampling(steps, guidance, sampler, guidance_interval),
+            callback=callback,
+        )[0]
 
     def batch(
         self,
@@ -199,41 +227,45 @@ class Pipeline:
         *,
         steps: int | None = None,
         guidance: float | None = None,
+        sampler: str | None = None,
         batch_size: int | None = None,
     ) -> list[np.ndarray]:
         """A picture for each request. Raises InputError for the first bad one, before any is made."""
         fitted = [self.run.fit(request) for request in requests]
-        return self.sample(fitted, steps=steps, guidance=guidance, batch_size=batch_size)
+        return self.sample(fitted, sampling=self.run.sampling(steps, guidance, sampler), batch_size=batch_size)
 
     def sample(
         self,
         fitted: Sequence[Fitted],
         *,
-        steps: int | None = None,
-        guidance: float | None = None,
+        sampling: Sampling | None = None,
         batch_size: int | None = None,
+        callback: Progress | None = None,
     ) -> list[np.ndarray]:
         """uint8 [h w 3] for each: of the model's size, less the padding, so of the photo's aspect ratio.
 
         batch_size None: all at once. Every batch is filled up to it, so that one program serves all of them; there
-        is one program per batch size, steps and guidance, and another for edits. steps, guidance None: the run's.
-        Raises CheckpointError where the weights give values that are not finite.
+        is one program per batch size and way of sampling, and another for edits. sampling: of `run.sampling`; None: the run's.
+        callback(done, steps) hears of the steps of all batches, about ten times a second at most; what it raises ends the
+        sampling. With it the pictures come from other programs, of the same numbers. Raises CheckpointError where the weights
+        give values that are not finite.
         """
-        steps, guidance = self.run.sampling(steps, guidance)
-        diffusion = self.run.config.diffusion
+        sampling, diffusion = sampling or self.run.sampling(), self.run.config.diffusion
         kind = EditSampler if any(f.edit for f in fitted) else Sampler
         sampler = self._samplers.setdefault(
-            (steps, guidance, kind), kind(self.method, diffusion.schedule, steps, diffusion.spacing, guidance)
+            (sampling, kind), kind(self.method, diffusion.schedule, diffusion.spacing, sampling)
         )
         size = batch_size or max(len(fitted), 1)
         found = []
-        for start in range(0, len(fitted), size):
+        starts = range(0, len(fitted), size)
+        for i, start in enumerate(starts):
             piece = fitted[start : start + size]
             batch, keys = self.batch_of(piece, size)
             if kind is EditSampler:
                 batch[MASK_FIELD] = _edit_masks(piece, batch["target"].shape[:3])
             with jax.set_mesh(self.mesh):
-                images = np.asarray(sampler(self.params, self.frozen, put_whole_batch(self.mesh, batch), keys))
+                inputs = self.params, self.frozen, put_whole_batch(self.mesh, batch), keys
+                images = np.asarray(sampler(*inputs, progress=_of_all(callback, i, len(starts))))
             if not np.isfinite(images).all():
                 raise CheckpointError(
                     f"{self.run.workdir}, step {self.run.step}: the {self.run.weights} weights give values that are "
@@ -285,6 +317,11 @@ class Pipeline:
         order = np.minimum(np.arange(-(-size // parts) * parts), len(fitted) - 1)
         keys = jnp.stack([rng.key_of_name(jax.random.key(f.seed), f.name) for f in fitted])
         return {name: array[order] for name, array in batch.items()}, keys[order]
+
+
+def _of_all(callback: Progress | None, batch: int, batches: int) -> Progress | None:
+    """The callback of one batch that tells the steps of all of them."""
+    return callback and (lambda done, steps: callback(batch * steps + done, batches * steps))
 
 
 def _edit_masks(fitted: Sequence[Fitted], shape: tuple[int, int, int]) -> np.ndarray:

@@ -11,3 +11,9 @@ OUTSIDE = ("decoded", "pasted")
 
 SYNTHETIC = "synthetic"
 """In the place of a folder of photos: drawn people."""
+
+SAMPLERS = {"ddim": "DDIM", "dpmpp_2m": "DPM-Solver++ 2M", "unipc": "UniPC"}
+"""Of the diffusion (diffusion/samplers.py) -> as people write them."""
+
+DTYPES = ("float32", "bfloat16")
+"""What the networks may compute in."""

@@ -138,10 +138,12 @@ def _why(error: Exception, argv: Sequence[str]) -> str:
     if "Error whilst parsing config file" in text:  # ml_collections puts a whole traceback there
         text = text.strip().splitlines()[-1]
         if "get_config() takes" in text:
-            text = f"{next((w for w in argv if ':' in w), '--config')}: this experiment has no variants; leave ':...' out"
+            text = (
+                f"{next((w for w in argv if ':' in w), '--config')}: this experiment has no variants; leave ':...' out"
+            )
     elif key := re.match(r"[\"']+(\w+)[\"']+", text):
         named = [flag for flag in (w.partition("=")[0] for w in argv) if key[1] in flag.split(".")[1:]]
-        text = f"{named[0]}: there is no such setting. {text[key.end():]}" if named else text
+        text = f"{named[0]}: there is no such setting. {text[key.end() :]}" if named else text
     return " ".join(text.split()) or type(error).__name__
 
 

@@ -16,8 +16,8 @@ from __future__ import annotations
 
 import dataclasses
 import pathlib
+from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float
@@ -26,8 +26,8 @@ from input_pipeline.annotations.parsing import LabelSet, label_set, read_parsing
 from input_pipeline.annotations.photo import Framing, read_photo
 from input_pipeline.schema import InputError
 from truepose_jax.config import ConfigError
-from truepose_jax.diffusion.samplers import StepCallback
-from truepose_jax.methods.base import Batch, Frozen, Params
+from truepose_jax.diffusion.samplers import State, StepCallback
+from truepose_jax.methods.base import Batch, Frozen
 from truepose_jax.runtime.choices import OUTSIDE
 from truepose_jax.sampling.sampler import Sampler
 
@@ -92,16 +92,22 @@ class EditSampler(Sampler):
     Raises ConfigError (while tracing) for a method whose latent is not that of one picture.
     """
 
-    def sample(self, params: Params, frozen: Frozen, batch: Batch, keys: jax.Array) -> Float[Array, "b h w 3"]:
-        method, noise = self.method, self.noise(batch, keys)
-        reference = method.encode(frozen, batch["target"])
+    def edit(self, frozen: Frozen, batch: Batch, noise: Float[Array, "b h w c"]) -> tuple[Array, Array, Array]:
+        """(region [b h w 1], the reference's latent, noise)."""
+        reference = self.method.encode(frozen, batch["target"])
         if reference.shape != noise.shape:
             raise ConfigError(
-                f"{type(method).__name__} samples latents {noise.shape[1:]} of {reference.shape[1:]} pictures; it cannot edit"
+                f"{type(self.method).__name__} samples latents {noise.shape[1:]} of {reference.shape[1:]} pictures; it cannot "
+                "edit"
             )
-        region = latent_mask(batch[MASK_FIELD], noise.shape[1:3])
-        latents = self.latents(params, frozen, batch, noise, step_callback=keep_outside(region, reference, noise))
-        return method.decode(frozen, jnp.where(region, latents, reference))
+        return latent_mask(batch[MASK_FIELD], noise.shape[1:3]), reference, noise
+
+    def step_callback(self, edit: tuple[Array, Array, Array]) -> StepCallback:
+        return keep_outside(*edit)
+
+    def finish(self, frozen: Frozen, fixed: tuple[Any, Any], state: State) -> Float[Array, "b h w 3"]:
+        region, reference, _ = fixed[1]
+        return self.method.decode(frozen, jnp.where(region, state.x, reference))
 
 
 def latent_mask(mask: Bool[Array, "b H W"], hw: tuple[int, int]) -> Bool[Array, "b h w 1"]:

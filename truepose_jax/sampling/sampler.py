@@ -1,19 +1,45 @@
-"""Sampling: everything that does not depend on t once, then guided DDIM, all inside one jit."""
+"""Sampling: everything that does not depend on t once, then the guided sampler, all inside one jit; or, where somebody wants
+to hear of the progress, in three: before, some steps, after."""
 
 from __future__ import annotations
 
 import dataclasses
 import functools
+import time
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from truepose_jax.diffusion.guidance import guided_denoise
-from truepose_jax.diffusion.samplers import StepCallback, ddim_sample
+from truepose_jax.diffusion.guidance import EVERYWHERE, Denoise, guided_denoise, inside_interval
+from truepose_jax.diffusion.samplers import Solver, State, StepCallback
 from truepose_jax.diffusion.schedule import Schedule
 from truepose_jax.methods.base import Batch, Denoiser, Frozen, Params
+from truepose_jax.runtime.choices import SAMPLERS
+
+Progress = Callable[[int, int], None]
+"""(steps that are done, of how many). What it raises stops the sampling."""
+
+SOON = 0.1
+"""Seconds below which a call of Progress is not worth its time (about 2 ms)."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Sampling:
+    """How pictures are sampled. sampler: one of runtime.choices.SAMPLERS. guidance_interval: (low, high) of t / T, both in;
+    outside of it the source's branch runs alone."""
+
+    steps: int
+    guidance: float
+    sampler: str = "ddim"
+    guidance_interval: tuple[float, float] = EVERYWHERE
+
+    def __str__(self) -> str:
+        low, high = self.guidance_interval
+        where = "" if (low, high) == EVERYWHERE else f" for t/T from {low:g} to {high:g}"
+        return f"{self.steps} {SAMPLERS[self.sampler]} steps, guidance {self.guidance:g}{where}"
 
 
 def cast_kernels(params: Params, dtype: str) -> Params:
@@ -53,39 +79,79 @@ class Sampler:
 
     method: Denoiser
     schedule: Schedule
-    steps: int
     spacing: str
-    guidance: float
+    sampling: Sampling
+
+    @functools.cached_property
+    def solver(self) -> Solver:
+        return Solver(self.schedule, self.sampling.sampler, self.sampling.steps, self.spacing)
 
     @functools.cached_property
     def _jitted(self):
         return jax.jit(self.sample, compiler_options=compiler_options())
 
-    def __call__(self, params: Params, frozen: Frozen, batch: Batch, keys: jax.Array) -> Float[Array, "b h w 3"]:
-        return self._jitted(params, frozen, batch, keys)
+    @functools.cached_property
+    def _parts(self):
+        return tuple(jax.jit(part, compiler_options=compiler_options()) for part in (self.begin, self.go, self.finish))
 
-    def sample(self, params: Params, frozen: Frozen, batch: Batch, keys: jax.Array) -> Float[Array, "b h w 3"]:
-        """The same, for use inside another jit."""
-        return self.method.decode(frozen, self.latents(params, frozen, batch, self.noise(batch, keys)))
-
-    def noise(self, batch: Batch, keys: jax.Array) -> Float[Array, "b h w c"]:
-        """What sampling begins with."""
-        shape = self.method.sample_spec(batch)
-        return jax.vmap(lambda key: jax.random.normal(key, shape))(keys)
-
-    def latents(
+    def __call__(
         self,
         params: Params,
         frozen: Frozen,
         batch: Batch,
-        noise: Float[Array, "b h w c"],
+        keys: jax.Array,
         *,
-        step_callback: StepCallback | None = None,
-    ) -> Float[Array, "b h w c"]:
-        """step_callback: see ddim_sample."""
-        conditioning = self.method.condition(params, frozen, batch)
-        branches = self.method.branches(conditioning, self.guidance)
-        predict = guided_denoise(functools.partial(self.method.denoise, params), branches)
-        return ddim_sample(
-            predict, noise, self.schedule, steps=self.steps, spacing=self.spacing, step_callback=step_callback
-        )
+        progress: Progress | None = None,
+    ) -> Float[Array, "b h w 3"]:
+        """progress: called after the first step and the last one, and between them about every SOON seconds."""
+        if progress is None:
+            return self._jitted(params, frozen, batch, keys)
+        begin, go, finish = self._parts
+        steps = self.sampling.steps
+        fixed, state = begin(params, frozen, batch, keys)
+        start, chunk = 0, 1
+        while start < steps:
+            began, stop = time.perf_counter(), min(start + chunk, steps)
+            state = jax.block_until_ready(go(params, fixed, state, start, stop))
+            progress(stop, steps)
+            if time.perf_counter() - began < SOON:
+                chunk *= 2
+            start = stop
+        return finish(frozen, fixed, state)
+
+    def sample(self, params: Params, frozen: Frozen, batch: Batch, keys: jax.Array) -> Float[Array, "b h w 3"]:
+        """The same, for use inside another jit."""
+        fixed, state = self.begin(params, frozen, batch, keys)
+        return self.finish(frozen, fixed, self.go(params, fixed, state, 0, self.sampling.steps))
+
+    def begin(self, params: Params, frozen: Frozen, batch: Batch, keys: jax.Array) -> tuple[tuple[Any, Any], State]:
+        """((the conditioning, what `edit` gives), the sampler before its first step)."""
+        shape = self.method.sample_spec(batch)
+        noise = jax.vmap(lambda key: jax.random.normal(key, shape))(keys)
+        edit = self.edit(frozen, batch, noise)
+        fixed = self.method.condition(params, frozen, batch), edit
+        return fixed, self.solver.begin(noise, self.step_callback(edit))
+
+    def go(self, params: Params, fixed: tuple[Any, Any], state: State, start: int | Array, stop: int | Array) -> State:
+        """Steps start to stop - 1."""
+        conditioning, edit = fixed
+
+        def guided_by(guidance: float) -> Denoise:
+            branches = self.method.branches(conditioning, guidance)
+            return guided_denoise(functools.partial(self.method.denoise, params), branches)
+
+        predict, interval = guided_by(self.sampling.guidance), self.sampling.guidance_interval
+        if self.sampling.guidance != 1.0 and interval != EVERYWHERE:
+            predict = inside_interval(predict, guided_by(1.0), *(self.schedule.steps * share for share in interval))
+        return self.solver.advance(predict, state, start, stop, self.step_callback(edit))
+
+    def finish(self, frozen: Frozen, fixed: tuple[Any, Any], state: State) -> Float[Array, "b h w 3"]:
+        return self.method.decode(frozen, state.x)
+
+    def edit(self, frozen: Frozen, batch: Batch, noise: Float[Array, "b h w c"]) -> Any:
+        """What a subclass needs in `step_callback` and `finish`, as arrays."""
+        return None
+
+    def step_callback(self, edit: Any) -> StepCallback | None:
+        """See samplers.sample_latents."""
+        return None

@@ -55,6 +55,7 @@ from truepose_jax.training.init import resolve_init_from
 STOPPED = 143
 """Exit code of a study that was asked to stop (SIGTERM, SIGINT) and has saved what it had."""
 
+
 @dataclasses.dataclass(frozen=True)
 class Work:
     """A study ready to go. runs have a `name`; row(run, preemption) is None where it was asked to stop. again(run, row):

@@ -25,9 +25,7 @@ BATCHES = flags.DEFINE_list("batches", ["12", "24", "48", "96", "192"], "global 
 CURVES = flags.DEFINE_string(
     "curves", "adamw/none,adamw/sqrt,adamw/linear,lamb/sqrt", "OPTIMIZER/RULE of the learning rate, ..."
 )
-TARGET = flags.DEFINE_float(
-    "target", 0.0, "held-out loss to reach; 0: every run sees --examples.", lower_bound=0
-)
+TARGET = flags.DEFINE_float("target", 0.0, "held-out loss to reach; 0: every run sees --examples.", lower_bound=0)
 EXAMPLES = flags.DEFINE_integer("examples", 20_000, "the most examples that a run sees.", lower_bound=1)
 MICRO = flags.DEFINE_integer("micro", 0, "examples per micro-batch; 0: half the smallest batch.", lower_bound=0)
 REFERENCE = flags.DEFINE_integer(
@@ -36,9 +34,7 @@ REFERENCE = flags.DEFINE_integer(
 LAMB_RATE = flags.DEFINE_float("lamb_rate", 0.02, "LAMB's learning rate at the reference batch.", lower_bound=0)
 SEEDS = flags.DEFINE_integer("seeds", 1, "how many seeds, from config.seed on.", lower_bound=1)
 
-DEVICES = flags.DEFINE_list(
-    "devices", [], "counts, or none; empty: 1, 2, 4, ... of those at hand (CPU: 1, 2, 4)."
-)
+DEVICES = flags.DEFINE_list("devices", [], "counts, or none; empty: 1, 2, 4, ... of those at hand (CPU: 1, 2, 4).")
 PER_DEVICE = flags.DEFINE_integer("per_device", 0, "weak scaling's batch per device; 0: config.batch_size.")
 STRONG = flags.DEFINE_integer("strong", 0, "strong scaling's global batch; 0: per_device x most devices.")
 STEPS = flags.DEFINE_integer("steps", 10, "timed steps per figure.", lower_bound=1)

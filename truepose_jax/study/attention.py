@@ -74,7 +74,8 @@ def study_attention(flags: argparse.Namespace) -> None:
     else:
         config = model.config_of_weights(flags.weights, flags.size)
         run = Run(flags.weights, config, None, 0, "raw")
-    steps, guidance = run.sampling(flags.steps, flags.guidance)
+    sampling = run.sampling(flags.steps, flags.guidance, "ddim")
+    steps, guidance = sampling.steps, sampling.guidance
     samples, labels = read_samples(
         flags.data, config, flags.count,
         labels=flags.labels, split=flags.split or SPLIT, keypoints=flags.keypoints, pose_frame=flags.pose_frame,

@@ -25,7 +25,7 @@ from truepose_jax.metrics.regions import group_mask, mean_psnr
 from truepose_jax.runtime import rng
 from truepose_jax.runtime.sharding import batch_parts, put_whole_batch
 from truepose_jax.sampling.image_grid import sheet, to_uint8
-from truepose_jax.sampling.sampler import Sampler, compiler_options
+from truepose_jax.sampling.sampler import Sampler, Sampling, compiler_options
 
 INTACT = "intact"
 """The scores beside the swaps'."""
@@ -166,7 +166,8 @@ class Evaluator:
         self.pairs = Pairs.read(dataset, method.needs)
         parts = batch_parts(mesh)
         self.batch_size = -(-min(config.eval.batch_size, len(self.pairs)) // parts) * parts
-        self.sampler = make_sampler(config, method, steps=config.eval.steps, guidance=config.eval.guidance)
+        wanted, interval = config.eval, config.diffusion.guidance_interval
+        self.sampler = make_sampler(config, method, Sampling(wanted.steps, wanted.guidance, wanted.sampler, interval))
         whole = NamedSharding(mesh, PartitionSpec())
         self._sample = jax.jit(self.sampler.sample, out_shardings=whole, compiler_options=compiler_options())
         self._loss = jax.jit(method.loss, out_shardings=whole)
@@ -234,7 +235,6 @@ class Evaluator:
         )
 
 
-def make_sampler(config: Config, method: Denoiser, *, steps: int, guidance: float) -> Sampler:
+def make_sampler(config: Config, method: Denoiser, sampling: Sampling) -> Sampler:
     """The run's sampler: its schedule and spacing."""
-    diffusion = config.diffusion
-    return Sampler(method, diffusion.schedule, steps=steps, spacing=diffusion.spacing, guidance=guidance)
+    return Sampler(method, config.diffusion.schedule, config.diffusion.spacing, sampling)

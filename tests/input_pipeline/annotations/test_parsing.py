@@ -37,6 +37,7 @@ def test_what_a_new_label_set_lacks_is_named(monkeypatch, classes, words):
     with pytest.raises(ValueError, match=r"Cape on; add it to JOINTS_OF_CLASS|flips"):
         parsing._label_set("toy", classes)
 
+
 # docs/paper.md 4, written out by hand for LIP, joint by joint.
 LIP_TABLE = {
     "head": ({0, 14, 15}, "Face Sunglasses Hair Hat"),
