@@ -11,6 +11,7 @@ from truepose_jax.config import Config, ModelConfig, to_dict
 from truepose_jax.pretrained.conversion.export_configs import labels_of
 from truepose_jax.pretrained.conversion.origins import UNKNOWN_LICENCE
 from truepose_jax.pretrained.conversion.weights_folder import CLIP_FOLDER, CODEC_FILE
+from truepose_jax.runtime.choices import SAMPLERS
 
 OWN_LICENCE = "apache-2.0"
 """Of a model that was trained from nothing: this program's."""
@@ -131,7 +132,7 @@ def _text(
         f"- Training: {dataset}, {h}x{w} pixels, batch {config.batch_size}, {_OPTIMIZERS[config.optim.name]} at "
         f"{config.optim.learning_rate:g}, {config.optim.schedule} rate, dropping the source of "
         f"{config.diffusion.drop_rate:.0%} of the samples.",
-        f"- Sampling it was set up for: DDIM, {config.diffusion.steps} steps, {config.diffusion.spacing} spacing, "
+        f"- Sampling it was set up for: {SAMPLERS[config.diffusion.sampler]}, {config.diffusion.steps} steps, {config.diffusion.spacing} spacing, "
         f"guidance {config.diffusion.guidance:g}; the network predicts {config.diffusion.schedule.prediction}.",
         f"- Parsing labels: {labels}.",
         *_ours(model),
