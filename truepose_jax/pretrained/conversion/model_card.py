@@ -132,7 +132,8 @@ def _text(
         f"- Training: {dataset}, {h}x{w} pixels, batch {config.batch_size}, {_OPTIMIZERS[config.optim.name]} at "
         f"{config.optim.learning_rate:g}, {config.optim.schedule} rate, dropping the source of "
         f"{config.diffusion.drop_rate:.0%} of the samples.",
-        f"- Sampling it was set up for: {SAMPLERS[config.diffusion.sampler]}, {config.diffusion.steps} steps, {config.diffusion.spacing} spacing, "
+        f"- Sampling it was set up for: {SAMPLERS[config.diffusion.sampler]}, {config.diffusion.steps} steps, "
+        f"{config.diffusion.spacing} spacing, "
         f"guidance {config.diffusion.guidance:g}; the network predicts {config.diffusion.schedule.prediction}.",
         f"- Parsing labels: {labels}.",
         *_ours(model),
