@@ -79,11 +79,14 @@ STRAIGHT = 4
 POLL = 2.0
 """Seconds between looks at what the compiler has written."""
 
+FUSED = "pallas_tpu"
+"""The attention of rows that name none."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Row:
     """topology as jax.experimental.topologies takes it. fsdp: chips that the state is cut over; the rest is data-parallel.
-    attention: an implementation of kernels/attention, or "" for what is taken on a TPU. network: "" or a key of NETWORKS."""
+    attention: an implementation of kernels/attention, "" for FUSED. network: "" or a key of NETWORKS."""
 
     topology: str
     fsdp: int
@@ -165,7 +168,7 @@ def compile_here(row: Row, per_chip: int, folder: pathlib.Path, code: bool) -> N
     devices = topologies.get_topology_desc(platform="tpu", topology_name=row.topology).devices
     options = OPTIONS | {"xla_dump_to": str(folder / "dump"), "xla_dump_hlo_as_text": True}
     try:
-        with default_implementation(row.attention or None):
+        with default_implementation(row.attention or FUSED):
             compiled = compile_step(config, mesh_of(config, devices), options=options)
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
@@ -314,11 +317,11 @@ def keep_peak(live: pathlib.Path, to: pathlib.Path) -> None:
 
 @functools.cache
 def estimated(size: str, remat: bool, attention: str, network: str):
-    """truepose_jax.training.memory's account of a configuration (its attention as a TPU computes it, or by that name)."""
+    """truepose_jax.training.memory's account of a configuration (its attention by that name, or FUSED)."""
     from truepose_jax.kernels.attention.api import default_implementation
     from truepose_jax.training.memory import estimate
 
-    with default_implementation(attention or None):
+    with default_implementation(attention or FUSED):
         return estimate(config_of(Row("v5e:4x4", 1, size, remat, attention, network), 1), platforms=("tpu",))
 
 

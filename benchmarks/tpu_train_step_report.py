@@ -32,7 +32,7 @@ def report(rows: list[dict], order: Sequence[str]) -> str:
             f"{row['chips'] // row['fsdp']} x {row['fsdp']}",
             " ".join((row["size"], row["network"])).strip(),
             "on" if row["remat"] else "off",
-            row["attention"] or "as chosen",
+            row["attention"] or "pallas_tpu",
             str(row["largest_compiled_that_fits"] or f"none (refused: {row['refused']})"),
             more,
             gib(row["bytes"]),

@@ -42,7 +42,7 @@ ROOMS = {
     "diffusion": Room("", never=frozenset(TRAINING_ONLY)),
     "config": Room("input_pipeline models diffusion"),
     "configs": Room("config", outside=frozenset({"ml_collections"})),
-    "methods": Room("config models diffusion runtime", never=frozenset(TRAINING_ONLY)),
+    "methods": Room("config kernels models diffusion runtime", never=frozenset(TRAINING_ONLY)),
     "pretrained.conversion": Room("input_pipeline config runtime", outside=ARRAYS),
     "pretrained": Room(f"{INPUT} input_pipeline.batches config methods models pretrained.conversion runtime"),
     "sampling": Room(f"{INPUT} config diffusion methods models runtime"),
@@ -56,8 +56,8 @@ ROOMS = {
         "pretrained.conversion runtime sampling training.checkpoint"
     ),
     "inference": Room(
-        f"{INPUT} input_pipeline.records input_pipeline.batches config data detection methods models pretrained "
-        "pretrained.conversion runtime sampling training training.checkpoint"
+        f"{INPUT} input_pipeline.records input_pipeline.batches config data detection kernels methods models "
+        "pretrained pretrained.conversion runtime sampling training training.checkpoint"
     ),
     "prepare": Room(
         f"{INPUT} input_pipeline.synthetic input_pipeline.sources input_pipeline.records input_pipeline.batches detection models "
@@ -80,8 +80,8 @@ ROOMS = {
     ),
     "programs": Room(
         f"configs flags {INPUT} input_pipeline.synthetic input_pipeline.sources input_pipeline.records input_pipeline.batches "
-        "config data detection evaluate inference methods metrics models pretrained pretrained.conversion runtime sampling "
-        "training training.checkpoint",
+        "config data detection evaluate inference kernels methods metrics models pretrained pretrained.conversion runtime "
+        "sampling training training.checkpoint",
         torch="late",
     ),
 }

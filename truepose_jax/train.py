@@ -34,6 +34,7 @@ from truepose_jax.flags.train import (
     PROFILE,
     WORKDIR,
 )
+from truepose_jax.kernels.attention.api import cannot_run
 from truepose_jax.pretrained.factory import assemble, region_encoder
 from truepose_jax.runtime import distributed
 from truepose_jax.runtime.cli import enable_compilation_cache, run_with_config
@@ -273,6 +274,8 @@ def _announce(config: Config, mesh: Mesh) -> None:
             f"batch x accumulation {config.optim.accumulation} x targets_per_source {config.data.targets_per_source}"
         )
     config.check_noise_scale(mesh.shape["data"])
+    if reason := cannot_run(config.model.attention):
+        raise ConfigError(f"config.model.attention: {reason}; take auto, xla or reference")
     print(
         f"{jax.process_count()} host(s), {jax.device_count()} {jax.devices()[0].device_kind} device(s), mesh "
         f"{dict(mesh.shape)}; batch {config.batch_size} = {config.batch_size // parts} per device x "

@@ -267,12 +267,16 @@ def chosen(said, platform, n, m=None, **changes):
 def test_choice_by_backend_and_size(said):
     sizes = (12, 48, 176, 704, 2816)
     assert [chosen(said, "cpu", n) for n in sizes] == ["reference"] * 2 + ["per_image"] * 2 + ["xla"]
-    assert [chosen(said, "tpu", n) for n in sizes] == ["reference"] * 2 + ["pallas_tpu"] * 3
-    assert [chosen(said, "gpu", n) for n in sizes] == ["reference"] * 4 + ["xla"]
-    assert chosen(said, "tpu", 2816, 2) == "reference"  # region tokens
-    assert chosen(said, "tpu", 256, d=512) == "xla"
-    assert chosen(said, "tpu", 256, dtype=jnp.float16) == "xla"
-    assert "pallas_tpu does not take dtypes float16" in said.text
+    for platform in ("tpu", "gpu"):
+        assert [chosen(said, platform, n) for n in sizes] == ["reference"] * 4 + ["xla"]
+        assert chosen(said, platform, 2816, 2) == "reference"  # region tokens
+        assert not {chosen(said, platform, n) for n in range(1, 5000, 99)} & set(api.UNVERIFIED)
+    with api.default_implementation("pallas_tpu"):
+        assert [chosen(said, "tpu", n) for n in sizes] == ["pallas_tpu"] * 5
+        assert "UNVERIFIED on the hardware it is for" in said.text and said.records[-1].levelname == "WARNING"
+        assert chosen(said, "tpu", 256, d=512) == "reference"
+        assert chosen(said, "tpu", 2816, dtype=jnp.float16) == "xla"
+        assert "pallas_tpu does not take dtypes float16" in said.text
 
 
 def test_only_what_was_refused_or_never_verified_is_a_warning(said):
@@ -350,8 +354,8 @@ def test_what_the_default_cannot_take_goes_to_what_suits(said):
         assert chosen(said, "gpu", 48) == "reference"
         assert "reference (cudnn does not take masks" in said.text
         assert chosen(said, "gpu", 2816) == "xla"
-        assert chosen(said, "tpu", 2816) == "pallas_tpu"
-        assert chosen(said, "tpu", 256, d=512) == "xla"
+        assert chosen(said, "tpu", 2816) == "xla"
+        assert "xla (cudnn runs on a GPU alone, and this is a TPU)" in said.text
     with api.default_implementation("pallas_tpu"):
         assert chosen(said, "tpu", 2816, dtype=jnp.float16) == "xla"
 

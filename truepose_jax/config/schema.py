@@ -75,7 +75,8 @@ class ModelConfig:
     file `vae` or, where that is "", of the one that comes along (models/patch_codec.py). positions "sincos": fixed 2-D
     sinusoids after both networks' conv_in, for training from nothing (SD1.5's networks have learned places and take
     "none"). source_parsing "coverage": the source's parsing map is added there too, in SourceNet (not in the paper;
-    "none"). dtype: compute dtype; parameters are float32."""
+    "none"). dtype: compute dtype; parameters are float32. attention: the implementation that the method's attention takes
+    (kernels/attention/api.py), "auto": what suits the device and the sizes, of those that have run on one of its kind."""
 
     method: Literal["truepose"] = "truepose"
     size: tuple[int, int] = (512, 352)
@@ -91,6 +92,7 @@ class ModelConfig:
     clip: ClipConfig = ClipConfig()
     remat: bool = True
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
+    attention: Literal["auto", "reference", "xla", "per_image", "pallas_tpu", "pallas_gpu", "cudnn"] = "auto"
 
     @property
     def latent_factor(self) -> int:

@@ -33,6 +33,7 @@ from truepose_jax.config import Config, ConfigError
 from truepose_jax.data.datasets import about_records
 from truepose_jax.inference.exported import Exported
 from truepose_jax.inference.request import Fitted, Request, fit_request
+from truepose_jax.kernels.attention.api import cannot_run
 from truepose_jax.methods import Denoiser, needs
 from truepose_jax.pretrained.factory import assemble
 from truepose_jax.pretrained.frozen_networks import KINDS
@@ -182,6 +183,9 @@ class Pipeline:
             clip=dataclasses.replace(model.clip, path=clip or model.clip.path),
             dtype=dtype or model.dtype,
         )
+        if reason := cannot_run(model.attention):
+            logging.warning("config.model.attention: %s; auto is taken", reason)
+            model = dataclasses.replace(model, attention="auto")
         encoder = make_encoder(model.clip, config.token_width) if needs(config).tokens else None
         method, frozen, _, prints = assemble(dataclasses.replace(config, model=model), encoder)
         recorded = run.frozen

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+import functools
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple, Protocol
 
 import jax
 from jaxtyping import Array, Float, Int
 
 from truepose_jax.diffusion.guidance import Branches
+from truepose_jax.kernels.attention.api import default_implementation
 
 Params = Mapping[str, Any]
 """Trainable parameters, a tree of float32 arrays."""
@@ -120,3 +122,26 @@ class Denoiser(Trainable, Protocol):
         """The source as images, seen through the last attention that reads it, when the sample is batch["target"]: what a sheet
         shows beside the picture. Only where `carries`."""
         ...
+
+
+ATTENDING = ("condition", "denoise", "encode", "decode", "carried", "loss")
+"""Functions of a method that may attend."""
+
+
+def heeds_attention(method: type) -> type:
+    """A decorator of a method's class: its functions take the attention that its `model.attention` names, while tracing."""
+
+    def heeding(function: Callable) -> Callable:
+        @functools.wraps(function)
+        def call(self, *args, **kwargs):
+            if self.model.attention == "auto":  # whoever calls may have said something
+                return function(self, *args, **kwargs)
+            with default_implementation(self.model.attention):
+                return function(self, *args, **kwargs)
+
+        return call
+
+    for name in ATTENDING:
+        if hasattr(method, name):
+            setattr(method, name, heeding(getattr(method, name)))
+    return method

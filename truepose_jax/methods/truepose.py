@@ -16,7 +16,7 @@ from jaxtyping import Array, Float
 from truepose_jax.config import Config, DiffusionConfig, ModelConfig
 from truepose_jax.diffusion import losses
 from truepose_jax.diffusion.guidance import Branches, two_branches
-from truepose_jax.methods.base import BatchSpec, Needs, Swap
+from truepose_jax.methods.base import BatchSpec, Needs, Swap, heeds_attention
 from truepose_jax.methods.truepose_source import SourceReader, positions
 from truepose_jax.models.carry import (
     Carried,
@@ -85,6 +85,7 @@ class Conditioning:
     carry: Any = None
 
 
+@heeds_attention
 @dataclasses.dataclass(frozen=True)
 class TruePose:
     """The Denoiser of TruePose. Parameters: source_net, target_net, fusion (the source side of HPFA and CAA),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
@@ -55,17 +56,17 @@ _known_flops: dict[Any, float] = {}
 
 def flops_per_example(config: Config) -> float:
     """A training step's, from shapes alone: three times the multiplications of the networks' convolutions and products."""
-    from truepose_jax.kernels.attention.api import default_implementation
     from truepose_jax.pretrained.factory import planned
     from truepose_jax.training.init import batch_spec
 
     if config.model not in _known_flops:
-        (method, frozen), spec = planned(config), batch_spec(config)
+        # XLA counts loops once and kernels not at all
+        counted = dataclasses.replace(config, model=dataclasses.replace(config.model, attention="reference"))
+        (method, frozen), spec = planned(counted), batch_spec(config)
         params = jax.eval_shape(lambda key: method.init(key, spec), jax.random.key(0))
         count = spec["valid"].shape[0]
         keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), count))
-        with default_implementation("reference"):  # XLA counts loops once and kernels not at all
-            lowered = jax.jit(lambda *a: method.loss(*a)[0]).lower(params, frozen, spec, keys)
+        lowered = jax.jit(lambda *a: method.loss(*a)[0]).lower(params, frozen, spec, keys)
         _known_flops[config.model] = 3 * float((lowered.cost_analysis() or {}).get("flops", 0.0)) / count
     return _known_flops[config.model]
 

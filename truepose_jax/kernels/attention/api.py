@@ -30,19 +30,19 @@ READINGS = ("printed", "prose")
 IMPLEMENTATIONS = ("reference", "xla", "per_image", "pallas_tpu", "pallas_gpu", "cudnn")
 """Modules of this folder. All but the first have attend(q, k, v, rows) with the rows of key_params.py and refuses(...), which
 says what of a call they cannot take."""
-UNVERIFIED = ("pallas_gpu", "cudnn")
-"""Never run on the hardware they are for: only by name."""
+UNVERIFIED = ("pallas_tpu", "pallas_gpu", "cudnn")
+"""Never run on the hardware they are for: only by name, with a warning."""
+RUNS_ON = {"pallas_tpu": "tpu", "pallas_gpu": "gpu", "cudnn": "gpu"}
+"""The one platform of those that do not run everywhere."""
 
-LEAST_LOGITS = {"cpu": 30_000, "gpu": 1_000_000}
+LEAST_LOGITS, LEAST_LOGITS_ON_CPU = 1_000_000, 30_000
 """Queries x keys from which `reference` is left. On CPU its softmax passes over a whole batch's logits held the training step;
-on GPU not measured: below it the logits of one image's eight heads take under 32 MB."""
+on GPU and TPU not measured: below it the logits of one image's eight heads take under 32 MB."""
 MOST_LOGITS_PER_IMAGE = 1_500_000
 """Queries x keys up to which a CPU takes images one by one. Time with gradients on one core, `per_image` / `xla` /
 `reference`: 768 tokens, 12 images, 1 head of 92: 140, 212, 246 ms; 704 tokens, 2 images, 8 heads of 40: 80, 88, 129; 2816
 tokens: 2046, 1559, 2645; 192 tokens, 12 images, 1 head of 144: 14, 17, 18; of 48: 5, 5, 17. Forward alone: 33, 57, 50 ms at
 768 tokens."""
-LEAST_TPU_LENGTH = 128
-"""Queries and keys from which `pallas_tpu` is chosen: one tile of lanes. Not measured."""
 
 _log = logging.getLogger(__name__)
 _default: contextvars.ContextVar[str | None] = contextvars.ContextVar("default_implementation", default=None)
@@ -132,6 +132,12 @@ def platform() -> str:
     return "gpu" if found in ("cuda", "rocm") else found
 
 
+def cannot_run(name: str) -> str | None:
+    """Why the implementation of this name runs nowhere on this platform; None where it does."""
+    wanted = RUNS_ON.get(name, platform())
+    return None if wanted == platform() else f"{name} runs on a {wanted.upper()} alone, and this is a {platform().upper()}"
+
+
 def _check(name: str | None) -> None:
     if name is not None and name not in IMPLEMENTATIONS:
         raise ValueError(f"attention implementation is {name!r}; choose one of {IMPLEMENTATIONS}")
@@ -145,6 +151,8 @@ def _choose(operation: str, name: str | None, q: Array, k: Array, v: Array, has_
     then = ["xla", "reference"]
     if name is None:
         name, then = _default.get(), [suited, *then]
+        if name is not None and (reason := cannot_run(name)):
+            name, why, refused = suited, reason, True
     if name is None:
         name, why = suited, f"suits {n} x {m} on {platform()}"
     parts = tuple(map(_part, (q, k, v)))
@@ -169,9 +177,7 @@ def _kernel(name: str) -> ModuleType:
 
 
 def _suited(backend: str, n: int, m: int) -> str:
-    if backend == "tpu":
-        return "pallas_tpu" if min(n, m) >= LEAST_TPU_LENGTH else "reference"
-    if n * m < LEAST_LOGITS.get(backend, LEAST_LOGITS["gpu"]):
+    if n * m < (LEAST_LOGITS_ON_CPU if backend == "cpu" else LEAST_LOGITS):
         return "reference"
     return "per_image" if backend == "cpu" and n * m <= MOST_LOGITS_PER_IMAGE else "xla"
 
