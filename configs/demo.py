@@ -3,10 +3,10 @@
     make demo            (or: python -m truepose_jax.demo --workdir=runs/demo)
 
 Not a row of the paper. Ours beside it (docs/paper.md 12.1): carried latents with the flow loss, cosine logits,
-H = F' + H', the half-cell head with limb coordinates, the pixel loss. For training from nothing: a linear patch codec as
-autoencoder, x0 prediction with more of the noisy timesteps, positions after conv_in, the parsing map into SourceNet, HPFA's
-square projections starting as identities, an untrained CLIP, a tenth of the pairs with the source as its own target. HPFA,
-CAA (K = 2) and the equations are the paper's.
+H = F' + H', the half-cell head with limb coordinates and the source moved limb by limb, the pixel loss. For training from
+nothing: a linear patch codec as autoencoder, x0 prediction with more of the noisy timesteps, positions after conv_in, the
+parsing map into SourceNet, HPFA's square projections starting as identities, an untrained CLIP, a tenth of the pairs with the
+source as its own target. HPFA, CAA (K = 2) and the equations are the paper's.
 """
 
 from configs import base
@@ -32,7 +32,7 @@ def get_config():
     model.fusion.init = "identity"
     model.fusion.out_init = "random"
     model.fusion.carry_latents = model.fusion.cosine = model.fusion.residual = True
-    model.carry.head = True
+    model.carry.head = model.carry.limb_warp = True
     model.positions = "sincos"
     model.source_parsing = "coverage"
     model.remat = False

@@ -22,8 +22,10 @@ from truepose_jax.models.carry import (
     Carried,
     CarrySource,
     CarryTarget,
+    Moved,
     carry_losses,
     half_cells,
+    move_limbs,
     whole_cells,
 )
 from truepose_jax.models.clip import CLIPVisionConfig
@@ -191,7 +193,8 @@ class TruePose:
         }
         if self.model.carry.head:
             inputs = side.hidden, half_cells(source), self._coverage(batch, "source"), *limbs[HALF]
-            carry, made = self.carry_source.init_with_output(rng.key(key, "carry_source"), *inputs)
+            moved = self._moved(batch, source)
+            carry, made = self.carry_source.init_with_output(rng.key(key, "carry_source"), *inputs, moved=moved)
             params["carry_source"] = made["params"]
             hidden = jnp.zeros((*latents.shape[:3], self.model.unet.block_out_channels[0]))
             net = self.carry_target(batch["class_on"].shape[1])
@@ -214,7 +217,7 @@ class TruePose:
         if limbs:
             pose = pose + told[1]
             inputs = side.hidden, half_cells(latents), self._coverage(batch, "source"), *limbs[HALF]
-            carry = self.carry_source.apply({"params": params["carry_source"]}, *inputs, keep)
+            carry = self.carry_source.apply({"params": params["carry_source"]}, *inputs, keep, self._moved(batch, latents))
         return Conditioning(pose=pose + positions(self.model, latents), sites=sites, carry=carry)
 
     def _read(self, params, frozen, latents, batch, limbs, told, *, shown: bool = False):
@@ -236,6 +239,14 @@ class TruePose:
             )
             for level, hw in cells.items()
         }
+
+    def _moved(self, batch, latents) -> Moved | None:
+        """The source limb by limb, where the half-cell head is given it."""
+        if not self.model.carry.limb_warp:
+            return None
+        joints = batch["source_joints"], batch["target_joints"]
+        classes = batch["class_on"].shape[1]
+        return move_limbs(self.autoencoder, half_cells(latents), batch["source_parsing"], *joints, classes=classes)
 
     def _told(self, params, limbs, latents) -> tuple[Array, Array]:
         """What SourceNet and TargetNet are told after conv_in."""

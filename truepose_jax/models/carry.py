@@ -2,8 +2,11 @@
 
 What HPFA does at 8x8 pixels a cell, this does at 4x4, after TargetNet's last block: one softmax over the source's half cells,
 whose logits add up three things: like content, the same place of the same limb (models/limbs.py), and whether the source
-shows there what the target's predicted parsing expects. What it carries is composed with the source's empty studio by a
-predicted alpha, and added to TargetNet's x0 through a gate per channel. Ours, not the paper's.
+shows there what the target's predicted parsing expects. With limb_warp the source's pixels are also moved limb by limb, as the
+joints alone say, and mixed with what the softmax carries by a predicted share: it places prints to the pixel, where the
+softmax finds what the joints cannot tell. The person is composed with the source's empty studio by a predicted alpha, and
+added to TargetNet's x0 through a gate per channel. Ours, not the paper's; pixels that move limb by limb are Deformable GANs'
+(Siarohin et al. 2018).
 
 It needs latents that are patches of pixels (models/patch_codec.py) and a plain studio behind the person.
 """
@@ -25,7 +28,8 @@ from jaxtyping import Array, Float, UInt8
 from truepose_jax.models.attention import layer_norm
 from truepose_jax.models.hpfa import LIMB_WIDTH, attention_account, attention_of_widths, unit
 from truepose_jax.models.layers import ResnetBlock2D, conv3x3, group_norm
-from truepose_jax.models.limbs import Limbs
+from truepose_jax.models.limbs import Limbs, limb_positions
+from truepose_jax.models.masks import coverage_levels
 from truepose_jax.models.patch_codec import PATCH, PatchAutoencoder
 from truepose_jax.models.vae import depth_to_space, space_to_depth
 
@@ -45,20 +49,32 @@ STUDIO_BLURS = ((1.0, 1.2, 4.0), (1e-3, 3.0, 12.0), (1e-6, 15.0, 15.0))
 
 @dataclasses.dataclass(frozen=True)
 class CarryConfig:
-    """head: whether there is the half-cell head, with limb coordinates for it and for every HPFA. width: of its features."""
+    """head: whether there is the half-cell head, with limb coordinates for it and for every HPFA. width: of its features.
+    limb_warp: whether it is given the source moved limb by limb too."""
 
     head: bool = False
     width: int = 40
+    limb_warp: bool = False
 
     def __post_init__(self):
         if self.width < GROUPS or self.width % GROUPS:
             raise ValueError(f"width is {self.width}; it must be a multiple of {GROUPS}")
+        if self.limb_warp and not self.head:
+            raise ValueError("limb_warp is of the half-cell head: it needs head")
+
+
+class Moved(NamedTuple):
+    """The source moved limb by limb: its latents [b h w c] and the share of each half cell that every class covers [b n p]."""
+
+    latents: Array
+    coverage: Array
 
 
 @flax.struct.dataclass
 class CarrySide:
     """What the head reads, all independent of t: keys [b m .] and values [b m .] of the source's half cells, the studio [b h w c]
-    behind the person, the target's limb queries [b n .] and limb context [b n .], and which keys are person [b m]."""
+    behind the person, the target's limb queries [b n .] and limb context [b n .], which keys are person [b m], and the source
+    moved limb by limb where the head is given it."""
 
     keys: Array
     values: Array
@@ -66,6 +82,7 @@ class CarrySide:
     limb_queries: Array
     context: Array
     person: Array
+    moved: Moved | None = None
 
     def dropped(self, keep: Float[Array, " b"] | None) -> CarrySide:
         """Nothing of the source is left in rows whose keep is 0 (None: in all)."""
@@ -73,7 +90,7 @@ class CarrySide:
         def kept(x):
             return x * (jnp.zeros(()) if keep is None else keep.reshape(-1, *[1] * (x.ndim - 1)))
 
-        return self.replace(values=kept(self.values), studio=kept(self.studio))
+        return self.replace(values=kept(self.values), studio=kept(self.studio), moved=jax.tree.map(kept, self.moved))
 
 
 class Carried(NamedTuple):
@@ -118,6 +135,7 @@ class CarrySource(nn.Module):
         source: Limbs,
         target: Limbs,
         keep: Float[Array, " b"] | None = None,
+        moved: Moved | None = None,
     ) -> CarrySide:
         """hidden: of SourceNet (None: there is none, ablation B1). latents: half cells. coverage: share of each half cell that
         every class covers, 0 background. source, target: one row a source, one a target; sources repeat for their targets."""
@@ -137,6 +155,7 @@ class CarrySource(nn.Module):
             limb_queries=limb_queries,
             context=target.context,
             person=each(background[..., 0] < 0.5),
+            moved=moved,
         )
         return side if keep is None else side.dropped(keep)
 
@@ -153,7 +172,10 @@ class CarryTarget(nn.Module):
     def __call__(self, hidden: Float[Array, "b hh ww e"], x_t: Float[Array, "b h w c"], side: CarrySide) -> Carried:
         """hidden: of TargetNet. x_t: noisy latents, half cells."""
         b, h, w, c = x_t.shape
-        trunk = _Trunk(self.width, self.dtype, name="trunk")(hidden, x_t, side.context)
+        context, moved = side.context, side.moved
+        if moved is not None:
+            context = jnp.concatenate([context, moved.latents.reshape(b, h * w, c), moved.coverage], axis=-1)
+        trunk = _Trunk(self.width, self.dtype, name="trunk")(hidden, x_t, context)
         normed = layer_norm(self.dtype, "norm")(trunk.reshape(b, h * w, -1))
         content = unit(nn.Dense(CONTENT, use_bias=False, dtype=self.dtype, name="to_q")(normed))
 
@@ -174,8 +196,14 @@ class CarryTarget(nn.Module):
         found = attention_of_widths(q, k, v).reshape(b, h, w, -1)
 
         warp, alpha = found[..., :c], nn.sigmoid(alpha_logits)
-        composite = compose(self.codec, warp, side.studio, alpha)
-        seen = [trunk, found, composite, alpha, nn.softmax(parsing).reshape(b, h, w, -1)]
+        expects, person = nn.softmax(parsing), warp
+        if moved is not None:
+            fits = jnp.sum(expects * moved.coverage, axis=-1).reshape(b, h, w, 1)
+            told = jnp.concatenate([trunk, found, moved.latents, fits], axis=-1)
+            share = nn.sigmoid(nn.Dense(c, dtype=self.dtype, name="limb_share")(told))
+            person = warp + share * (moved.latents - warp)
+        composite = compose(self.codec, person, side.studio, alpha)
+        seen = [trunk, found, composite, alpha, expects.reshape(b, h, w, -1)]
         y = nn.Dense(self.width, dtype=self.dtype, name="join")(jnp.concatenate(seen, axis=-1))
         y = ResnetBlock2D(self.width, GROUPS, dtype=self.dtype, name="out_resnet")(y)
         y = nn.silu(group_norm(GROUPS, 1e-5, self.dtype, "out_norm")(y))
@@ -198,6 +226,39 @@ def compose(
 
     mixed = pixels(behind) + alpha[..., None] * (pixels(person) - pixels(behind))
     return codec.to_patches(mixed.reshape(*mixed.shape[:3], -1))
+
+
+def move_limbs(
+    codec: PatchAutoencoder,
+    latents: Float[Array, "s h w c"],
+    parsing: UInt8[Array, "s H W"],
+    source: Float[Array, "s 18 3"],
+    target: Float[Array, "b 18 3"],
+    *,
+    classes: int,
+) -> Moved:
+    """The source (half cells) where the target's joints put it, pixel by pixel (models/limbs.py, limb_positions); sources
+    repeat for their targets. Classes by the nearest pixel, colours by the four about."""
+    latents, parsing, source = (jnp.repeat(x, len(target) // len(x), axis=0) for x in (latents, parsing, source))
+    b, height, width = parsing.shape
+    at = limb_positions(source, target, image_hw=(height, width)) - 0.5
+    last = np.array([width - 1, height - 1], np.float32)
+    at = jnp.clip(at, 0.0, last)
+    low = jnp.minimum(jnp.floor(at), last - 1)
+    across, down = jnp.split(at - low, 2, axis=-1)
+    x, y = jnp.moveaxis(low.astype(jnp.int32), -1, 0)
+
+    def pick(image, x, y):
+        return jax.vmap(lambda image, x, y: image[y, x])(image, x, y)
+
+    picture = depth_to_space(codec.to_pixels(latents), PATCH)
+    above, below = (
+        (1 - across) * pick(picture, x, row) + across * pick(picture, x + 1, row) for row in (y, y + 1)
+    )
+    moved = space_to_depth((1 - down) * above + down * below, PATCH)
+    x, y = jnp.moveaxis(jnp.round(at).astype(jnp.int32), -1, 0)
+    (coverage,) = coverage_levels(pick(parsing, x, y), num_classes=classes, factor=PATCH, levels=1)
+    return Moved(codec.to_patches(moved), coverage.reshape(b, -1, classes))
 
 
 def studio(latents: Float[Array, "b h w c"], background: Float[Array, "b h w 1"]) -> Float[Array, "b h w c"]:

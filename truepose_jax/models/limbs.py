@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
@@ -37,6 +38,9 @@ BACKGROUND_WIDTHS = 1.9
 BACKGROUND_FRAME = 2.7
 """Torso lengths of the background's coordinates over the picture's height: a usual person fills the picture."""
 
+SHARPNESS = 20.0
+"""By which bones that meet share pixels less than they share cells' features: positions, unlike features, do not add up."""
+
 FREQUENCIES = 8
 """Per bone; every second of a scale of 0.12 and 0.4 torso lengths."""
 
@@ -55,35 +59,17 @@ class Limbs(NamedTuple):
 
 def limb_coordinates(joints: Float[Array, "b 18 3"], *, image_hw: tuple[int, int], cells_hw: tuple[int, int]) -> Limbs:
     """joints: x, y in pixels of the picture, visible. n: the cells row by row. Any joints may be missing."""
-    joints = joints.astype(jnp.float32)
+    bones = _bones(joints, image_hw[0])
     height, width = image_hw
-    points, seen, unit, facing = _completed(joints, height)
-    starts, ends = ([bone[i] for bone in BONES] for i in (0, 1))
-    rest, spread = (np.array([bone[i] for bone in BONES], np.float32) for i in (2, 3))
-    a, along = points[:, starts], points[:, ends] - points[:, starts]
-    length = jnp.sqrt(jnp.sum(along**2, axis=-1) + 1e-6)
-    along = along / length[..., None]
-    unit = unit[:, None]  # [b 1]
-
-    rows, columns = (np.arange(n, dtype=np.float32) + 0.5 for n in cells_hw)
-    y, x = np.meshgrid(rows * height / cells_hw[0], columns * width / cells_hw[1], indexing="ij")
-    cells = np.stack([x.ravel(), y.ravel()], axis=-1)
-    offset = cells[None, :, None] - a[:, None]  # [b n bones 2]
-    on = jnp.sum(offset * along[:, None], axis=-1)
-    across = offset[..., 0] * along[:, None, :, 1] - offset[..., 1] * along[:, None, :, 0]
-    beyond = jnp.maximum(jnp.maximum(-on, on - length[:, None]), 0.0)
-    distance = jnp.sqrt(across**2 + beyond**2 + 1e-6) / unit[:, None] / spread
-
-    whole = seen[:, starts] & seen[:, ends]
-    nearness = jnp.where(whole[:, None], -0.5 * distance**2, -50.0)
+    cells = _centres(image_hw, cells_hw)
+    on, across, nearness = _placed(bones, cells)
     background = jnp.full((*nearness.shape[:2], 1), -0.5 * BACKGROUND_WIDTHS**2)
     nearness = jnp.concatenate([nearness, background], axis=-1)
     counts = jnp.exp(nearness - jnp.max(nearness, axis=-1, keepdims=True))
     counts = counts / jnp.sum(counts, axis=-1, keepdims=True)
 
-    # A foreshortened bone is not stretched beyond five times.
-    u = on / jnp.maximum(length, 0.2 * unit * rest)[:, None] * rest
-    place = jnp.stack([u, across / unit[:, None]], axis=-1)
+    rest = np.array([bone[2] for bone in BONES], np.float32)
+    place = jnp.stack([on / bones.stretched[:, None] * rest, across / bones.unit[:, None, None]], axis=-1)
     framed = jnp.broadcast_to((cells / height * BACKGROUND_FRAME)[None, :, None], (*place.shape[:2], 1, 2))
     place = jnp.clip(jnp.concatenate([place, framed], axis=2), -3.0, 3.0)
     phases = jnp.einsum("bnpi,fi->bnpf", place, _frequencies())
@@ -93,9 +79,72 @@ def limb_coordinates(joints: Float[Array, "b 18 3"], *, image_hw: tuple[int, int
 
     per_cell = (features.shape[0], features.shape[1])
     visible = jnp.broadcast_to((joints[:, None, :, 2] > 0).astype(jnp.float32), (*per_cell, joints.shape[1]))
-    front = jnp.broadcast_to(facing[:, None, None], (*per_cell, 1))
+    front = jnp.broadcast_to(bones.facing[:, None, None], (*per_cell, 1))
     context = jnp.concatenate([2.0 * features, counts, counts * front, visible, front], axis=-1)
     return Limbs(features, context)
+
+
+def limb_positions(
+    source: Float[Array, "b 18 3"], target: Float[Array, "b 18 3"], *, image_hw: tuple[int, int]
+) -> Float[Array, "b H W 2"]:
+    """Where in the source's picture (x, y in pixels, a pixel's centre at + 0.5) the place of the limb lies that each pixel of
+    the target's shows: the same share of the way along the bone, the same distance across it in torso lengths. Bones that
+    meet share the pixels between them, so that joints bend smoothly. Joints as in `limb_coordinates`."""
+    here, there = (_bones(joints, image_hw[0]) for joints in (source, target))
+    on, across, nearness = _placed(there, _centres(image_hw, image_hw))
+    share = jax.nn.softmax(SHARPNESS * nearness, axis=-1)
+    inside = jnp.clip(on, 0.0, there.stretched[:, None])
+    wider = (here.unit / there.unit)[:, None, None]
+    on = inside * (here.length / there.stretched)[:, None] + (on - inside) * wider
+    across = across * wider
+    x = here.start[:, None, :, 0] + on * here.along[:, None, :, 0] + across * here.along[:, None, :, 1]
+    y = here.start[:, None, :, 1] + on * here.along[:, None, :, 1] - across * here.along[:, None, :, 0]
+    found = jnp.stack([jnp.sum(share * x, axis=-1), jnp.sum(share * y, axis=-1)], axis=-1)
+    return found.reshape(-1, *image_hw, 2)
+
+
+class _Bones(NamedTuple):
+    """start, along [b bones 2] and length [b bones] in pixels; stretched: length, but at least a fifth of the usual one, for
+    what a foreshortened bone shows is not stretched beyond five times; known [b bones]; unit [b], the torso's length; facing
+    [b], 1 seen from the front, -1 from behind."""
+
+    start: Array
+    along: Array
+    length: Array
+    stretched: Array
+    known: Array
+    unit: Array
+    facing: Array
+
+
+def _bones(joints: Float[Array, "b 18 3"], height: int) -> _Bones:
+    points, seen, unit, facing = _completed(joints.astype(jnp.float32), height)
+    starts, ends = ([bone[i] for bone in BONES] for i in (0, 1))
+    rest = np.array([bone[2] for bone in BONES], np.float32)
+    along = points[:, ends] - points[:, starts]
+    length = jnp.sqrt(jnp.sum(along**2, axis=-1) + 1e-6)
+    stretched = jnp.maximum(length, 0.2 * unit[:, None] * rest)
+    known = seen[:, starts] & seen[:, ends]
+    return _Bones(points[:, starts], along / length[..., None], length, stretched, known, unit, facing)
+
+
+def _centres(image_hw: tuple[int, int], cells_hw: tuple[int, int]) -> Float[np.ndarray, "n 2"]:
+    """x, y in pixels of the cells' centres, row by row."""
+    (height, width), (h, w) = image_hw, cells_hw
+    rows, columns = (np.arange(n, dtype=np.float32) + 0.5 for n in cells_hw)
+    y, x = np.meshgrid(rows * height / h, columns * width / w, indexing="ij")
+    return np.stack([x.ravel(), y.ravel()], axis=-1)
+
+
+def _placed(bones: _Bones, cells: Float[np.ndarray, "n 2"]) -> tuple[Array, Array, Array]:
+    """[b n bones] each: pixels along the bone from its start, pixels across it, and the logit by which the cell is its own."""
+    offset = cells[None, :, None] - bones.start[:, None]  # [b n bones 2]
+    on = jnp.sum(offset * bones.along[:, None], axis=-1)
+    across = offset[..., 0] * bones.along[:, None, :, 1] - offset[..., 1] * bones.along[:, None, :, 0]
+    beyond = jnp.maximum(jnp.maximum(-on, on - bones.length[:, None]), 0.0)
+    spread = np.array([bone[3] for bone in BONES], np.float32)
+    distance = jnp.sqrt(across**2 + beyond**2 + 1e-6) / bones.unit[:, None, None] / spread
+    return on, across, jnp.where(bones.known[:, None], -0.5 * distance**2, -50.0)
 
 
 def _frequencies() -> Float[np.ndarray, "f 2"]:
