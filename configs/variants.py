@@ -23,7 +23,7 @@ WITHOUT_HPFA = {
     "model.fusion.cosine": False,
     "model.fusion.residual": False,
 }
-WITHOUT_HEAD = {"model.carry.head": False, "diffusion.losses.parsing": 0.0}
+WITHOUT_HEAD = {"model.carry.head": False, "model.carry.limb_warp": False, "diffusion.losses.parsing": 0.0}
 WITHOUT_CAA = {"model.fusion.alignment": "global"}
 ABLATIONS = {
     "full": {},

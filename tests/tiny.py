@@ -62,7 +62,7 @@ HEAD = {
         "patch_channels": 4,
         "unet": {"in_channels": 16, "out_channels": 16, **MIDDLE_ONLY["model"]["unet"]},
         "fusion": {"carry_latents": True, "cosine": True, "residual": True},
-        "carry": {"head": True, "width": 16},
+        "carry": {"head": True, "width": 16, "limb_warp": True},
     },
     "diffusion": {
         "schedule": {"prediction": "x0"},

@@ -2,6 +2,7 @@
 
 import functools
 
+import cv2
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -10,8 +11,20 @@ import pytest
 from tests import tiny
 from tests.shared_data import standing_joints
 from truepose_jax.models import carry
-from truepose_jax.models.carry import CarryConfig, CarrySource, CarryTarget, carry_losses, compose, studio
-from truepose_jax.models.limbs import limb_coordinates
+from truepose_jax.models.carry import (
+    CarryConfig,
+    CarrySource,
+    CarryTarget,
+    Moved,
+    carry_losses,
+    compose,
+    half_cells,
+    move_limbs,
+    studio,
+    whole_cells,
+)
+from truepose_jax.models.limbs import limb_coordinates, limb_positions
+from truepose_jax.models.masks import coverage_levels
 from truepose_jax.models.patch_codec import PatchAutoencoder
 
 H, W, KEPT, CLASSES, HIDDEN = 8, 6, 4, 5, 8
@@ -251,6 +264,93 @@ def test_without_source_net_there_is_no_hidden_state():
     limbs = [limbs_of(made[name]) for name in ("joints", "target_joints")]
     shapes = jax.eval_shape(SOURCE.init, jax.random.key(0), None, made["latents"], made["coverage"], *limbs)["params"]
     assert set(random_params()["source"]["trunk"]) - set(shapes["trunk"]) == {"hidden_in"}
+
+
+# --- the source moved limb by limb ---------------------------------------------------------------------------------------
+
+WHOLE = PatchAutoencoder(48)
+
+
+@functools.cache
+def moving():
+    """Of pictures [s 32 24 3] in [-1, 1], with a codec that loses nothing: (pictures, shares of classes)."""
+
+    def run(pictures, parsing, source, target):
+        moved = move_limbs(WHOLE, half_cells(WHOLE.encode_mean({}, pictures)), parsing, source, target, classes=CLASSES)
+        return WHOLE.decode({}, whole_cells(moved.latents)), moved.coverage
+
+    return tiny.jit(run)
+
+
+def scene(seed=0, sources=1):
+    rng = np.random.default_rng(seed)
+    pictures = rng.uniform(-1, 1, (sources, 4 * H, 4 * W, 3)).astype(np.float32)
+    return pictures, rng.integers(0, CLASSES, (sources, 4 * H, 4 * W)).astype(np.uint8)
+
+
+def test_limbs_move_as_opencv_samples():
+    """Two targets of one source; colours by four pixels, classes by one, beyond the edge by the last."""
+    pictures, parsing = scene()
+    standing = standing_joints(4 * H, 4 * W).astype(np.float32)
+    targets = np.stack([standing + (7, -2, 0), inputs()["target_joints"][0]]).astype(np.float32)
+    found, shares = moving()(pictures, parsing, standing[None], targets)
+    at = np.asarray(limb_positions(standing[None].repeat(2, 0), targets, image_hw=(4 * H, 4 * W))) - 0.5
+    for i in range(2):
+        moved = cv2.remap(pictures[0], at[i], None, cv2.INTER_LINEAR, borderMode=cv2.BORDER_REPLICATE)
+        assert np.abs(found[i] - moved).max() < 0.04  # OpenCV places to a 32nd of a pixel
+        x, y = np.moveaxis(np.rint(at[i]).astype(int), -1, 0)
+        classes = parsing[0][np.clip(y, 0, 4 * H - 1), np.clip(x, 0, 4 * W - 1)]
+        (wanted,) = coverage_levels(classes[None], num_classes=CLASSES, factor=4, levels=1)
+        assert np.mean(np.abs(shares[i] - wanted.reshape(CELLS, CLASSES)).max(axis=1) > 1e-6) < 0.02
+
+
+def test_the_same_pose_moves_nothing():
+    pictures, parsing = scene(1)
+    standing = standing_joints(4 * H, 4 * W).astype(np.float32)[None]
+    found, shares = moving()(pictures, parsing, standing, standing)
+    np.testing.assert_allclose(found, pictures, atol=2e-3)
+    (wanted,) = coverage_levels(parsing, num_classes=CLASSES, factor=4, levels=1)
+    np.testing.assert_array_equal(shares, wanted.reshape(1, CELLS, CLASSES))
+
+
+@functools.cache
+def head_with_moved():
+    """(side without it, what is moved, random parameters, program of the head)."""
+    rng = np.random.default_rng(3)
+    latents = rng.standard_normal((2, H, W, KEPT)).astype(np.float32)
+    moved = Moved(latents, rng.dirichlet(np.ones(CLASSES), (2, CELLS)).astype(np.float32))
+    side, _ = run(params())
+    made = inputs()
+    given = made["target_hidden"], made["x_t"], side.replace(moved=moved)
+    shapes = jax.eval_shape(TARGET.init, jax.random.key(0), *given)["params"]
+    return (
+        side,
+        moved,
+        tiny.randomise(shapes, 4),
+        tiny.jit(lambda params, side: TARGET.apply({"params": params}, *given[:2], side)),
+    )
+
+
+@pytest.mark.parametrize("share, shown", [(OPEN, "moved"), (SHUT, "warp")])
+def test_the_predicted_share_is_of_what_moved_limb_by_limb(share, shown):
+    side, moved, found, head = head_with_moved()
+    kernel = jnp.zeros_like(found["limb_share"]["kernel"])
+    found = found | {
+        "limb_share": {"kernel": kernel, "bias": jnp.full((KEPT,), share)},
+        "alpha_out": {"kernel": jnp.zeros((8, 16)), "bias": jnp.full((16,), OPEN)},
+    }
+    carried = head(found, side.replace(moved=moved))
+    np.testing.assert_allclose(carried.composite, {"moved": moved.latents, "warp": carried.warp}[shown], atol=1e-4)
+
+
+def test_a_dropped_sample_knows_nothing_of_what_moved():
+    side, moved, found, head = head_with_moved()
+    other = Moved(moved.latents[::-1], moved.coverage[::-1])
+    keep = np.float32([0, 1])
+    first, second = (head(found, side.replace(moved=each).dropped(keep)) for each in (moved, other))
+    for name in ("x0", "composite", "parsing", "alpha"):
+        np.testing.assert_array_equal(getattr(first, name)[0], getattr(second, name)[0], err_msg=name)
+        assert np.abs(getattr(first, name)[1] - getattr(second, name)[1]).max() > 1e-3
 
 
 # --- losses --------------------------------------------------------------------------------------------------------------

@@ -191,3 +191,69 @@ def test_seen_from_behind_sides_are_those_of_the_picture():
     assert np.all(found.context[0, :, -1] == 1) and np.all(found.context[1, :, -1] == -1)
     signed = slice(limbs.FEATURES + limbs.PARTS, limbs.FEATURES + 2 * limbs.PARTS)
     np.testing.assert_allclose(found.context[1, :, signed], -found.context[0, :, signed], atol=1e-6)
+
+
+# --- positions ---------------------------------------------------------------------------------------------------------
+
+
+@functools.cache
+def positions_program():
+    return tiny.jit(lambda source, target: limbs.limb_positions(source, target, image_hw=HW))
+
+
+def positions(source, target):
+    """Of one pair of skeletons: [H W 2]."""
+    return positions_program()(*(np.asarray([joints], np.float32) for joints in (source, target)))[0]
+
+
+CENTRES = np.stack(np.meshgrid(np.arange(HW[1]) + 0.5, np.arange(HW[0]) + 0.5), axis=-1)
+
+
+def positions_by_loops(source, target, pixel):
+    """One pixel's, in float64; both skeletons whole and from the front."""
+
+    def bones(joints):
+        at = joints[:, :2].astype(float)
+        unit = np.linalg.norm((at[8] + at[11]) / 2 - at[1])
+        at[0] = at[[0, 14, 15, 16, 17]].mean(axis=0)
+        return unit, [(at[a], at[b] - at[a], rest, spread) for a, b, rest, spread in limbs.BONES]
+
+    (here, sources), (there, targets) = bones(source), bones(target)
+    logits, places = [], []
+    for (a, bone, *_), (start, goal, rest, spread) in zip(sources, targets, strict=True):
+        length, x = np.linalg.norm(goal), np.asarray(pixel) - start
+        on, across = x @ goal / length, (x[0] * goal[1] - x[1] * goal[0]) / length
+        beyond = max(-on, on - length, 0)
+        logits.append(-20 * (across**2 + beyond**2) / (there * spread) ** 2 / 2)
+        most = max(length, 0.2 * there * rest)
+        inside = min(max(on, 0), most)
+        on = inside / most * np.linalg.norm(bone) + (on - inside) * here / there
+        (u, v), across = bone / np.linalg.norm(bone), across * here / there
+        places.append(a + on * np.array([u, v]) + across * np.array([v, -u]))
+    weights = np.exp(np.array(logits) - max(logits))
+    return weights @ np.array(places) / weights.sum()
+
+
+def test_positions_against_loops():
+    other = person(moved={3: (9, 13), 4: (7, 5), 0: (25, 6), 9: (18, 43), 10: (15, 55)}) * (0.8, 0.9, 1) + (3, 4, 0)
+    found = positions(person(), other)
+    for x, y in ((24, 20), (9, 14), (20, 40), (21, 9), (2, 60), (30, 33)):
+        wanted = positions_by_loops(person(), other, (x + 0.5, y + 0.5))
+        np.testing.assert_allclose(found[y, x], wanted, atol=2e-3)
+
+
+def test_a_pose_onto_itself_moves_nothing_and_a_moved_one_everything():
+    np.testing.assert_allclose(positions(person(), person()), CENTRES, atol=1e-3)
+    np.testing.assert_allclose(positions(person(), person() + (3, -2, 0)), CENTRES - (3, -2), atol=1e-3)
+    np.testing.assert_allclose(positions(person(), person() * (0.5, 0.5, 1)), 2 * CENTRES, atol=1e-2)
+
+
+def test_seen_from_behind_nothing_is_mirrored():
+    np.testing.assert_allclose(positions(person(), from_behind(person())), CENTRES, atol=1e-3)
+
+
+def test_positions_are_finite_whatever_is_missing():
+    many = np.array([*SKELETONS.values(), *ONE_MISSING], np.float32)
+    pairs = many, many[::-1]
+    for source, target in (pairs, pairs[::-1]):
+        assert np.isfinite(positions_program()(source, target)).all()

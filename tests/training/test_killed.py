@@ -31,6 +31,7 @@ TINY = [
     "--config.model.unet.out_channels=48",
     "--config.model.fusion.carry_latents=False",
     "--config.model.carry.head=False",
+    "--config.model.carry.limb_warp=False",
     *(f"--config.diffusion.losses.{name}=0" for name in ("flow", "pixels", "parsing")),
     "--config.model.unet.block_out_channels=(8,)",
     "--config.model.unet.down_block_types=('DownBlock2D',)",

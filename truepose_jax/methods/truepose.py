@@ -217,7 +217,9 @@ class TruePose:
         if limbs:
             pose = pose + told[1]
             inputs = side.hidden, half_cells(latents), self._coverage(batch, "source"), *limbs[HALF]
-            carry = self.carry_source.apply({"params": params["carry_source"]}, *inputs, keep, self._moved(batch, latents))
+            carry = self.carry_source.apply(
+                {"params": params["carry_source"]}, *inputs, keep, self._moved(batch, latents)
+            )
         return Conditioning(pose=pose + positions(self.model, latents), sites=sites, carry=carry)
 
     def _read(self, params, frozen, latents, batch, limbs, told, *, shown: bool = False):

@@ -252,9 +252,7 @@ def move_limbs(
         return jax.vmap(lambda image, x, y: image[y, x])(image, x, y)
 
     picture = depth_to_space(codec.to_pixels(latents), PATCH)
-    above, below = (
-        (1 - across) * pick(picture, x, row) + across * pick(picture, x + 1, row) for row in (y, y + 1)
-    )
+    above, below = ((1 - across) * pick(picture, x, row) + across * pick(picture, x + 1, row) for row in (y, y + 1))
     moved = space_to_depth((1 - down) * above + down * below, PATCH)
     x, y = jnp.moveaxis(jnp.round(at).astype(jnp.int32), -1, 0)
     (coverage,) = coverage_levels(pick(parsing, x, y), num_classes=classes, factor=PATCH, levels=1)

@@ -59,9 +59,8 @@ class Limbs(NamedTuple):
 
 def limb_coordinates(joints: Float[Array, "b 18 3"], *, image_hw: tuple[int, int], cells_hw: tuple[int, int]) -> Limbs:
     """joints: x, y in pixels of the picture, visible. n: the cells row by row. Any joints may be missing."""
-    bones = _bones(joints, image_hw[0])
-    height, width = image_hw
-    cells = _centres(image_hw, cells_hw)
+    height = image_hw[0]
+    bones, cells = _bones(joints, height), _centres(image_hw, cells_hw)
     on, across, nearness = _placed(bones, cells)
     background = jnp.full((*nearness.shape[:2], 1), -0.5 * BACKGROUND_WIDTHS**2)
     nearness = jnp.concatenate([nearness, background], axis=-1)

@@ -157,7 +157,7 @@ def test_the_head_and_its_codec_come_back(tmp_path, capsys):
     for mine, theirs in zip(patch_codec.load(vae)[0], patch_codec.load(str(codec))[0], strict=True):
         np.testing.assert_array_equal(mine, theirs)
     for change, words in (
-        ({"carry": {"head": False}}, "--config.model.carry.head=True"),
+        ({"carry": {"head": False, "limb_warp": False}}, "--config.model.carry.head=True"),
         ({"fusion": {"residual": False}}, "--config.model.fusion.residual=True"),
     ):
         losses = {"diffusion": {"losses": {"parsing": 0.0}}}

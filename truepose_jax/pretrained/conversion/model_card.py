@@ -80,6 +80,7 @@ def _ours(model: ModelConfig) -> list[str]:
         "cosine logits": fusion.cosine,
         "keys and values from H' + F'": fusion.residual,
         "limb coordinates and a half-cell head (`carry_source`, `carry_target`), which needs the source's pose": model.carry.head,
+        "the source moved limb by limb, which that head mixes in": model.carry.limb_warp,
     }
     found = "; ".join(what for what, on in used.items() if on)
     return [f"- Not the paper's but truepose_jax's: {found}."] if found else []
