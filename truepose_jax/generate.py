@@ -28,8 +28,11 @@ from input_pipeline.schema import InputError
 from truepose_jax.config import to_dict
 from truepose_jax.flags.generate import BATCH, NAMING, SPLIT, make_parser
 from truepose_jax.inference.csv_requests import COLUMNS, Row, of_seeds, read_rows
+from truepose_jax.inference.found_sheet import found_sheet
+from truepose_jax.inference.photo_requests import AUTO, GIVEN, PhotoOptions
 from truepose_jax.inference.pipeline import Fitted, Pipeline, Run
 from truepose_jax.inference.record_requests import RecordRow, pair_list, record_rows
+from truepose_jax.runtime.bundled import SHIPPED
 from truepose_jax.runtime.choices import OUTSIDE
 from truepose_jax.runtime.cli import BAD_INPUT, enable_compilation_cache, reject_unused_flags, run_program
 from truepose_jax.runtime.distributed import joined, refuse_flags
@@ -47,10 +50,14 @@ HINTS = {
     "pose": " (the reference's own pose)",
 }
 ONE = "one picture"
+OF_ONE = ("sheet", "source-pose", "show-found", "person", "pose-person")
+"""Of one picture alone, beside its inputs."""
 FLAGS_USED_BY = {
     "labels": (ONE, "--pairs"),
     "pose-frame": (ONE, "--pairs"),
     "source-pose-frame": (ONE, "--pairs"),
+    "crop": (ONE, "--pairs"),
+    "align-pose": (ONE, "--pairs"),
     "split": ("--records",),
     "naming": ("--records",),
     "out-dir": ("--pairs", "--records"),
@@ -78,6 +85,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _main(argv: Sequence[str]) -> int | None:
     flags = make_parser().parse_args(argv)
     enable_compilation_cache()
+    if not flags.workdir:
+        flags.workdir = str(SHIPPED)
+        print(
+            f"no --workdir: {SHIPPED.name}, the small model that comes along; it has seen drawn people only", flush=True
+        )
     if flags.labels:
         label_set(flags.labels)
     single = {name: getattr(flags, name) for name in COLUMNS}
@@ -86,7 +98,7 @@ def _main(argv: Sequence[str]) -> int | None:
         raise InputError("--pairs and --records are two lists; give one of them")
     edit = {name: getattr(flags, name.replace("-", "_")) for name in EDIT_FLAGS}
     if flags.pairs or flags.records:
-        others = {"sheet": flags.sheet, "source-pose": flags.source_pose}
+        others = {name: getattr(flags, name.replace("-", "_")) for name in OF_ONE}
         given = [name for name, value in (single | others | edit).items() if value]
         if given:
             raise InputError(f"--{given[0]} is for one picture and --{many} for a list; give one of them")
@@ -100,11 +112,11 @@ def _main(argv: Sequence[str]) -> int | None:
         refuse_flags(flags, "one picture is one process's; --pairs and --records are shared")
         if any(edit.values()):
             single = single | {name: edit[name] for name in EDIT_FLAGS[:2]}
-        missing = [name for name, value in single.items() if not value]
+        elif (flags.parsing or AUTO) == AUTO and flags.labels:
+            raise InputError("--labels is of a map that --parsing names; --parsing=auto knows its own")
+        missing = [name for name, value in single.items() if not value and name != "parsing"]
         if missing:
-            hint = " (none where there is no map)" if missing[0] == "parsing" else ""
-            if any(edit.values()):
-                hint = HINTS.get(missing[0], hint)
+            hint = HINTS.get(missing[0], "") if any(edit.values()) else ""
             raise InputError(f"--{missing[0]} is missing{hint}; see --help")
         generate_one(flags)
     return None
@@ -121,16 +133,24 @@ def generate_one(flags: argparse.Namespace) -> None:
     run = Run.open(flags.workdir, weights=flags.weights, step=flags.step)
     sampling = _sampling(run, flags)
     own = flags.source_pose, flags.source_pose_frame
-    out = pathlib.Path(flags.out)
-    pair = Row(0, flags.source, flags.parsing, flags.pose, flags.labels, flags.pose_frame, out, *own)
+    parsing, out = flags.parsing or AUTO, pathlib.Path(flags.out)
+    pair = Row(0, flags.source, parsing, flags.pose, flags.labels, flags.pose_frame, out, *own, options=photo_options(flags))
     rows = of_seeds(pair, flags.seed, flags.num or 1)
-    places = [_new_png(path, flags.overwrite) for path in [*(row.out for row in rows), flags.sheet] if path]
+    for path in [*(row.out for row in rows), flags.sheet, flags.show_found]:
+        if path:
+            _check_new_png(path, flags.overwrite)
     edit = None
     if flags.reference:
         labels, outside = flags.reference_labels or flags.labels, flags.outside or OUTSIDE[0]
         parsing = flags.reference_parsing
         edit = read_edit(flags.reference, flags.edit_mask, parsing=parsing, labels=labels, outside=outside)
-    fitted = pair.read(run, flags.seed, edit)
+    resolved = pair.resolve(run, flags.seed, edit)
+    for path, seen in ((flags.source, resolved.source), (flags.pose, resolved.pose)):
+        if seen.about != GIVEN:
+            print(f"{path}: {seen.about}", flush=True)
+    if flags.show_found:
+        save_png(found_sheet([resolved.source, resolved.pose]), pathlib.Path(flags.show_found))
+    fitted = run.fit(resolved.request)
     every = [dataclasses.replace(fitted, seed=row.seed) for row in rows]
     pipeline = Pipeline.of_run(run, vae=flags.vae, clip=flags.clip, dtype=flags.dtype)
     print(describe(run, sampling, flags.seed), flush=True)
@@ -143,7 +163,8 @@ def generate_one(flags: argparse.Namespace) -> None:
             bar.update(done - bar.n)
 
         pictures = pipeline.sample(every, sampling=sampling, batch_size=size, callback=progress)
-    for picture, row in zip(pictures, rows, strict=True):
+    finished = [fitted.finish(picture) for picture in pictures]
+    for picture, row in zip(finished, rows, strict=True):
         save_png(picture, row.out)
     if flags.sheet:
         shown = {"source": fitted.source.image, "pose": fitted.skeleton}
@@ -155,10 +176,17 @@ def generate_one(flags: argparse.Namespace) -> None:
             columns = {title: cells * len(pictures) for title, cells in columns.items()}
             carried = {"carried": pipeline.carried(every, pictures)} if pipeline.method.carries else {}
             columns |= carried | {"generated": pictures}
-        save_png(sheet(columns), places[-1])
-    (h, w), seconds = pictures[0].shape[:2], time.perf_counter() - start
+        save_png(sheet(columns), pathlib.Path(flags.sheet))
+    (h, w), seconds = finished[0].shape[:2], time.perf_counter() - start
     made = flags.out if len(rows) == 1 else f"{rows[0].out} to {rows[-1].out.name}"
     print(f"{made}: {h}x{w}, {seconds:.1f} s with compilation", flush=True)
+
+
+def photo_options(flags: argparse.Namespace) -> PhotoOptions:
+    """How the flags say that photos are read."""
+    crop = {None: None, "person": True, "none": False}[flags.crop]
+    person, pose_person = (1 if number is None else number for number in (flags.person, flags.pose_person))
+    return PhotoOptions(person, pose_person, crop, bool(flags.align_pose))
 
 
 def describe(run: Run, sampling: Sampling, seed: int) -> str:
@@ -169,15 +197,14 @@ def describe(run: Run, sampling: Sampling, seed: int) -> str:
 AnyRow = Row | RecordRow
 
 
-def _new_png(path: str | pathlib.Path, overwrite: bool) -> pathlib.Path:
-    """The path, after checking that a picture may be written there. Raises InputError."""
+def _check_new_png(path: str | pathlib.Path, overwrite: bool) -> None:
+    """May a picture be written there? Raises InputError."""
     path = pathlib.Path(path)
     if path.suffix.lower() != ".png":
         raise InputError(f"{path}: pictures are written as PNG; give a name that ends in .png")
     if path.is_dir() or (path.exists() and not overwrite):
         raise InputError(f"{path}: is there already; give another name" + ("" if path.is_dir() else ", or --overwrite"))
     _make_folder(path.parent)
-    return path
 
 
 def _make_folder(folder: pathlib.Path) -> None:
@@ -218,7 +245,7 @@ def generate_list(flags: argparse.Namespace, share: Share) -> int:
     else:
         source = flags.pairs
         frames = {"pose_frame": flags.pose_frame, "source_pose_frame": flags.source_pose_frame}
-        needed = run.config.model.carry.head
+        frames["options"], needed = photo_options(flags), run.config.model.carry.head
         listed, problems = read_rows(flags.pairs, out_dir, labels=flags.labels, **frames, source_poses=needed)
         rows = [row for pair in listed for row in of_seeds(pair, flags.seed, num)]
     if not flags.overwrite:
@@ -272,8 +299,8 @@ def generate_list(flags: argparse.Namespace, share: Share) -> int:
                 fitted = [fitted for _, fitted in batch]
                 pictures = pipeline.sample(fitted, sampling=sampling, batch_size=size)
                 compiled = True
-                for (row, _), picture in zip(batch, pictures, strict=True):
-                    save_png(picture, row.out)
+                for (row, one), picture in zip(batch, pictures, strict=True):
+                    save_png(one.finish(picture), row.out)
                 made += len(batch)
                 bar.update(len(batch))
                 stopped = share.asked(preemption.stop(made))
@@ -334,6 +361,8 @@ def settings_of(run: Run, sampling: Sampling, flags: argparse.Namespace) -> dict
         "seed": flags.seed,
         "vae": flags.vae,
         "clip": flags.clip,
+        "crop": flags.crop,
+        "align_pose": flags.align_pose,
     }
 
 

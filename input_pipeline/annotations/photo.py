@@ -26,6 +26,8 @@ try:  # Three times Pillow's speed and bit-identical to it (docs/paper.md 11); w
 except ImportError:
     simplejpeg = None
 
+PHOTO_SUFFIXES = (".jpg", ".jpeg", ".jfif", ".png", ".webp", ".bmp", ".tif", ".tiff")
+
 MAX_SIDE = 8192
 MAX_PIXELS = 64_000_000
 """Larger photos are refused before they are decoded: nothing here needs them, and they fill the memory."""

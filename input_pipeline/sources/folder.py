@@ -26,14 +26,13 @@ from input_pipeline.annotations.keypoints import (
     read_annotations,
 )
 from input_pipeline.annotations.parsing import check_said_labels, label_set, read_parsing, whole_photo
-from input_pipeline.annotations.photo import Framing, fit_photo, read_photo
+from input_pipeline.annotations.photo import PHOTO_SUFFIXES, Framing, fit_photo, read_photo
 from input_pipeline.annotations.plausibility import SetOfDoubts, judge
 from input_pipeline.files import read_list
 from input_pipeline.schema import ImageRecord, InputError
 
 __all__ = ["FolderImages", "fit_photo", "identity_of", "pairs_within", "read_pairs", "read_photo"]
 
-PHOTO_SUFFIXES = (".jpg", ".jpeg", ".jfif", ".png", ".webp", ".bmp", ".tif", ".tiff")
 PHOTO_FOLDERS = ("image", "images", "img")
 POSE_FOLDERS = ("keypoints", "pose", "openpose_json", "openpose-json")
 PARSING_FOLDER = "parsing"

@@ -11,10 +11,11 @@ import numpy as np
 
 from input_pipeline.annotations.keypoints import annotation_pose, load_pose, name_key, read_annotations
 from input_pipeline.annotations.parsing import check_said_labels
+from input_pipeline.annotations.photo import PHOTO_SUFFIXES
 from input_pipeline.files import read_text
 from input_pipeline.schema import InputError
 from input_pipeline.sources.base import BAD_POSE, NO_MAP, NO_PHOTO, NO_POSE, Dropped, Item, PhotoItem, RawSplit
-from input_pipeline.sources.folder import PHOTO_SUFFIXES, read_pairs
+from input_pipeline.sources.folder import read_pairs
 
 POSE_FOLDERS = ("keypoints", "pose")
 PARSING_FOLDERS = ("parsing",)

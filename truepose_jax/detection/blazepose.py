@@ -93,7 +93,7 @@ class BlazePose:
         found = self._detect(photo)
         if not found:
             raise NobodyFound(
-                f"{name}: nobody found; take a photo that shows a whole person, upright and not too small"
+                f"{name}: nobody found; take a photo of a whole person, or give its pose as a file (--source-pose, --pose)"
             )
         if not 1 <= person <= len(found):
             raise NobodyFound(f"{name}: holds {len(found)} people; there is no --person={person}")

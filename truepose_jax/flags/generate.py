@@ -1,20 +1,24 @@
 """Pictures from a trained model: the person of a photo in another pose.
 
+    python -m truepose_jax.generate --workdir=DIR --source=PHOTO --pose=PHOTO --out=OUT.png
     python -m truepose_jax.generate --workdir=DIR --source=PHOTO --parsing=MAP.png --labels=atr18 --pose=FILE --out=OUT.png
     python -m truepose_jax.generate --workdir=DIR --source=STYLE --parsing=MAP.png --labels=atr18 \
         --reference=PHOTO --edit-mask=MASK --pose=FILE --out=OUT.png
     python -m truepose_jax.generate --workdir=DIR --pairs=LIST.csv --out-dir=D
     python -m truepose_jax.generate --workdir=DIR --records=RECORDS --split=test --out-dir=D
 
---pose: OpenPose JSON (18 or 25 joints), COCO-17 JSON, 18 rows of text, or annotations.csv#image-name. --parsing=none:
-all of the photo is person. A model with the half-cell head (config.model.carry.head) also needs --source-pose, the photo's
-own pose, in its pixels unless the file or --source-pose-frame says otherwise. --reference makes a region of that photo anew
+--pose: another photo, OpenPose JSON (18 or 25 joints), COCO-17 JSON, 18 rows of text, or annotations.csv#image-name.
+--parsing=auto (where nothing is said): the person is found in the photo by what comes along with the [pose] extra, cut out for
+the model, and the picture put back into the photo; --show-found draws what was found. --parsing=none: all of the photo is
+person. A model with the half-cell head (config.model.carry.head) also reads the photo's own pose: --source-pose, in its pixels
+unless the file or --source-pose-frame says otherwise, or found in the photo. --align-pose puts the pose on the source's body:
+its limbs' lengths, in its place. --reference makes a region of that photo anew
 with the source's clothes, in the reference's own --pose (its frame is the reference unless the file or --pose-frame says
 otherwise). MASK is a picture of its size, white where it is made anew, or classes such as Upper-clothes,Dress of its
 --reference-parsing.
 
-LIST.csv has columns source,parsing,pose,out and may have labels, pose_frame, source_pose, source_pose_frame, seed; its paths
-are relative to it, `out` (a .png) to D. --records makes all pairs of a split of what `prepare build` wrote, as
+LIST.csv has columns source,parsing,pose,out and may have labels, pose_frame, source_pose (auto: find it), source_pose_frame,
+seed; its paths are relative to it, `out` (a .png) to D. --records makes all pairs of a split of what `prepare build` wrote, as
 SOURCE_to_TARGET.png (or as --naming says), with D/pairs.csv for `evaluate --pairs`. Rows that are done are skipped: run the
 same command again after a kill. SIGTERM or Ctrl-C: the batch under way is finished and written, then it ends with 143.
 Several processes (SLURM, a TPU pod, or --coordinator, --process and --processes) share a list: the same command on every
@@ -44,26 +48,40 @@ def make_parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
     add = parser.add_argument_group("the model").add_argument
-    add("--workdir", required=True, help="the run: its last checkpoint is read, it may still be training")
+    add("--workdir", help="the run: its last checkpoint is read, it may still be training (the model that comes along)")
     add("--weights", choices=tuple(WEIGHTS), help="ema where the run keeps one, else raw")
     add("--step", type=int, help="checkpoint (the last)")
     add("--vae", metavar="DIR", help="folder of the autoencoder (or file of the patch codec), in place of the config's")
     add("--clip", metavar="DIR", help="folder of CLIP, in place of the config's")
     add = parser.add_argument_group("one picture").add_argument
     add("--source", metavar="PHOTO", help="photo of the person")
-    add("--parsing", metavar="MAP", help="its parsing map, a PNG of label ids; or none")
+    add(
+        "--parsing",
+        metavar="MAP",
+        help="its parsing map, a PNG of label ids; a SegFormer's folder; none; auto: find it (auto)",
+    )
     add("--labels", help=f"label set of the map: {', '.join(LABEL_SETS)}")
-    add("--source-pose", metavar="FILE", help="the pose of --source itself, for models with the half-cell head")
+    add("--source-pose", metavar="FILE", help="the pose of --source itself, in place of finding it")
     add(
         "--source-pose-frame",
         type=parse_size,
         metavar="HxW",
         help="size of the picture that one was found in (the photo's)",
     )
-    add("--pose", metavar="FILE", help="the pose to draw the person in")
+    add("--pose", metavar="FILE", help="the pose to draw the person in: another photo, or joints")
     add("--pose-frame", type=parse_size, metavar="HxW", help="size of the picture the pose was found in")
     add("--out", metavar="PNG", help="the picture")
     add("--sheet", metavar="PNG", help="also draw source, skeleton, what was carried and picture side by side")
+    add = parser.add_argument_group("photos as they come").add_argument
+    add("--show-found", metavar="PNG", help="draw skeleton, regions and crop over both photos")
+    add("--person", type=int, metavar="N", help="which person of --source, by size (1, the largest)")
+    add("--pose-person", type=int, metavar="N", help="which person of the --pose photo (1)")
+    add(
+        "--crop",
+        choices=("person", "none"),
+        help="what of the photo the model gets (person with --parsing=auto, else none)",
+    )
+    add("--align-pose", action="store_true", default=None, help="the pose with the source's limb lengths, in its place")
     add = parser.add_argument_group("style transfer").add_argument
     add("--reference", metavar="PHOTO", help="style transfer: the photo of which a region gets the source's clothes")
     add("--edit-mask", metavar="MASK", help="that region: a PNG, or classes of --reference-parsing")

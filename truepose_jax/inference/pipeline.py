@@ -1,6 +1,7 @@
 """Pictures from Python: load a run, pass arrays, get arrays.
 
     pipe = Pipeline.load("runs/demo")                                  # or what `convert to-torch` wrote
+    picture = pipe(photo, pose=other_photo, seed=0)                    # both found by what comes along ([pose] extra)
     picture = pipe(photo, parsing, joints, labels="atr18", seed=0)     # uint8 [h w 3]
     edited = pipe(photo, parsing, joints_of_reference, edit=Edit(reference, mask))     # style transfer, inpainting.py
     picture = pipe(photo, parsing, joints, source_joints=joints_of_photo)              # a model with the half-cell head
@@ -32,7 +33,8 @@ from input_pipeline.schema import InputError
 from truepose_jax.config import Config, ConfigError
 from truepose_jax.data.datasets import about_records
 from truepose_jax.inference.exported import Exported
-from truepose_jax.inference.request import Fitted, Request, fit_request
+from truepose_jax.inference.photo_requests import AUTO, PhotoOptions, resolve
+from truepose_jax.inference.request import SEEDS, Fitted, Request, fit_request
 from truepose_jax.kernels.attention.api import cannot_run
 from truepose_jax.methods import Denoiser, needs
 from truepose_jax.pretrained.factory import assemble
@@ -201,8 +203,8 @@ class Pipeline:
     def __call__(
         self,
         source: np.ndarray,
-        parsing: np.ndarray | None,
-        joints: np.ndarray,
+        parsing: np.ndarray | str | None = AUTO,
+        pose: np.ndarray | None = None,
         *,
         labels: str = "atr18",
         frame_hw: tuple[int, int] | None = None,
@@ -216,14 +218,25 @@ class Pipeline:
         source_joints: np.ndarray | None = None,
         source_frame_hw: tuple[int, int] | None = None,
         callback: Progress | None = None,
-    ) -> np.ndarray:
-        """One picture, uint8 [h w 3]; see `Request` for the arguments and `sample` for the others and the result."""
-        request = Request(source, joints, parsing, labels, frame_hw, name, seed, edit, source_joints, source_frame_hw)
-        return self.sample(
-            [self.run.fit(request)],
-            sampling=self.run.sampling(steps, guidance, sampler, guidance_interval),
-            callback=callback,
-        )[0]
+        num: int | None = None,
+        options: PhotoOptions = PhotoOptions(),
+    ) -> np.ndarray | list[np.ndarray]:
+        """One picture, uint8 [h w 3]; with num a list of so many, of `seed` and those that follow it. pose: joints [18 3], or
+        another photo, uint8 [h w 3]. parsing "auto": the person is found in `source`, which needs the [pose] extra; what is
+        found, and how it is cut out and put back, options say. See `Request` for the other arguments of one picture and `sample`
+        for the rest. Raises InputError."""
+        if pose is None:
+            raise InputError("pose is missing: give joints [18 3], or a photo of somebody in the pose")
+        if num is not None and not 1 <= num <= SEEDS - seed:
+            raise InputError(f"num is {num}; it must be 1 or more, and seeds end at {SEEDS - 1}")
+        request = Request(source, pose, parsing, labels, frame_hw, name, seed, edit, source_joints, source_frame_hw)
+        model, sampling = self.run.config.model, self.run.sampling(steps, guidance, sampler, guidance_interval)
+        request = resolve(request, model.size, head=model.carry.head, options=options).request
+        fitted = self.run.fit(request)
+        every = [dataclasses.replace(fitted, seed=seed + i) for i in range(num or 1)]
+        pictures = self.sample(every, sampling=sampling, callback=callback)
+        finished = [fitted.finish(picture) for picture in pictures]
+        return finished[0] if num is None else finished
 
     def batch(
         self,
@@ -234,9 +247,11 @@ class Pipeline:
         sampler: str | None = None,
         batch_size: int | None = None,
     ) -> list[np.ndarray]:
-        """A picture for each request. Raises InputError for the first bad one, before any is made."""
+        """A picture for each request, put back into its photo where the source is cut out of one. Raises InputError for the
+        first bad one, before any is made."""
         fitted = [self.run.fit(request) for request in requests]
-        return self.sample(fitted, sampling=self.run.sampling(steps, guidance, sampler), batch_size=batch_size)
+        pictures = self.sample(fitted, sampling=self.run.sampling(steps, guidance, sampler), batch_size=batch_size)
+        return [one.finish(picture) for one, picture in zip(fitted, pictures, strict=True)]
 
     def sample(
         self,

@@ -14,6 +14,7 @@ from input_pipeline.annotations.photo import Framing, fit_photo
 from input_pipeline.annotations.plausibility import doubts, judge
 from input_pipeline.annotations.skeleton import draw_skeleton_uint8
 from input_pipeline.schema import NUM_JOINTS, ImageRecord, InputError
+from truepose_jax.inference.person_crop import Crop
 from truepose_jax.sampling.inpainting import Edit, FittedEdit
 
 SEEDS = 2**32
@@ -34,7 +35,8 @@ class Request:
     frame_hw None: the source's size. parsing: uint8 [h w], ids of the label set `labels`, which need not be the
     one of the training; None: all of the photo is person. source_joints: as joints, the source's own, in a frame of
     source_frame_hw; only models with the half-cell head read them, and need them. name, seed: key the noise. edit: what is to
-    be made is a region of this reference; frame_hw None is then the reference's size, and the picture is framed as it is.
+    be made is a region of this reference; frame_hw None is then the reference's size, and the picture is framed as it is. crop:
+    of which photo the source is a part. What is to be found in photos first: photo_requests.resolve.
     """
 
     source: np.ndarray
@@ -47,6 +49,7 @@ class Request:
     edit: Edit | None = None
     source_joints: np.ndarray | None = None
     source_frame_hw: tuple[int, int] | None = None
+    crop: Crop | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,6 +64,11 @@ class Fitted:
     name: str
     seed: int
     edit: FittedEdit | None = None
+    crop: Crop | None = None
+
+    def finish(self, picture: np.ndarray) -> np.ndarray:
+        """A sample, uint8 [h w 3], as users get it: put back into the photo where the source is a part of one."""
+        return picture if self.crop is None else self.crop.put_back(picture)
 
     @property
     def skeleton(self) -> np.ndarray:
@@ -109,7 +117,7 @@ def fit_request(request: Request, size: tuple[int, int], *, head: bool = False, 
     for line in _doubts(request, hw):
         logging.warning("%s: %s", name, line)
     record = ImageRecord(image, parsing, source_joints, name, identity=name)
-    return Fitted(record, own, joints, framing, request.name, request.seed, edit)
+    return Fitted(record, own, joints, framing, request.name, request.seed, edit, request.crop)
 
 
 def _doubts(request: Request, hw: tuple[int, int]) -> list[str]:

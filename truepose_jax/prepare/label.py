@@ -18,10 +18,9 @@ import tqdm
 from input_pipeline.annotations.grey_png import encode_grey_png
 from input_pipeline.annotations.keypoints import name_key
 from input_pipeline.annotations.parsing import LABEL_SETS, LABELS_FILE, check_said_labels, label_set, said_labels
-from input_pipeline.annotations.photo import read_photo
+from input_pipeline.annotations.photo import PHOTO_SUFFIXES, read_photo
 from input_pipeline.process_group import Share
 from input_pipeline.schema import NUM_JOINTS, InputError
-from input_pipeline.sources.folder import PHOTO_SUFFIXES
 from input_pipeline.sources.listing import PARSING_FOLDERS, POSE_FOLDERS, files_by_key, first_folder
 from truepose_jax.detection.embedded import EMBEDDED, EmbeddedParsing, EmbeddedPose
 from truepose_jax.runtime import files
