@@ -231,7 +231,9 @@ def _open_ckpt(file: pathlib.Path) -> tuple[ArraySource, dict[str, int]]:
     for name, value in state.items():
         if isinstance(value, torch.Tensor):
             if not isinstance(name, str):
-                raise ConversionError(f"{file}: a tensor is called {name!r}; expected a state_dict, whose names are texts")
+                raise ConversionError(
+                    f"{file}: a tensor is called {name!r}; expected a state_dict, whose names are texts"
+                )
             arrays[name] = _numpy(value, f"{file}: tensor {name}")
     others = len(state) - len(arrays) + (len(loaded) - 1 if state is not loaded else 0)
     return ArraySource(arrays), {"what training kept (epochs, optimizer): no tensors": others} if others else {}

@@ -10,6 +10,7 @@ import pytest
 from tests.tiny_run import tiny_config
 from truepose_jax.evaluate import judge
 from truepose_jax.evaluate.judge import COPIED, KINDS, OURS, PEOPLE, POSES, WARPED, Gates, Verdict
+from truepose_jax.methods.truepose import TruePose
 from truepose_jax.metrics.psnr import psnr_inside
 from truepose_jax.pretrained.region_tokens import make_encoder
 from truepose_jax.runtime.sharding import make_mesh
@@ -25,7 +26,8 @@ def pipe():
     """What judging reads of a Pipeline, without a network."""
     run = types.SimpleNamespace(config=CONFIG)
     mesh = make_mesh(data=1, fsdp=1, tensor=1)
-    return types.SimpleNamespace(run=run, encoder=make_encoder(CONFIG.model.clip, CONFIG.token_width), mesh=mesh)
+    encoder = make_encoder(CONFIG.model.clip, CONFIG.token_width)
+    return types.SimpleNamespace(run=run, encoder=encoder, mesh=mesh, method=TruePose)
 
 
 PAIRS = {}
@@ -71,6 +73,17 @@ def test_people_in_the_same_colours(pipe):
     assert not any(np.array_equal(maps[0][0], maps[k][0]) for k in range(1, POSES))
 
 
+def faces_by_hand(judged):
+    """Share of the faces of 50 pixels or more that lie nearest to their own truth among the people in the same pose."""
+    truth, masks, found = judged.pairs.batch["target"], judged.pairs.mask("face"), []
+    for i in np.flatnonzero(masks.sum(axis=(1, 2)) >= 50):
+        others = np.arange(PEOPLE) + i // PEOPLE * PEOPLE
+        errors = [np.square(judged.images[i] - truth[j])[masks[i]].mean() for j in others]
+        found.append(np.argmin(errors) == i % PEOPLE)
+    assert 5 < len(found) < len(truth)
+    return np.mean(found)
+
+
 def test_a_model_that_copies_the_source(pipe, monkeypatch):
     answering(monkeypatch, lambda batch: batch["source"])
     found = judge.judge(pipe)
@@ -86,6 +99,7 @@ def test_a_model_that_copies_the_source(pipe, monkeypatch):
         ]
         assert verdict.psnr[OURS]["person"] == pytest.approx(np.mean(by_hand))
         assert verdict.swap_costs["tokens_swapped"] == 0 < verdict.swap_costs["image_swapped"]
+        assert verdict.face_retrieval == verdict.copied_face_retrieval == pytest.approx(faces_by_hand(each))
         assert verdict.retrieval > 0.4 and verdict.shuffled_retrieval < 0.2 and verdict.outline_error > 20
         assert (verdict.pattern_retrieval is None) == (kind == "plain")
     told = judge.report({kind: each.verdict for kind, each in found.items()}, CONFIG)
@@ -105,7 +119,15 @@ def test_a_model_that_knows_the_truth(pipe, monkeypatch):
 
 def verdict(person=20.0, **changes):
     rows = {OURS: SCORES | {"person": person}, COPIED: SCORES | {"person": 16.0}, WARPED: SCORES | {"person": 19.0}}
-    found = {"psnr": rows, "retrieval": 0.97, "shuffled_retrieval": 0.06, "sharpness": 0.9, "outline_error": 15.0}
+    found = {
+        "psnr": rows,
+        "retrieval": 0.97,
+        "shuffled_retrieval": 0.06,
+        "face_retrieval": 0.5,
+        "sharpness": 0.9,
+        "outline_error": 15.0,
+        "copied_face_retrieval": 0.4,
+    }
     costs = {"image_swapped": 6.0, "tokens_swapped": 0.1, "both_swapped": 6.1}
     return Verdict(**found | {"swap_costs": costs} | changes)
 

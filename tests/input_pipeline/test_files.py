@@ -220,6 +220,7 @@ def test_jpegs_with_bytes_before_their_end_are_read_as_pillow_does():
 
 def test_safetensors_follow_the_official_rules(tmp_path):
     """What the official reader refuses, in one line: also two tensors on the same bytes."""
+
     def file(header, data=bytes(8)):
         text = header if isinstance(header, bytes) else json.dumps(header).encode()
         path = tmp_path / "model.safetensors"
@@ -229,7 +230,10 @@ def test_safetensors_follow_the_official_rules(tmp_path):
     def entry(start=0, end=4, shape=(1,), dtype="F32"):
         return {"dtype": dtype, "shape": list(shape), "data_offsets": [start, end]}
 
-    assert set(open_source(file({"b": entry(4, 8), "a": entry(0, 4), "__metadata__": {"format": "pt"}})).infos) == {"a", "b"}
+    assert set(open_source(file({"b": entry(4, 8), "a": entry(0, 4), "__metadata__": {"format": "pt"}})).infos) == {
+        "a",
+        "b",
+    }
     bad = {
         "a list": [],
         "overlapping": {"a": entry(), "b": entry(), "c": entry(4, 8)},
@@ -290,7 +294,12 @@ def test_a_full_standard_output_is_one_line():
     for flush in (True, False):
         with open("/dev/full", "w") as full:
             done = subprocess.run(
-                [sys.executable, "-c", code % flush], stdout=full, stderr=subprocess.PIPE, text=True, cwd=ROOT, timeout=60
+                [sys.executable, "-c", code % flush],
+                stdout=full,
+                stderr=subprocess.PIPE,
+                text=True,
+                cwd=ROOT,
+                timeout=60,
             )
         assert done.returncode == 2, done.stderr
         assert done.stderr == "error: cannot write to the standard output (No space left on device)\n"

@@ -263,7 +263,10 @@ def test_a_sound_set_has_no_defects(sound, capsys):
         (["--dataset=deepfashion", "--raw=/"], "say whose classes"),
         (["--dataset=folder", "--raw=PHOTOS", "--labels=atr"], "unknown label set"),
         (["--dataset=folder", "--raw=PHOTOS", "--labels=none", "--lists=/"], "--lists means nothing"),
-        (["--dataset=folder", "--raw=PHOTOS", "--labels=none", "--test-pairs=/absent"], "cannot read the list of pairs"),
+        (
+            ["--dataset=folder", "--raw=PHOTOS", "--labels=none", "--test-pairs=/absent"],
+            "cannot read the list of pairs",
+        ),
         (["--dataset=synthetic", "--raw=/"], "--raw means nothing"),
         (["--dataset=synthetic", "--limit=0"], "leaves nothing"),
         (["--dataset=synthetic", "--limit=1", "--size=8x8"], "too small for a person"),

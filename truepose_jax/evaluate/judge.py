@@ -24,6 +24,7 @@ from truepose_jax.methods import needs
 from truepose_jax.methods.base import Swap
 from truepose_jax.metrics.limb_warp import limb_warp
 from truepose_jax.metrics.outlines import outline_error, sharpness
+from truepose_jax.metrics.psnr import LEAST_PIXELS
 from truepose_jax.metrics.regions import retrieval
 from truepose_jax.pretrained.region_tokens import RegionEncoder, token_table
 from truepose_jax.runtime.sharding import batch_parts, put_whole_batch
@@ -48,14 +49,17 @@ class Verdict:
 
     psnr: dB, {row: {region: mean over the pairs}}. retrieval: share of the pictures whose clothes lie nearest to their own
     truth among the PEOPLE in the same pose; shuffled_retrieval: the same where everything of the source is another person's,
-    which must be chance. sharpness: mean gradient inside the person, generated / truth. outline_error: grey levels (0 to
-    255) in the band about the true outline. swap_costs: dB lost inside the person. pattern_retrieval: among PEOPLE in the
-    same cut and colours; None of plain clothes.
+    which must be chance. face_retrieval: of the faces that the truth shows, and copied_face_retrieval, of the copied
+    sources'. sharpness: mean gradient inside the person, generated / truth. outline_error: grey levels (0 to 255) in the band
+    about the true outline. swap_costs: dB lost inside the person. pattern_retrieval: among PEOPLE in the same cut and colours;
+    None of plain clothes.
     """
 
     psnr: Mapping[str, Mapping[str, float]]
     retrieval: float
     shuffled_retrieval: float
+    face_retrieval: float
+    copied_face_retrieval: float
     sharpness: float
     outline_error: float
     swap_costs: Mapping[str, float]
@@ -92,8 +96,10 @@ def judge(pipe: Pipeline, *, eval_seed: int | None = None) -> dict[str, Judged]:
                 WARPED: region_scores(warped_sources(pairs), pairs),
                 MEAN: region_scores(mean_training_people(config, patterns), pairs),
             },
-            retrieval=garment_retrieval(images, pairs),
-            shuffled_retrieval=garment_retrieval(shuffled, pairs),
+            retrieval=retrieval_of("clothes", images, pairs),
+            shuffled_retrieval=retrieval_of("clothes", shuffled, pairs),
+            face_retrieval=retrieval_of("face", images, pairs),
+            copied_face_retrieval=retrieval_of("face", pairs.batch["source"], pairs),
             sharpness=sharpness(images, pairs.batch["target"], pairs.mask("person")),
             outline_error=outline_error(images, pairs.batch["target"], pairs.mask("person")),
             swap_costs=swap_costs(scores),
@@ -101,7 +107,7 @@ def judge(pipe: Pipeline, *, eval_seed: int | None = None) -> dict[str, Judged]:
         if patterns == "all":
             alike = people(config, pipe.encoder, patterns, eval_seed, same_colours=True)
             drawn = alike.sample(sample, config.seed, rows)
-            verdict = dataclasses.replace(verdict, pattern_retrieval=garment_retrieval(drawn, alike))
+            verdict = dataclasses.replace(verdict, pattern_retrieval=retrieval_of("clothes", drawn, alike))
         found[kind] = Judged(verdict, pairs, images)
     return found
 
@@ -217,11 +223,14 @@ def mean_training_people(config: Config, patterns: str) -> np.ndarray:
     return np.repeat(np.stack(means), PEOPLE, axis=0).astype(np.float32)
 
 
-def garment_retrieval(images: np.ndarray, pairs: Pairs) -> float:
-    """Share of pictures whose clothes lie nearest to their own truth among the PEOPLE in the same pose."""
-    truth, clothes = pairs.batch["target"], pairs.mask("clothes")
+def retrieval_of(region: str, images: np.ndarray, pairs: Pairs) -> float:
+    """Share of the pictures whose truth shows the region in LEAST_PIXELS or more that lie nearest there to that truth, among
+    the PEOPLE in its pose; NaN where none does."""
+    truth, mask = pairs.batch["target"], pairs.mask(region)
     groups = [slice(k * PEOPLE, (k + 1) * PEOPLE) for k in range(POSES)]
-    return float(np.mean([retrieval(images[g], truth[g], clothes[g]) for g in groups]))
+    found = np.concatenate([retrieval(images[g], truth[g], mask[g]) for g in groups])
+    shown = mask.sum(axis=(1, 2)) >= LEAST_PIXELS
+    return float(found[shown].mean()) if shown.any() else float("nan")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -274,6 +283,8 @@ def report(verdicts: Mapping[str, Verdict], config: Config) -> str:
         lines += [
             f"garment retrieval among {PEOPLE}: {verdict.retrieval:.0%}{alike} (chance {1 / PEOPLE:.0%}; with shuffled "
             f"sources {verdict.shuffled_retrieval:.0%})",
+            f"face retrieval among {PEOPLE}: {verdict.face_retrieval:.0%}; of the copied sources "
+            f"{verdict.copied_face_retrieval:.0%}",
             f"sharpness inside the person {verdict.sharpness:.2f} of the truth's; error about the outline "
             f"{verdict.outline_error:.1f} grey levels",
             f"swap test, dB lost inside the person: another source image {image:.2f}, other tokens {tokens:.2f}, both "

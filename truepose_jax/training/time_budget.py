@@ -61,4 +61,6 @@ def kept_steps(workdir: str | os.PathLike[str]) -> int | None:
     if not (has_steps(workdir) and path.exists()):
         return None
     advice = "remove it to have the number of steps chosen anew"
-    return files.read_json(path, {"total_steps": int}, what="a time budget", advice=advice, error=CheckpointError)["total_steps"]
+    return files.read_json(path, {"total_steps": int}, what="a time budget", advice=advice, error=CheckpointError)[
+        "total_steps"
+    ]

@@ -17,7 +17,9 @@ BODY = standing_joints(*HW)
 
 
 def openpose(*people, canvas=HW, **more) -> dict:
-    people = [p if isinstance(p, dict) else {"pose_keypoints_2d": np.asarray(p, float).reshape(-1).tolist()} for p in people]
+    people = [
+        p if isinstance(p, dict) else {"pose_keypoints_2d": np.asarray(p, float).reshape(-1).tolist()} for p in people
+    ]
     size = {"canvas_height": canvas[0], "canvas_width": canvas[1]} if canvas else {}
     return {"people": people} | size | more
 
@@ -117,9 +119,14 @@ def test_fractions_say_so_and_need_a_frame(tmp_path):
 
 
 def test_results_of_many_images_are_found_by_name_and_by_number(tmp_path):
-    rows = [{"image_id": name, "keypoints": (BODY[COCO] + [i, 0, 0]).reshape(-1).tolist()} for i, name in enumerate("ab")]
+    rows = [
+        {"image_id": name, "keypoints": (BODY[COCO] + [i, 0, 0]).reshape(-1).tolist()} for i, name in enumerate("ab")
+    ]
     numbers = [row | {"image_id": 139 + i} for i, row in enumerate(rows)]
-    images = [{"id": 139, "file_name": "x/first.jpg"}, {"id": 140, "file_name": "x/second.jpg", "height": 9, "width": 8}]
+    images = [
+        {"id": 139, "file_name": "x/first.jpg"},
+        {"id": 140, "file_name": "x/second.jpg", "height": 9, "width": 8},
+    ]
     for content, first, second in (
         ([row | {"image_id": f"{row['image_id']}.jpg"} for row in rows], "a.jpg", "b"),
         (numbers, "000000000139.jpg", "140"),
@@ -130,7 +137,9 @@ def test_results_of_many_images_are_found_by_name_and_by_number(tmp_path):
         with pytest.raises(InputError, match=r"several images \(.*\); say which, as .*results.json#"):
             load_pose(path, frame_hw=HW)
         for member, shift in ((first, 0), (second, 1)):
-            np.testing.assert_allclose(load_pose(f"{path}#{member}", frame_hw=HW).joints[0, 0], BODY[0, 0] + shift, atol=1e-3)
+            np.testing.assert_allclose(
+                load_pose(f"{path}#{member}", frame_hw=HW).joints[0, 0], BODY[0, 0] + shift, atol=1e-3
+            )
         with pytest.raises(InputError, match=r"has no image z\.jpg"):
             load_pose(f"{path}#z.jpg")
     assert load_pose(f"{path}#x/second.jpg").frame_hw == (9, 8)

@@ -135,7 +135,9 @@ def platform() -> str:
 def cannot_run(name: str) -> str | None:
     """Why the implementation of this name runs nowhere on this platform; None where it does."""
     wanted = RUNS_ON.get(name, platform())
-    return None if wanted == platform() else f"{name} runs on a {wanted.upper()} alone, and this is a {platform().upper()}"
+    return (
+        None if wanted == platform() else f"{name} runs on a {wanted.upper()} alone, and this is a {platform().upper()}"
+    )
 
 
 def _check(name: str | None) -> None:

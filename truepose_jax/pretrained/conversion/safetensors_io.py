@@ -122,7 +122,9 @@ def _read_header(file: Path) -> dict[str, tuple[TensorInfo, int]]:
         if 8 + length + stop > size:
             raise ConversionError(f"{file} is truncated: tensor {name} ends beyond its {size} bytes")
         if start != end:
-            raise ConversionError(f"{file}: tensor {name} begins at byte {start} of the data; the one before ends at {end}")
+            raise ConversionError(
+                f"{file}: tensor {name} begins at byte {start} of the data; the one before ends at {end}"
+            )
         found[name], end = (info, 8 + length + start), stop
     if 8 + length + end != size:
         raise ConversionError(f"{file}: {size - 8 - length - end} bytes behind the last tensor belong to none")
