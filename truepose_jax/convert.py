@@ -6,7 +6,6 @@ import argparse
 import math
 import pathlib
 import pickle
-import re
 import resource
 import sys
 import zipfile
@@ -17,12 +16,11 @@ import jax
 import ml_dtypes
 import numpy as np
 import tqdm
-from jax.sharding import SingleDeviceSharding
 
 from configs.base import get_config
 from truepose_jax.config import Config, from_config_dict, to_dict
-from truepose_jax.data.datasets import about_records
 from truepose_jax.flags.convert import MODELS, make_parser
+from truepose_jax.inference import hub
 from truepose_jax.inference.exported import Exported
 from truepose_jax.inference.pipeline import Run
 from truepose_jax.methods import make_method
@@ -31,18 +29,13 @@ from truepose_jax.models.patch_codec import PatchAutoencoder
 from truepose_jax.models.unet import UNetConfig
 from truepose_jax.models.vae import AutoencoderKLConfig, KLAutoencoder, PixelAutoencoder
 from truepose_jax.pretrained.conversion import readers, report, weights_folder
-from truepose_jax.pretrained.conversion.export import write_export
 from truepose_jax.pretrained.conversion.plan import Plan, Shapes, Tree
 from truepose_jax.pretrained.conversion.safetensors_io import STEMS, ArraySource, ConversionError, open_source
-from truepose_jax.pretrained.frozen_networks import folder_of, load_autoencoder
-from truepose_jax.runtime.choices import WEIGHTS
 from truepose_jax.runtime.cli import install, run_program
-from truepose_jax.training.checkpoint import read_metadata
 from truepose_jax.training.init import batch_spec
 
 OF_HPFA = ("carry_latents", "cosine", "residual")
 """Settings of config.model.fusion with which HPFA's parameters are others than the paper's."""
-HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -80,47 +73,8 @@ def to_torch(flags: argparse.Namespace) -> None:
     run = Run.open(flags.workdir, weights=flags.weights, step=flags.step)
     if isinstance(run.checkpoints, Exported):
         raise ConversionError(f"{flags.workdir} is an export already")
-    metadata = read_metadata(flags.workdir)
-    on_host = SingleDeviceSharding(jax.local_devices(backend="cpu")[0])
-    clip = _clip_folder(run.config) if flags.with_clip else None
-    codec = _codec_file(run.config, metadata.get("frozen", {}).get("autoencoder"))
-    params = run.checkpoints.restore_part(WEIGHTS[run.weights], run.step, place=on_host)
-    about = {"step": run.step, "weights": run.weights, "frozen": metadata.get("frozen", {})}
-    about["records"] = about_records(run.config)
-    written = write_export(
-        flags.dst,
-        params,
-        config=run.config,
-        dtype=flags.dtype,
-        origin=metadata.get("origin"),
-        run=about,
-        clip=clip,
-        codec=codec,
-    )
+    written = hub.save(run, flags.dst, dtype=flags.dtype, with_clip=flags.with_clip)
     print(f"{flags.workdir}: step {run.step}, {run.weights} weights\n{written}")
-
-
-def _clip_folder(config: Config) -> pathlib.Path:
-    """Where the run's CLIP lies. Raises ConversionError."""
-    if not config.model.clip.path:
-        raise ConversionError(
-            "--with-clip: this run's CLIP is an untrained one, made from its seed wherever it is needed"
-        )
-    return folder_of(config.model.clip.path, "clip")
-
-
-def _codec_file(config: Config, recorded: str | None) -> pathlib.Path | None:
-    """The run's own patch codec; None where it uses the one that comes along, or none. Raises ConfigError and
-    ConversionError."""
-    if config.model.autoencoder != "patches" or not config.model.vae:
-        return None
-    found = load_autoencoder(config.model)[2]
-    if recorded not in (None, found):
-        raise ConversionError(
-            f"config.model.vae={config.model.vae} is not the patch codec that this run was trained with (fingerprint {found}, "
-            f"then {recorded}); put that file there again"
-        )
-    return pathlib.Path(config.model.vae)
 
 
 def make_plan(flags: argparse.Namespace) -> Plan:
@@ -189,7 +143,7 @@ def _locate(src: str, weights: Sequence[str], variant: str | None) -> tuple[path
     path = pathlib.Path(src)
     if path.exists():
         return path, src
-    if not HUB_NAME.fullmatch(src):
+    if not hub.HUB_NAME.fullmatch(src):
         raise ConversionError(f"{src} does not exist, and is no name on the hub such as openai/clip-vit-large-patch14")
     mark = f".{variant}" if variant else ""
     patterns = ["*.json", "README.md", "truepose.safetensors", weights_folder.CODEC_FILE]

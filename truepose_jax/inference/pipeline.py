@@ -32,6 +32,7 @@ from input_pipeline.fields import Layout
 from input_pipeline.schema import InputError
 from truepose_jax.config import Config, ConfigError
 from truepose_jax.data.datasets import about_records
+from truepose_jax.inference import hub
 from truepose_jax.inference.exported import Exported
 from truepose_jax.inference.photo_requests import AUTO, PhotoOptions, resolve
 from truepose_jax.inference.request import SEEDS, Fitted, Request, fit_request
@@ -170,6 +171,22 @@ class Pipeline:
         in place of the config's. Raises CheckpointError and ConfigError.
         """
         return cls.of_run(Run.open(workdir, weights=weights, step=step), vae=vae, clip=clip, dtype=dtype)
+
+    @classmethod
+    def from_pretrained(cls, name: str | os.PathLike[str], *, revision: str | None = None, **options: Any) -> Pipeline:
+        """A folder, the name of a model that comes along, or a repository OWNER/NAME of the Hugging Face hub. options: of
+        `load`. Raises InputError where it is not to be had, and as `load`."""
+        return cls.load(hub.fetch(name, revision), **options)
+
+    def save_pretrained(self, folder: str | os.PathLike[str], *, dtype: str | None = None) -> None:
+        """Writes a folder, new or empty, that from_pretrained and diffusers open, as `convert to-torch` does: the weights as
+        the run has them, or in dtype (float32, float16, bfloat16). Raises ConversionError."""
+        hub.save(self.run, folder, dtype=dtype)
+
+    def push_to_hub(self, repo: str, *, private: bool | None = None, token: str | None = None) -> str:
+        """Uploads what save_pretrained writes, with its model card, to the repository OWNER/NAME of the hub, which is made
+        where it is missing; the commit's address. Raises InputError and ConversionError."""
+        return hub.push(self.run, repo, private=private, token=token)
 
     @classmethod
     def of_run(cls, run: Run, *, vae: str | None = None, clip: str | None = None, dtype: str | None = None) -> Pipeline:
