@@ -13,7 +13,7 @@ from input_pipeline.annotations.skeleton import draw_skeleton_uint8
 from truepose_jax.inference.photo_requests import Seen
 from truepose_jax.sampling.image_grid import sheet
 
-CELL = (512, 384)
+CELL = (480, 480)
 BOX_COLOUR = (255, 0, 255)
 
 
