@@ -2,11 +2,11 @@
 
     make demo            (or: python -m truepose_jax.demo --workdir=runs/demo)
 
-Not a row of the paper. Ours beside it (docs/paper.md 12.1): carried latents with the flow loss, cosine logits,
-H = F' + H', the half-cell head with limb coordinates and the source moved limb by limb, the pixel loss. For training from
-nothing: a linear patch codec as autoencoder, x0 prediction with more of the noisy timesteps, positions after conv_in, the
-parsing map into SourceNet, HPFA's square projections starting as identities, an untrained CLIP, a tenth of the pairs with the
-source as its own target. HPFA, CAA (K = 2) and the equations are the paper's.
+Not a row of the paper. Ours beside it (docs/paper.md 12.1): carried latents, cosine logits, H = F' + H', the half-cell head
+with limb coordinates and the source moved limb by limb, the pixel loss. For training from nothing: a linear patch codec as
+autoencoder, x0 prediction with more of the noisy timesteps, positions after conv_in, the parsing map into SourceNet, HPFA's
+square projections starting as identities, an untrained CLIP, a tenth of the pairs with the source as its own target. HPFA,
+CAA (K = 2) and the equations are the paper's.
 """
 
 from configs import base
@@ -46,7 +46,6 @@ def get_config():
     config.diffusion.spacing = "trailing"
     config.diffusion.guidance = 1.0
     config.diffusion.losses.latents = 0.5
-    config.diffusion.losses.flow = 0.3
     config.diffusion.losses.pixels = 2.0
     config.diffusion.losses.parsing = 0.3
 

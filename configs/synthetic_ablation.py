@@ -18,6 +18,7 @@ def get_config(variant: str = "full"):
     config.total_steps = 600
     config.model.size = (64, 48)
     config.model.carry.limb_warp = False  # it would place most pixels whatever the variant
+    config.diffusion.losses.flow = 0.3
     config.data.dataset = "records"
     config.data.root = "runs/ablation/people"
     config.data.labels = ""
