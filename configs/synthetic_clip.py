@@ -18,6 +18,7 @@ def get_config() -> ConfigDict:
             "seed": 7,
             "total_steps": 600,
             "identities_per_step": 32,
+            "checkpoint_every": 100,
             "learning_rate": 1e-3,
             "temperature": 0.07,
             "size": (64, 48),

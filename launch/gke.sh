@@ -59,16 +59,20 @@ program=train
 if [[ $1 =~ ^(train|generate|evaluate|prepare)$ ]]; then program=$1; shift; fi
 [[ $# -gt 0 ]] || usage
 [[ $name =~ ^[a-z]([-a-z0-9]{0,40}[a-z0-9])?$ ]] || { echo "error: NAME '$name' must be lower-case letters, digits and -" >&2; exit 2; }
+# Into YAML goes only what can be nothing else there.
+[[ $image =~ ^[a-zA-Z0-9][-a-zA-Z0-9._/:]*(@sha256:[0-9a-f]{64})?$ ]] || { echo "error: IMAGE '$image' is no image's name" >&2; exit 2; }
 
 # The arguments as a JSON list, which is YAML too.
 arguments=
 for argument in "$@"; do
+  [[ $argument != *[[:cntrl:]]* ]] || { echo "error: an argument holds a line break or another control character" >&2; exit 2; }
   argument=${argument//\\/\\\\}
   arguments+="${arguments:+, }\"${argument//\"/\\\"}\""
 done
 
 case $kind in
   tpu)
+    [[ $fourth =~ ^[a-z0-9]([-a-z0-9]*[a-z0-9])?$ ]] || { echo "error: TYPE '$fourth' is not like tpu-v5p-slice" >&2; exit 2; }
     [[ $fifth =~ ^[0-9]+(x[0-9]+){1,2}$ ]] || { echo "error: TOPOLOGY '$fifth' is not like 4x4 or 2x2x4" >&2; exit 2; }
     chips=$((${fifth//x/*}))
     per_host=4
@@ -141,7 +145,7 @@ spec:
               $selector
             containers:
             - name: train
-              image: $image
+              image: \"$image\"
               command: [python, -m, truepose_jax.$program]
               args: [$arguments]
               resources: {limits: {$resource}}$environment$mounts$volumes"

@@ -4,7 +4,7 @@
 #   launch/tpu_pod.sh [--dry-run] TPU_NAME ZONE setup [GIT_URL]            once: the repository and its packages, on every worker
 #   launch/tpu_pod.sh [--dry-run] TPU_NAME ZONE train --config=... --workdir=/mnt/runs/a [--config.key=value ...]
 #   launch/tpu_pod.sh [--dry-run] TPU_NAME ZONE generate|evaluate|prepare ARGUMENT...      e.g. prepare build --dataset=...
-#   launch/tpu_pod.sh [--dry-run] TPU_NAME ZONE stop                       save and end, on every worker
+#   launch/tpu_pod.sh [--dry-run] TPU_NAME ZONE stop                       save and end what train, ... of this script started
 #
 # A folder such as /mnt must be one that every worker has mounted (Filestore, or a bucket by gcsfuse for what is only read).
 # PYTHON= names the workers' Python 3.11 or later (python3); setup says what to install where it is older.
@@ -34,10 +34,16 @@ case $what in
     [[ $# -gt 0 ]] || usage
     arguments=$(printf '%q ' "$@")
     # Last: `prepare` wants its sub-command first.
-    remote="cd truepose-jax && setsid nohup .venv/bin/python -m truepose_jax.$what $arguments--distributed=always "
-    remote+="> $what.log 2>&1 < /dev/null & sleep 5; tail -n 3 ~/truepose-jax/$what.log"
+    # The subshell writes its own number down and becomes the program: `stop` ends that process and nobody else's.
+    remote="cd truepose-jax && { echo \$BASHPID > $what.pid; exec setsid nohup .venv/bin/python -m truepose_jax.$what "
+    remote+="$arguments--distributed=always > $what.log 2>&1 < /dev/null; } & sleep 5; tail -n 3 ~/truepose-jax/$what.log"
     ;;
-  stop) remote="pkill -TERM -f '[t]ruepose_jax.(train|generate|evaluate|prepare)' || echo 'nothing was running'" ;;
+  stop)
+    # A number that another program has by now is not ours.
+    remote="found=; for file in truepose-jax/*.pid; do pid=\$(cat \$file 2> /dev/null) || continue; "
+    remote+="if tr '\\0' ' ' < /proc/\$pid/cmdline 2> /dev/null | grep -q \"truepose_jax.\$(basename \$file .pid)\"; "
+    remote+="then kill -TERM \$pid && found=1; fi; done; [ \$found ] || echo 'nothing was running'"
+    ;;
   *) usage ;;
 esac
 

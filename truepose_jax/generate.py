@@ -20,6 +20,7 @@ import numpy as np
 import tqdm
 from PIL import Image
 
+from input_pipeline.annotations.keypoints import split_spec
 from input_pipeline.annotations.parsing import label_set
 from input_pipeline.files import read_json
 from input_pipeline.process_group import Share
@@ -27,8 +28,9 @@ from input_pipeline.records.reader import RecordImages
 from input_pipeline.schema import InputError
 from truepose_jax.config import to_dict
 from truepose_jax.flags.generate import BATCH, NAMING, SPLIT, make_parser
-from truepose_jax.inference.csv_requests import COLUMNS, Row, of_seeds, read_rows
+from truepose_jax.inference.csv_requests import COLUMNS, Row, of_seeds, read_rows, that_eat_inputs
 from truepose_jax.inference.found_sheet import found_sheet
+from truepose_jax.inference.old_pictures import OLD_FILE, check_ours, is_done, note_old, read_old
 from truepose_jax.inference.photo_requests import AUTO, GIVEN, PhotoOptions
 from truepose_jax.inference.pipeline import Fitted, Pipeline, Run
 from truepose_jax.inference.record_requests import RecordRow, pair_list, record_rows
@@ -36,7 +38,7 @@ from truepose_jax.runtime.bundled import SHIPPED
 from truepose_jax.runtime.choices import OUTSIDE
 from truepose_jax.runtime.cli import BAD_INPUT, enable_compilation_cache, reject_unused_flags, run_program
 from truepose_jax.runtime.distributed import joined, refuse_flags
-from truepose_jax.runtime.files import atomic_write
+from truepose_jax.runtime.files import atomic_write, check_apart, make_folder, writing
 from truepose_jax.sampling.image_grid import sheet
 from truepose_jax.sampling.inpainting import read_edit, sheet_columns
 from truepose_jax.sampling.sampler import Sampling
@@ -49,6 +51,8 @@ HINTS = {
     "edit-mask": " (the region of --reference that is made anew)",
     "pose": " (the reference's own pose)",
 }
+READ_FLAGS = ("source", "parsing", "pose", "source-pose", "reference", "edit-mask", "reference-parsing")
+"""Of one picture, the files that are read."""
 ONE = "one picture"
 OF_ONE = ("sheet", "source-pose", "show-found", "person", "pose-person")
 """Of one picture alone, beside its inputs."""
@@ -136,9 +140,12 @@ def generate_one(flags: argparse.Namespace) -> None:
     parsing, out = flags.parsing or AUTO, pathlib.Path(flags.out)
     pair = Row(0, flags.source, parsing, flags.pose, flags.labels, flags.pose_frame, out, *own, options=photo_options(flags))
     rows = of_seeds(pair, flags.seed, flags.num or 1)
-    for path in [*(row.out for row in rows), flags.sheet, flags.show_found]:
-        if path:
-            _check_new_png(path, flags.overwrite)
+    outputs = {f"--out={row.out}": row.out for row in rows}
+    outputs |= {f"--{n}": p for n, p in (("sheet", flags.sheet), ("show-found", flags.show_found)) if p}
+    read = {f"--{name}": getattr(flags, name.replace("-", "_")) for name in READ_FLAGS}
+    check_apart(outputs, {name: split_spec(path)[0] for name, path in read.items() if path})
+    for path in outputs.values():
+        _check_new_png(path, flags.overwrite)
     edit = None
     if flags.reference:
         labels, outside = flags.reference_labels or flags.labels, flags.outside or OUTSIDE[0]
@@ -204,19 +211,13 @@ def _check_new_png(path: str | pathlib.Path, overwrite: bool) -> None:
         raise InputError(f"{path}: pictures are written as PNG; give a name that ends in .png")
     if path.is_dir() or (path.exists() and not overwrite):
         raise InputError(f"{path}: is there already; give another name" + ("" if path.is_dir() else ", or --overwrite"))
-    _make_folder(path.parent)
-
-
-def _make_folder(folder: pathlib.Path) -> None:
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(f"{folder}: cannot make this folder ({error.strerror}); choose another") from error
+    make_folder(path.parent)
 
 
 def save_png(picture: np.ndarray, path: pathlib.Path) -> None:
     """uint8 [h w 3]; the file appears when it is whole. Raises InputError where it cannot be written."""
-    _make_folder(path.parent)
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
     with atomic_write(path) as partial:
         Image.fromarray(picture).save(partial, format="PNG")
 
@@ -248,12 +249,21 @@ def generate_list(flags: argparse.Namespace, share: Share) -> int:
         frames["options"], needed = photo_options(flags), run.config.model.carry.head
         listed, problems = read_rows(flags.pairs, out_dir, labels=flags.labels, **frames, source_poses=needed)
         rows = [row for pair in listed for row in of_seeds(pair, flags.seed, num)]
+        eating = that_eat_inputs(rows)
+        problems += eating
+        rows = [row for row in rows if row.line not in dict(eating)]
+    outs = [row.out for row in rows]
     if not flags.overwrite:
         check_settings(out_dir, settings)
+        check_ours(out_dir, out_dir / SETTINGS_FILE, outs)
+    make_folder(out_dir)
     listed = hashlib.sha256("\n".join(f"{row.name} {row.out}" for row in rows).encode()).hexdigest()
     share.agree("settings and pairs", settings | {"list": listed})
+    if flags.overwrite:
+        share.lead("old pictures", lambda: note_old(out_dir, outs))
+    old = read_old(out_dir)
     mine = share.mine(rows)
-    todo = mine if flags.overwrite else [row for row in mine if not row.out.exists()]
+    todo = [row for row in mine if not is_done(row.out, old)]
     left = sum(share.meet("what is left", len(todo)))
     pairs = len(rows) // num
     count = pairs + len(problems)
@@ -274,13 +284,8 @@ def generate_list(flags: argparse.Namespace, share: Share) -> int:
     stopped = False
     if left:
         pipeline = Pipeline.of_run(run, vae=flags.vae, clip=flags.clip, dtype=flags.dtype) if todo else None
-        # Old pictures go first: a kill must not leave some that a second start takes for new ones.
-        for row in todo:
-            row.out.unlink(missing_ok=True)
-        share.meet("old pictures are gone")
 
         def write_about() -> None:
-            _make_folder(out_dir)
             with atomic_write(out_dir / SETTINGS_FILE) as partial:
                 partial.write_text(json.dumps(settings, indent=1) + "\n")
             if flags.records:
@@ -308,11 +313,13 @@ def generate_list(flags: argparse.Namespace, share: Share) -> int:
                     break
             ends = share.meet("pictures", stopped, meanwhile=lambda: share.asked(preemption.stop(made)))
         stopped = any(ends)
-    ours = {"pictures": sum(row.out.exists() for row in mine), "failed": failed}
+    ours = {"pictures": sum(is_done(row.out, old) for row in mine), "failed": failed}
     found = share.meet("the sum", ours, meanwhile=lambda: share.asked(stopped))
     failed = sorted({line for part in found for line in part["failed"]})
     if share.leads:
         pictures = sum(part["pictures"] for part in found)
+        if pictures == len(rows):
+            (out_dir / OLD_FILE).unlink(missing_ok=True)
         if stopped:
             print(f"asked to stop: {pictures} of {count} pairs done; run the same command again to go on")
         else:

@@ -55,6 +55,7 @@ from truepose_jax.training.checkpoint import (
     check_place,
     check_same_config,
     check_same_contents,
+    check_there,
     data_digest,
     lock_workdir,
     parameter_table,
@@ -209,6 +210,7 @@ def _loop(
             is_writer=jax.process_index() == 0,
             max_skips=config.optim.max_skips,
             max_invalid=config.data.max_invalid,
+            checkpoint_every=config.checkpoint.every,
             parameter_paths=[
                 path_of(path) for path, _ in jax.tree_util.tree_leaves_with_path(trainer.trained(state.params))
             ],
@@ -252,6 +254,7 @@ def _loop(
                 monitor.last_step(total)
                 schedule, budget = (jnp.int32(total),), None
             checkpoints.check()
+            check_there(workdir)
             monitor.step(step, metrics, config.batch_size)
             if trace:
                 trace.after(step, state)

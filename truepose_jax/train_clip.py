@@ -1,19 +1,23 @@
 """Trains a region encoder for synthetic people: python -m truepose_jax.train_clip --config=FILE --out=FOLDER.
 
-It is a transformers CLIP vision folder, for config.model.clip.path. See training/contrastive.py and configs/synthetic_clip.py.
+Run the same command again to go on where it stopped. It is a transformers CLIP vision folder, for config.model.clip.path.
+See training/contrastive.py and configs/synthetic_clip.py.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import pathlib
+import shutil
 
 from absl import flags
 from ml_collections import config_flags
 
 from truepose_jax.config import ConfigError, from_config_dict
 from truepose_jax.runtime.cli import run_with_config
-from truepose_jax.training.contrastive import ClipTraining, train, write
+from truepose_jax.runtime.files import make_folder
+from truepose_jax.training.checkpoint import STOPPED, lock_workdir
+from truepose_jax.training.contrastive import ClipTraining, Stopped, train, write
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "configs/synthetic_clip.py", lock_config=True)
 OUT = flags.DEFINE_string("out", None, "The folder to write; it must not exist.")
@@ -29,8 +33,16 @@ def main(argv: list[str]) -> int:
     folder = pathlib.Path(OUT.value)
     if folder.exists():
         raise ConfigError(f"--out={folder} exists; name a folder that does not")
-    vision, params, results = train(config)
-    write(folder, vision, params, {"config": dataclasses.asdict(config), "results": results})
+    make_folder(folder.parent)
+    workdir = folder.with_name(f".{folder.name}.training")
+    with lock_workdir(workdir):
+        try:
+            vision, params, results = train(config, workdir)
+        except Stopped as stopped:
+            print(f"asked to stop: saved step {stopped}; run the same command again to go on", flush=True)
+            return STOPPED
+        write(folder, vision, params, {"config": dataclasses.asdict(config), "results": results})
+        shutil.rmtree(workdir, ignore_errors=True)
     print(
         f"wrote {folder}: of {config.synthetic.heldout_identities} held-out people, crops of clothes are known again in another "
         f"pose {_said('clothes', results)}, of all regions {_said('all', results)}"

@@ -5,6 +5,7 @@ import types
 import numpy as np
 import pytest
 from PIL import Image
+from safetensors.numpy import load_file, save_file
 
 from configs.demo import get_config
 from input_pipeline.schema import InputError
@@ -49,6 +50,37 @@ def test_folder_gets_tokens_of_both_sides_and_keeps_them(tmp_path):
     Image.fromarray(np.zeros((64, 48, 3), np.uint8)).save(tmp_path / "photos" / "image" / "p0.png")
     changed = training_set(config, encoder, str(cache))
     assert np.abs(changed.tokens.tokens[0] - first.tokens.tokens[0]).max() > 0
+
+
+def flip_bit(path):
+    data = bytearray(path.read_bytes())
+    data[-5] ^= 16
+    path.write_bytes(data)
+
+
+DAMAGE = {
+    "a bit": (flip_bit, "its digest is not"),
+    "its end": (lambda path: path.write_bytes(path.read_bytes()[:-100]), "cannot be read"),
+    "everything": (lambda path: path.write_text("<html>"), "cannot be read"),
+    "its digest": (lambda path: save_file(load_file(path), path), "an older version"),
+}
+
+
+@pytest.mark.parametrize("kind", DAMAGE)
+def test_a_damaged_cache_of_tokens_is_made_anew_and_said(tmp_path, caplog, kind):
+    """Never trained on: the tokens are those of the first time."""
+    images, encoder = NoiseImages(), Encoder()
+    settings = {"flip": True, "cache": str(tmp_path), "fingerprint": "f"}
+    first = token_table(images, encoder, **settings)
+    (path,) = tmp_path.glob("region_tokens_*.safetensors")
+    damage, words = DAMAGE[kind]
+    damage(path)
+    seen = encoder.seen
+    again = token_table(images, encoder, **settings)
+    assert words in caplog.text and "made anew" in caplog.text and encoder.seen == 2 * seen
+    np.testing.assert_array_equal(first.tokens, again.tokens)
+    token_table(images, encoder, **settings)
+    assert encoder.seen == 2 * seen, "the new file serves"
 
 
 class Encoder:

@@ -186,6 +186,11 @@ def test_gke_gpu_dry_run():
         (["--claim=data", "gpu", "pose", "i", "2", "8", "--", "a"], "--claim=data is not NAME:PATH"),
         (["--bucket=gs://b:/b", "gpu", "pose", "i", "2", "8", "--", "a"], "is not NAME:PATH"),
         (["--volume=b:/b", "gpu", "pose", "i", "2", "8", "--", "a"], "launch/gke.sh"),
+        (["tpu", "pose", "i\nhostNetwork: true", "t", "4x4", "--", "a"], "is no image's name"),
+        (["tpu", "pose", "i, x: y", "t", "4x4", "--", "a"], "is no image's name"),
+        (["gpu", "pose", "i@sha256:12", "2", "8", "--", "a"], "is no image's name"),
+        (["tpu", "pose", "i", "t\n  x: y", "4x4", "--", "a"], "is not like tpu-v5p-slice"),
+        (["tpu", "pose", "i", "t", "4x4", "--", "a\nb"], "control character"),
     ],
 )
 def test_gke_bad_arguments(arguments, text):
@@ -331,6 +336,45 @@ def test_tpu_pod_dry_run():
     assert "git clone https://example.org/r.git" in remote and "[tpu]" in remote
 
 
+def test_tpu_pod_stop_ends_what_it_started_and_nothing_else(tmp_path):
+    """On a worker of our own: another's program of the same name, and a number that another program has by now, stay."""
+    home = tmp_path / "truepose-jax"
+    (home / ".venv/bin").mkdir(parents=True)
+    python = home / ".venv/bin/python"
+    python.write_text("#!/bin/bash\ntrap 'echo asked; exit 143' TERM\necho started\nwhile :; do sleep 0.02; done\n")
+    python.chmod(0o755)
+
+    def remote(*words) -> str:
+        done = shell("tpu_pod.sh", "--dry-run", "t", "z", *words)
+        (found,) = (w.removeprefix("--command=") for w in shlex.split(done.stdout) if w.startswith("--command="))
+        return found.replace("sleep 5;", "")
+
+    def on_worker(text) -> str:
+        where = {"cwd": tmp_path, "env": os.environ | {"HOME": str(tmp_path)}}
+        return subprocess.run(["bash", "-c", text], capture_output=True, text=True, timeout=60, **where).stdout
+
+    others = subprocess.Popen([python, "-m", "truepose_jax.train", "others"], stdout=subprocess.DEVNULL)
+    try:
+        assert "nothing was running" in on_worker(remote("stop"))
+        (home / "generate.pid").write_text(str(os.getpid()))
+        on_worker(remote("train", "--workdir=a b"))
+        wait_until(lambda: (home / "train.log").exists() and "started" in (home / "train.log").read_text())
+        assert on_worker(remote("stop")) == ""
+        wait_until(lambda: "asked" in (home / "train.log").read_text())
+        assert others.poll() is None
+        wait_until(lambda: "nothing was running" in on_worker(remote("stop")))
+    finally:
+        others.kill()
+        others.wait()
+
+
+def wait_until(true, seconds: float = 60) -> None:
+    end = time.monotonic() + seconds
+    while not true():
+        assert time.monotonic() < end
+        time.sleep(0.02)
+
+
 def test_dockerfile_copies_what_the_package_is():
     """Every package of pyproject.toml, and the module that its entry point runs."""
     import tomllib
@@ -340,8 +384,12 @@ def test_dockerfile_copies_what_the_package_is():
     for package in packages:
         name = package.rstrip("*")
         assert f"COPY {name} {name}" in text
-    entry = json.loads(next(line for line in text.splitlines() if line.startswith("ENTRYPOINT")).split(" ", 1)[1])
-    assert entry == ["python", "-m", "truepose_jax.train"]
+    stages = {stage.split("\n", 1)[0]: stage for stage in re.split(r"^FROM \S+ AS ", text, flags=re.M)[1:]}
+    assert list(stages) == ["base", "serve", "train"], "the last is what `docker build` makes by itself"
+    for stage, program in (("serve", "generate"), ("train", "train")):
+        lines = stages[stage].splitlines()
+        assert json.loads(lines[-1 if stage == "train" else -2].split(" ", 1)[1]) == ["python", "-m", f"truepose_jax.{program}"]
+        assert lines.index("USER truepose") > max(i for i, line in enumerate(lines) if line.startswith("RUN"))
 
 
 @pytest.mark.parametrize("flag", ["--estimate", "--distributed=always", "--processes=2"])

@@ -1,5 +1,6 @@
 """The generate program: one picture, lists that survive kills, and one line with exit code 2 for bad input."""
 
+import contextlib
 import json
 import pathlib
 import shutil
@@ -181,6 +182,72 @@ def test_several_pictures_of_a_pair(inputs, tmp_path, capsys, loaded):
     assert "'0.5' is not LOW:HIGH" in capsys.readouterr().err
 
 
+EATEN = {
+    "the source": {"out": "INPUTS/0.png"},
+    "the map": {"out": "INPUTS/0_map.png"},
+    "the source by a link": {"out": "INPUTS/link.png"},
+    "the other output": {"out": "INPUTS/x.png", "sheet": "INPUTS/y/../x.png"},
+    "the source, by the sheet": {"out": "INPUTS/x.png", "sheet": "INPUTS/0.png"},
+}
+
+
+@pytest.mark.parametrize("kind", EATEN)
+def test_no_output_is_an_input_or_another_output(inputs, tmp_path, capsys, loaded, kind):
+    before = {path: path.read_bytes() for path in inputs.iterdir() if path.is_file()}
+    with contextlib.suppress(FileExistsError):
+        (inputs / "link.png").symlink_to(inputs / "0.png")
+    changes = {name: place.replace("INPUTS", str(inputs)) for name, place in EATEN[kind].items()}
+    target = changes.pop("out")
+    assert run(*single(inputs, target, **changes), "--overwrite") == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and "would replace it" in error
+    (inputs / "link.png").unlink()
+    assert {path: path.read_bytes() for path in inputs.iterdir() if path.is_file()} == before
+
+
+def test_a_list_replaces_its_old_pictures_one_by_one(inputs, tmp_path, capsys, monkeypatch, loaded):
+    """A row that reads what another makes is refused; where a row fails or a kill comes its old picture stands, and is made
+    by the same command without --overwrite afterwards; a foreign file is not taken for done."""
+    out = tmp_path / "out"
+    flags = [f"--workdir={shared_run()}", "--labels=atr18", "--pose-frame=40x30", f"--out-dir={out}", "--batch-size=1"]
+    (out / "all").mkdir(parents=True)
+    (out / "all/0_1.png").write_bytes(b"foreign")
+    listed = write_list(inputs / "three.csv", all_pairs(inputs, 3))
+    assert run(*flags, f"--pairs={listed}") == 2
+    assert "holds no pictures of this program" in capsys.readouterr().err
+    assert (out / "all/0_1.png").read_bytes() == b"foreign"
+
+    assert run(*flags, f"--pairs={listed}", "--overwrite") == 0
+    old = {path.name: path.read_bytes() for path in (out / "all").iterdir()}
+    assert len(old) == 3 and not (out / "generate.old.json").exists()
+    written = []
+
+    def stop_at_second(picture, path, save=generate.save_png):
+        assert path.read_bytes() == old[path.name], "it stands until then"
+        if written:
+            raise KeyboardInterrupt
+        save(picture, path)
+        written.append(path)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(generate, "save_png", stop_at_second)
+        assert run(*flags, f"--pairs={listed}", "--overwrite", "--seed=1") == 130
+    assert sum(path.read_bytes() == old[path.name] for path in (out / "all").iterdir()) == 2
+    capsys.readouterr()
+    assert run(*flags, f"--pairs={listed}", "--seed=1") == 0
+    assert "3 pairs, 1 of them done before" in capsys.readouterr().out
+    assert not any(path.read_bytes() == old[path.name] for path in (out / "all").iterdir())
+    assert not (out / "generate.old.json").exists()
+
+    eats = [f"{i}.png,none,0.json,{i}.png,atr18,40x30" for i in range(2)]
+    listed = write_list(inputs / "eats.csv", eats, header="source,parsing,pose,out,labels,pose_frame")
+    photos = [(inputs / f"{i}.png").read_bytes() for i in range(2)]
+    flags[3] = f"--out-dir={inputs}"
+    assert run(*flags, f"--pairs={listed}", "--overwrite") == 2
+    assert "2 of 2 rows failed" in capsys.readouterr().err
+    assert [(inputs / f"{i}.png").read_bytes() for i in range(2)] == photos
+
+
 def test_a_list_stopped_midway_goes_on(inputs, tmp_path, capsys, monkeypatch, loaded):
     """Stopped between two pictures of a batch: what is there is whole, stays, and the rest follows."""
     listed = write_list(inputs / "all.csv", all_pairs(inputs))
@@ -275,8 +342,8 @@ BAD = {
     "no checkpoint": ({"workdir": "EMPTY"}, "no checkpoint yet"),
     "not a png": ({"out": "x.jpg"}, "ends in .png"),
     "a folder": ({"out": "INPUTS/folder.png"}, "is there already"),
-    "sheet there": ({"sheet": "INPUTS/0.png"}, "is there already"),
-    "in a file": ({"out": "INPUTS/0.png/x.png"}, "cannot make this folder"),
+    "sheet there": ({"sheet": "INPUTS/2.png"}, "is there already"),
+    "in a file": ({"out": "INPUTS/0.png/x.png"}, "cannot be written"),
     "vae of pixels": ({"vae": "/absent"}, "a VAE does not apply"),
     "clip": ({"clip": "/absent"}, "no such folder"),
     "missing flag": ({"pose": None}, "--pose is missing"),

@@ -1,5 +1,6 @@
 """The contrastive trainer of the region encoder: its loss against torch, its pairs, and a small run into transformers."""
 
+import dataclasses
 import json
 
 import jax
@@ -8,7 +9,11 @@ import pytest
 import torch
 import transformers
 
+from configs.synthetic_clip import get_config
 from tests.process import run
+from truepose_jax.config import from_config_dict
+from truepose_jax.training import contrastive
+from truepose_jax.training.checkpoint import CheckpointError
 from truepose_jax.training.contrastive import Crops, draw_pairs, info_nce, known_again
 
 ROWS, WIDTH = 6, 5
@@ -76,6 +81,30 @@ def test_a_small_run(tmp_path):
     assert model(torch.zeros(1, 3, 32, 32)).image_embeds.shape == (1, 8)
     code, _, errors = run(*command)
     assert code == 2 and "exists; name a folder that does not" in errors
+
+
+def test_it_goes_on_where_it_was_stopped(tmp_path, monkeypatch):
+    """Parameters and losses bit for bit those of a training that nobody stopped; other settings are refused."""
+    values = get_config()
+    values.total_steps, values.identities_per_step, values.size, values.width = 4, 4, (32, 24), 8
+    values.synthetic.identities, values.synthetic.heldout_identities, values.synthetic.poses_per_identity = 4, 2, 2
+    values.clip.hidden_size, values.clip.layers = 16, 1
+    config = from_config_dict(contrastive.ClipTraining, values)
+    _, whole, results = contrastive.train(config, tmp_path / "alone")
+    with monkeypatch.context() as patch:
+        patch.setattr(contrastive.Preemption, "stop", lambda self, step: step == 1)
+        with pytest.raises(contrastive.Stopped, match="2"):
+            contrastive.train(config, tmp_path / "stopped")
+    _, again, ours = contrastive.train(config, tmp_path / "stopped")
+    jax.tree.map(np.testing.assert_array_equal, whole, again)
+    assert ours == results
+    with pytest.raises(CheckpointError, match="of other settings"):
+        contrastive.train(dataclasses.replace(config, temperature=0.2), tmp_path / "stopped")
+
+
+def test_the_place_is_tried_before_the_training():
+    code, _, errors = run("-m", "truepose_jax.train_clip", "--config=configs/synthetic_clip.py", "--out=/proc/x/clip")
+    assert code == 2 and errors.count("\n") == 1 and "cannot be written" in errors
 
 
 @pytest.mark.parametrize("flag", ["--config", "--out"])

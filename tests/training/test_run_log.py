@@ -314,3 +314,19 @@ def test_quiet_is_quiet_and_brings_no_torch_nor_hides_it(tmp_path):
         "sys.exit('torch' in sys.modules)"
     )
     assert run("-c", code, tmp_path) == (0, "", "")
+
+
+def test_metrics_of_steps_that_no_checkpoint_has_are_kept_and_said(tmp_path, caplog):
+    """Checkpoints were moved away: a run from 0 must not empty what was told of 30 steps. A kill between two checkpoints is
+    no such case."""
+    lines = "".join(json.dumps({"step": step}) + "\n" for step in range(1, 31))
+    for name in ("metrics.jsonl", "eval.jsonl"):
+        (tmp_path / name).write_text(lines)
+    make(tmp_path, start_step=20, checkpoint_every=10).close()
+    assert not list(tmp_path.glob("*.before-*")) and not caplog.text
+    (tmp_path / "metrics.jsonl").write_text(lines)
+    for number in (1, 2):
+        make(tmp_path, checkpoint_every=10).close()
+        assert (tmp_path / "metrics.before-1.jsonl").read_text() == lines
+        assert len(list(tmp_path.glob("*.before-*"))) == 2 and "kept as" in caplog.text, number
+    assert (tmp_path / "metrics.jsonl").read_text() == ""

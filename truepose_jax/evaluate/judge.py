@@ -281,7 +281,7 @@ def report(verdicts: Mapping[str, Verdict], config: Config) -> str:
         alike = "" if verdict.pattern_retrieval is None else f"; in the same colours {verdict.pattern_retrieval:.0%}"
         image, tokens = (verdict.swap_costs[f"{what}_swapped"] for what in ("image", "tokens"))
         lines += [
-            f"garment retrieval among {PEOPLE}: {verdict.retrieval:.0%}{alike} (chance {1 / PEOPLE:.0%}; with shuffled "
+            f"garment pixel retrieval among {PEOPLE}: {verdict.retrieval:.0%}{alike} (chance {1 / PEOPLE:.0%}; with shuffled "
             f"sources {verdict.shuffled_retrieval:.0%})",
             f"face retrieval among {PEOPLE}: {verdict.face_retrieval:.0%}; of the copied sources "
             f"{verdict.copied_face_retrieval:.0%}",

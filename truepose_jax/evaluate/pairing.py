@@ -23,10 +23,9 @@ from input_pipeline.annotations.keypoints import name_key
 from input_pipeline.annotations.photo import EXIF_ORIENTATION, open_picture
 from input_pipeline.files import open_plain, read_list
 from input_pipeline.schema import InputError
-from input_pipeline.sources.folder import PARSING_FOLDER, PHOTO_FOLDERS, POSE_FOLDERS
+from input_pipeline.sources.folder import PARSING_FOLDER, PHOTO_FOLDERS, PHOTO_SUFFIXES, POSE_FOLDERS
 from input_pipeline.sources.listing import first_folder
 
-SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 SAME_NAME = "same name"
 SEPARATORS = {"SOURCE_2_TARGET": "_2_", "SOURCE_to_TARGET": "_to_", "SOURCE___TARGET": "___"}
 NAMED = 20
@@ -38,7 +37,7 @@ OR_LIST = (
 
 _EXIF_TAGS = ("exif", "xmp", "XML:com.adobe.xmp", "Raw profile type exif")
 """Where Pillow looks for an orientation."""
-_IMAGE_SUFFIX = re.compile(r"\.(png|jpe?g|webp|bmp)$", re.IGNORECASE)
+_IMAGE_SUFFIX = re.compile(r"\.(png|jpe?g|jfif|webp|bmp|tiff?)$", re.IGNORECASE)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,10 +55,10 @@ class Folder:
         if not path.is_dir():
             raise InputError(f"{flag}={root}: no such folder")
         path = _inside(path, maps)
-        files = (file for file in path.rglob("*") if file.suffix.lower() in SUFFIXES)
+        files = (file for file in path.rglob("*") if file.suffix.lower() in PHOTO_SUFFIXES)
         names = sorted(f.relative_to(path).as_posix() for f in files if f.is_file() and not f.name.startswith("."))
         if not names:
-            raise InputError(f"{flag}={root}: holds no images ({', '.join(SUFFIXES)})")
+            raise InputError(f"{flag}={root}: holds no images ({', '.join(PHOTO_SUFFIXES)})")
         return cls(path, tuple(names))
 
     def path(self, name: str) -> pathlib.Path:

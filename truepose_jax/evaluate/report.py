@@ -15,6 +15,7 @@ from input_pipeline.synthetic.people import person_in
 from truepose_jax.evaluate.scores import Row
 from truepose_jax.evaluate.statistics import ANOTHER_VERSION
 from truepose_jax.metrics.garments import BINS, GALLERY, retrieval_rate
+from truepose_jax.metrics.psnr import LEAST_PIXELS
 
 Z95 = 1.96
 Summary = dict[str, Any]
@@ -22,6 +23,9 @@ Summary = dict[str, Any]
 
 METRICS = ("ssim", "ssim_256", "psnr")
 """And LPIPS, by its network's name."""
+
+SAID = {"ssim_256": "ssim_256 (range: the generated's)"}
+"""In the table: others divide by 255, and their numbers are not these."""
 
 
 def summarise(
@@ -59,7 +63,7 @@ def summarise(
         rate, asked = retrieval_rate(np.stack(clothes[0]), np.stack(clothes[1]), garments)
         if asked:
             error = Z95 * math.sqrt(rate * (1 - rate) / asked)
-            metrics[f"garment_retrieval_of_{GALLERY}"] = {"mean": rate, "ci95": error, "count": asked, "undefined": 0}
+            metrics[f"garment_colour_retrieval_of_{GALLERY}"] = {"mean": rate, "ci95": error, "count": asked, "undefined": 0}
     return metrics, {r: {"psnr": summary(p), "ssim_256": summary(s)} for r, (p, s) in sorted(regions.items())}
 
 
@@ -97,9 +101,12 @@ def table(report: Mapping[str, Any]) -> str:
     for name, found in report["metrics"].items():
         lines.append(_line(name, found))
     if report.get("regions"):
-        lines.append(f"{'region':18}{'PSNR':>8}{'+- 95 %':>10}{'SSIM':>9}{'+- 95 %':>10}{'images':>10}")
+        lines.append(f"{'region':18}{'PSNR':>8}{'+- 95 %':>10}{'SSIM_256':>9}{'+- 95 %':>10}{'images':>10}")
         for region, found in report["regions"].items():
             psnr, similar = found["psnr"], found["ssim_256"]
+            if not psnr["count"]:
+                lines.append(f"{region:18} no image shows {LEAST_PIXELS} pixels of it")
+                continue
             lines.append(
                 f"{region:18}{psnr['mean']:8.3f}{psnr['ci95']:10.3f}{similar['mean']:9.4f}{similar['ci95']:10.4f}"
                 f"{psnr['count']:10}"
@@ -115,4 +122,5 @@ def table(report: Mapping[str, Any]) -> str:
 
 def _line(name: str, found: Summary) -> str:
     interval = f"{found['ci95']:12.4f}" if "ci95" in found and not math.isnan(found["ci95"]) else " " * 12
+    name = SAID.get(name, name)
     return f"{name:34}{found['mean']:12.4f}{interval}{found['count']:10}"

@@ -7,6 +7,7 @@ import dataclasses
 import logging
 import os
 import pathlib
+from collections.abc import Sequence
 
 from input_pipeline.annotations.keypoints import canonical_name, load_pose, split_spec
 from input_pipeline.annotations.parsing import LABEL_SETS, label_set, read_parsing
@@ -161,6 +162,18 @@ def read_rows(
     if not rows and not problems:
         raise InputError(f"{path}: holds no pairs under its header")
     return rows, problems
+
+
+def that_eat_inputs(rows: Sequence[Row]) -> list[tuple[int, str]]:
+    """[(line, what is wrong with it)] of the rows whose picture would replace a file that some row reads."""
+    read: dict[str, int] = {}
+    for row in rows:
+        files = (row.source, row.parsing, split_spec(row.pose)[0], row.source_pose)
+        read.update((os.path.realpath(file), row.line) for file in files if file and "\0" not in file)
+    lines = {row.line: row for row in rows if str(row.out) in read}
+    return [
+        (line, f"out '{row.out}' is what line {read[str(row.out)]} reads, and would replace it") for line, row in lines.items()
+    ]
 
 
 def _row(

@@ -71,15 +71,15 @@ def inspect(flags: argparse.Namespace) -> None:
             keypoints=flags.keypoints,
             pose_frame=flags.pose_frame,
         )
+    read = list(images.files.values()) if isinstance(images, FolderImages) else [images.root] if flags.records else []
+    files.check_apart({"--out": out}, {f"{path}, which is read,": path for path in read})
     labels = label_set(images.labels)
     chosen = np.unique(np.linspace(0, len(images) - 1, min(len(images), MAX_COUNTED)).astype(int))
     records = [images.image(int(index)) for index in chosen]
     print_counts(records, labels)
     sheet = contact_sheet(records[: flags.count], labels, pose_from=flags.pose_from)
-    try:
-        Image.fromarray(sheet).save(flags.out)
-    except (OSError, ValueError) as error:
-        raise InputError(f"{flags.out}: cannot write the sheet ({error})") from error
+    with files.atomic_write(out) as partial:
+        Image.fromarray(sheet).save(partial, format=Image.registered_extensions()[out.suffix.lower()])
     h, w = flags.size
     print(f"{flags.out}: {min(flags.count, len(records))} of {len(images)} photos at {h}x{w}")
 

@@ -18,9 +18,11 @@ from typing import Any
 import jax
 import numpy as np
 import tqdm
-from safetensors.numpy import load_file, save_file
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
 
 from input_pipeline.annotations.parsing import label_set
+from input_pipeline.annotations.photo import one_line
 from input_pipeline.annotations.regions import clip_normalise, region_crops
 from input_pipeline.batches.transforms import flip_record
 from input_pipeline.process_group import ALONE, Share
@@ -33,6 +35,8 @@ from truepose_jax.runtime import files
 CROPS_PER_CALL = 512
 IMAGES_PER_CHUNK = 64
 CALIBRATION_CROPS = 256
+DIGEST = "sha256"
+"""Of a cache's metadata."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -207,19 +211,49 @@ def token_table(
     share.meet(f"region tokens {path.name}")
     if table is None:
         share.see(path)
-        table = _unpack(load_file(path), len(images))
+        table, why = _read(path, len(images))
+        if table is None:
+            raise InputError(f"{path}: {why}; remove it, and start again")
     return table
 
 
 def _kept(path: pathlib.Path, images: ImageSet, encoder: RegionEncoder | LazyEncoder, flip: bool) -> TokenTable:
     """The table in the file `path`; made and kept there where there is none."""
     if path.exists():
-        return _unpack(load_file(path), len(images))
+        table, why = _read(path, len(images))
+        if table is not None:
+            return table
+        logging.warning("%s: %s; its region tokens are made anew", path, why)
     files.make_folder(path.parent)
     table = _made(images, encoder, flip)
+    packed = _pack(table)
     with files.atomic_write(path) as partial:
-        save_file(_pack(table), partial)
+        save_file(packed, partial, metadata={DIGEST: _digest(packed)})
     return table
+
+
+def _read(path: pathlib.Path, count: int) -> tuple[TokenTable | None, str]:
+    """(the table of `count` images, "") or (None, what is wrong with the file): a run must not train on other tokens."""
+    try:
+        with safe_open(path, "numpy") as opened:
+            said = (opened.metadata() or {}).get(DIGEST)
+            packed = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
+    except (OSError, SafetensorError) as error:
+        return None, f"cannot be read ({one_line(error)})"
+    if said is None:
+        return None, "says no digest, as an older version wrote it"
+    if said != _digest(packed):
+        return None, "is damaged: its digest is not that of its contents"
+    table = _unpack(packed)
+    return (table, "") if len(table.tokens) == count else (None, f"holds {len(table.tokens)} images for a set of {count}")
+
+
+def _digest(packed: dict[str, np.ndarray]) -> str:
+    digest = hashlib.sha256()
+    for name, array in sorted(packed.items()):
+        digest.update(f"{name} {array.dtype} {array.shape}".encode())
+        digest.update(np.ascontiguousarray(array).data)
+    return digest.hexdigest()
 
 
 def _made(images: ImageSet, encoder: RegionEncoder | LazyEncoder, flip: bool) -> TokenTable:
@@ -254,7 +288,7 @@ def _pack(table: TokenTable) -> dict[str, np.ndarray]:
     return packed
 
 
-def _unpack(packed: dict[str, np.ndarray], count: int) -> TokenTable:
+def _unpack(packed: dict[str, np.ndarray]) -> TokenTable:
     found = []
     for name in ("", "flipped_"):
         if f"{name}valid" in packed:
@@ -262,6 +296,4 @@ def _unpack(packed: dict[str, np.ndarray], count: int) -> TokenTable:
             tokens = np.zeros((*valid.shape, rows.shape[-1]), np.float32)
             tokens[valid] = rows
             found += [tokens, valid]
-    if len(found[0]) != count:
-        raise InputError(f"a region-token cache holds {len(found[0])} images for a set of {count}; remove the file")
     return TokenTable(*found)

@@ -38,6 +38,7 @@ def run_program(main: Callable[[Sequence[str]], int | None], argv: Sequence[str]
     """
     # Pillow's warning about large pictures: check_size of photo.py is stricter, and its one line says what to do.
     warnings.filterwarnings("ignore", message="Image size .* decompression bomb")
+    warnings.filterwarnings("ignore", category=UserWarning, module=r"PIL\.")  # of odd tags in photos
     with contextlib.suppress(AttributeError):  # names of files need not be text; another's stdout need not be a file
         sys.stdout.reconfigure(errors="backslashreplace")
     try:

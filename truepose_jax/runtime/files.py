@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import pathlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 from safetensors import SafetensorError
 
@@ -38,6 +39,15 @@ def make_folder(folder: pathlib.Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         probe.touch()
         probe.unlink(missing_ok=True)
+
+
+def check_apart(outputs: Mapping[str, str | os.PathLike[str]], inputs: Mapping[str, str | os.PathLike[str]]) -> None:
+    """{what it is called: path} each. Raises InputError where an output is an input, or another output: it would be lost."""
+    taken = {os.path.realpath(path): name for name, path in inputs.items()}
+    for name, path in outputs.items():
+        if (other := taken.setdefault(os.path.realpath(path), name)) != name:
+            said = name if "=" in name else f"{name}={os.fspath(path)}"
+            raise InputError(f"{said} is {other} too, and would replace it; name another place")
 
 
 def check_new_file(path: pathlib.Path) -> None:

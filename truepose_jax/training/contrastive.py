@@ -27,6 +27,9 @@ from truepose_jax.config import ClipConfig, ConfigError, Count, Positive, Positi
 from truepose_jax.models.clip import CLIPVisionConfig, CLIPVisionModelWithProjection
 from truepose_jax.pretrained.conversion import to_torch
 from truepose_jax.pretrained.region_tokens import RegionEncoder, untrained_config
+from truepose_jax.runtime.atomic import replacing
+from truepose_jax.runtime.files import writing
+from truepose_jax.training.checkpoint import CheckpointError, Checkpoints, Preemption
 
 REGIONS_PER_PERSON = 8
 """Crops of a person that enter a step; people have 6 to 12 regions, and a step has one shape."""
@@ -36,7 +39,8 @@ WARMUP = 0.1
 
 @dataclasses.dataclass(frozen=True)
 class ClipTraining:
-    """The settings of configs/synthetic_clip.py. size: (height, width) of the pictures. width: of the tokens."""
+    """The settings of configs/synthetic_clip.py. size: (height, width) of the pictures. width: of the tokens.
+    checkpoint_every: steps."""
 
     seed: Count
     total_steps: Positive
@@ -47,6 +51,7 @@ class ClipTraining:
     width: Positive
     clip: ClipConfig
     synthetic: SyntheticConfig
+    checkpoint_every: Positive
 
     def __post_init__(self):
         if not 2 <= self.identities_per_step <= self.synthetic.identities:
@@ -138,10 +143,19 @@ def known_again(
     return (float(np.concatenate(hits).mean()), len(hits) / count, count) if hits else (math.nan, math.nan, 0)
 
 
-def train(config: ClipTraining) -> tuple[CLIPVisionConfig, dict, dict]:
+class Stopped(Exception):
+    """The training was asked to end, and has saved the step that this names."""
+
+
+def train(config: ClipTraining, workdir: pathlib.Path) -> tuple[CLIPVisionConfig, dict, dict]:
     """(network, parameters, results): how often held-out people's regions are known again, before and after. Crops show
     what is behind a region too, and a synthetic person has one background in all poses, so not all of it is the clothes.
+
+    workdir: of its checkpoints, from which the same call goes on. Raises Stopped, and CheckpointError where `workdir` is of
+    other settings.
     """
+    checkpoints = Checkpoints(workdir, keep=1, every=config.checkpoint_every)
+    settings = json.loads(json.dumps(dataclasses.asdict(config)))
     vision = untrained_config(config.clip, config.width)
     module = CLIPVisionModelWithProjection(vision)
     params = module.init(jax.random.key(config.seed), jnp.zeros((1, vision.image_size, vision.image_size, 3)))["params"]
@@ -176,15 +190,36 @@ def train(config: ClipTraining) -> tuple[CLIPVisionConfig, dict, dict]:
 
     results = {"untrained": score(params)}
     state, losses = tx.init(params), []
-    bar = tqdm.trange(config.total_steps, desc="contrastive", unit="step", mininterval=1)
-    for number in bar:
-        random = np.random.default_rng((config.seed, number))
-        first, second, weight = draw_pairs(crops, random, config.identities_per_step)
-        params, state, value = step(params, state, clip_normalise(first), clip_normalise(second), weight)
-        losses.append(float(value))
-        bar.set_postfix(loss=f"{losses[-1]:.3f}")
+    if checkpoints.latest_step() is not None:
+        place = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+        like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), _parts(params, state))
+        found, extra, begin = checkpoints.restore(like)
+        if extra["settings"] != settings:
+            raise CheckpointError(f"{workdir} is of other settings; remove it, or name another --out")
+        params, state, losses = found["params"], jax.tree.unflatten(jax.tree.structure(state), found["rest"]), extra["losses"]
+        print(f"resuming from step {begin}", flush=True)
+    bar = tqdm.trange(len(losses), config.total_steps, desc="contrastive", unit="step", mininterval=1)
+    with bar, Preemption() as preemption:
+        for number in bar:
+            random = np.random.default_rng((config.seed, number))
+            first, second, weight = draw_pairs(crops, random, config.identities_per_step)
+            params, state, value = step(params, state, clip_normalise(first), clip_normalise(second), weight)
+            losses.append(float(value))
+            bar.set_postfix(loss=f"{losses[-1]:.3f}")
+            done, stop = number + 1, preemption.stop(number)
+            if stop or checkpoints.due(done) or done == config.total_steps:
+                checkpoints.save(done, _parts(params, state), extra={"settings": settings, "losses": losses})
+            if stop:
+                checkpoints.close()
+                raise Stopped(done)
+    checkpoints.close()
     results |= {"trained": score(params), "first_loss": losses[0], "last_loss": float(np.mean(losses[-20:]))}
     return vision, _unit_tokens(vision, params, held_out), results
+
+
+def _parts(params, state) -> dict:
+    """As Checkpoints wants them; the optimizer's state as a list."""
+    return {"params": params, "ema": None, "rest": jax.tree.leaves(state)}
 
 
 def _encode(vision: CLIPVisionConfig, params, crops: np.ndarray) -> np.ndarray:
@@ -201,8 +236,13 @@ def _unit_tokens(vision, params, crops: Crops):
 
 
 def write(folder: pathlib.Path, vision: CLIPVisionConfig, params: dict, about: dict) -> None:
-    """A transformers CLIPVisionModelWithProjection folder, and training.json beside it."""
-    folder.mkdir(parents=True)
+    """A transformers CLIPVisionModelWithProjection folder, and training.json in it; it appears when it is whole."""
+    with writing(folder), replacing(folder) as partial:
+        partial.mkdir()
+        _write(partial, vision, params, about)
+
+
+def _write(folder: pathlib.Path, vision: CLIPVisionConfig, params: dict, about: dict) -> None:
     fields = dataclasses.asdict(vision) | {
         "model_type": "clip_vision_model",
         "architectures": [CLIPVisionModelWithProjection.__name__],

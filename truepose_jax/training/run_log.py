@@ -11,10 +11,12 @@ from __future__ import annotations
 
 import collections
 import contextlib
+import itertools
 import json
 import logging
 import math
 import os
+import shutil
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -27,6 +29,7 @@ import tqdm
 from PIL import Image
 
 from truepose_jax.config import ConfigError
+from truepose_jax.metrics.psnr import LEAST_PIXELS
 from truepose_jax.runtime import atomic
 from truepose_jax.training import noise_scale
 from truepose_jax.training.tensorboard import EventFile
@@ -74,6 +77,11 @@ def _is_finite(value: Any) -> bool:
     return bool(np.all(np.isfinite(np.asarray(value, np.float64))))
 
 
+def _why(name: str, value: Any) -> str:
+    """A PSNR of a region is NaN where no picture shows enough of it."""
+    return f" (no picture shows {LEAST_PIXELS} pixels of it)" if name.startswith("psnr_") and np.isnan(value) else ""
+
+
 def _step_of(line: str) -> int | None:
     """The step that a line tells of; None where it is torn or of something else."""
     try:
@@ -83,10 +91,15 @@ def _step_of(line: str) -> int | None:
     return found if isinstance(found, int) else None
 
 
-def _cut_after(path: Path, step: int) -> None:
-    """Drops lines after `step`, torn lines, repeated steps: what a killed run wrote past its checkpoint."""
+def _cut_after(path: Path, step: int, most: int | None) -> None:
+    """Drops lines after `step`, torn lines, repeated steps: what a killed run wrote past its checkpoint. Where that would be
+    more than `most` steps, checkpoints were moved away or are damaged: the file is kept under another name, and said."""
     if not path.exists():
         return
+    if most is not None and _last_step(path) > step + most:
+        kept = next(p for n in itertools.count(1) if not (p := path.with_name(f"{path.stem}.before-{n}{path.suffix}")).exists())
+        shutil.copy2(path, kept)
+        logging.warning("%s tells of step %d, and this run goes on from %d; it is kept as %s", path, _last_step(path), step, kept)
     last = -1
     with atomic.replacing(path) as partial, path.open(errors="replace") as old, partial.open("w") as new:
         for line in old:
@@ -96,6 +109,11 @@ def _cut_after(path: Path, step: int) -> None:
                 last = found
         new.flush()
         os.fsync(new.fileno())
+
+
+def _last_step(path: Path) -> int:
+    with path.open(errors="replace") as file:
+        return max((found for line in file if (found := _step_of(line)) is not None), default=-1)
 
 
 def peak_device_bytes() -> int | None:
@@ -176,13 +194,15 @@ class Monitor:
         max_invalid: float = 1.0,
         parameter_paths: Sequence[str] = (),
         mfu_per_image_rate: float | None = None,
+        checkpoint_every: int | None = None,
     ):
         """start_step: steps done (0, or the restored checkpoint's). is_writer: process 0; the others only
         guard. quiet: nothing on the screen. max_skips: non-finite steps in a row that raise NonFinite.
         max_invalid: share of examples without weight (unreadable records) in the last INVALID_WINDOW steps
         above which ConfigError is raised. parameter_paths: names for the metric first_bad_parameter, in the order of
         jax.tree.leaves(params). mfu_per_image_rate: images a second times this are the MFU (truepose_jax.training.flops); None:
-        it is not written."""
+        it is not written. checkpoint_every: steps that a killed run may have written past its checkpoint; where the files tell
+        of more, they are kept under other names (None: never)."""
         self._mfu_per_image_rate = mfu_per_image_rate
         self._total, self._log_every, self._max_skips = total_steps, log_every, max_skips
         self._paths, self._is_writer, self._quiet = parameter_paths, is_writer, quiet
@@ -201,7 +221,7 @@ class Monitor:
         with _writing(self._folder):
             self._folder.mkdir(parents=True, exist_ok=True)
             for name in ("metrics.jsonl", "eval.jsonl"):
-                _cut_after(self._folder / name, start_step)
+                _cut_after(self._folder / name, start_step, checkpoint_every)
             self._metrics = (self._folder / "metrics.jsonl").open("a", buffering=1)
             self._tensorboard = EventFile(self._folder / "tensorboard", start_step)
         if not quiet:
@@ -283,7 +303,7 @@ class Monitor:
             for name, value in results.items():
                 if np.ndim(value) == 0 and name not in bad:
                     self._tensorboard.scalar(f"eval/{name}", float(value), step)
-        said = [f"{name} {float(value):.4g}" for name, value in results.items() if np.ndim(value) == 0]
+        said = [f"{name} {float(value):.4g}{_why(name, value)}" for name, value in results.items() if np.ndim(value) == 0]
         self.say(f"step {step}: " + ", ".join(said))
 
     def evaluated(self, step: int) -> bool:

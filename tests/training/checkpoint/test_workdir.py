@@ -3,6 +3,7 @@
 import fcntl
 import json
 import os
+import shutil
 import signal
 import time
 from types import SimpleNamespace
@@ -24,6 +25,7 @@ from truepose_jax.training.checkpoint import (
     check_place,
     check_same_config,
     check_same_contents,
+    check_there,
     data_digest,
     lock_workdir,
     parameter_table,
@@ -290,3 +292,20 @@ def test_two_processes_stop_together_when_one_gets_the_signal():
     children[1].send_signal(signal.SIGINT)  # goes on to JAX as SIGTERM
     said = [child.finish()[1].splitlines()[-1] for child in children]
     assert said[0] == said[1] and said[0].startswith("stopped") and said[0] != "stopped 2999", said
+
+
+@pytest.mark.parametrize("how", ["removed", "moved", "replaced"])
+def test_a_workdir_that_vanishes_ends_its_run(tmp_path, how):
+    workdir = tmp_path / "run"
+    with lock_workdir(workdir):
+        check_there(workdir)
+        if how == "removed":
+            shutil.rmtree(workdir)
+        else:
+            workdir.rename(tmp_path / "elsewhere")
+        if how == "replaced":
+            workdir.mkdir()
+            (workdir / "lock").write_text("")
+        with pytest.raises(CheckpointError, match="was removed or replaced"):
+            check_there(workdir)
+    check_there(tmp_path / "never locked")

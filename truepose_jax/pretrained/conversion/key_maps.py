@@ -92,6 +92,14 @@ def nest(flat: Mapping[str, Any]) -> dict[str, Any]:
     return tree
 
 
+_WRAPPERS = re.compile(r"(_orig_mod\.|module\.)*")
+
+
+def wrapping(name: str) -> str:
+    """The part of a tensor's name that torch.compile (_orig_mod.) and DataParallel (module.) have put before it; often ""."""
+    return _WRAPPERS.match(name)[0]
+
+
 @dataclasses.dataclass(frozen=True)
 class ModelKeys:
     """What a kind of PyTorch model needs beyond the rule.
@@ -107,12 +115,14 @@ class ModelKeys:
     strangers: tuple[Stranger, ...] = ()
 
     def canonical(self, name: str) -> str:
+        name = name[len(wrapping(name)) :]
         for pattern, replacement in self.aliases:
             if re.match(pattern, name):
                 return re.sub(pattern, replacement, name, count=1)
         return name
 
     def reason_to_ignore(self, name: str) -> str | None:
+        name = name[len(wrapping(name)) :]
         return next((reason for pattern, reason in self.ignored if re.fullmatch(pattern, name)), None)
 
     def recognise(self, shapes: Mapping[str, tuple[int, ...]]) -> str | None:

@@ -130,10 +130,12 @@ class Plan:
 
 @dataclasses.dataclass(frozen=True)
 class CheckedPlan:
-    """A plan of which every tensor is known to be there. names: {id of source: {canonical name: name in the source}}."""
+    """A plan of which every tensor is known to be there. names: {id of source: {canonical name: name in the source}}.
+    not_finite: names of the tensors read so far that hold NaN or infinity."""
 
     plan: Plan
     names: Mapping[int, Mapping[str, str]]
+    not_finite: list[str] = dataclasses.field(default_factory=list)
 
     def dtype(self, item: Item) -> np.dtype:
         return item.source.tensors.infos[self.name_in_source(item)].dtype
@@ -152,6 +154,8 @@ class CheckedPlan:
                 yield item.name, np.zeros(item.shape, self.dtype(item))
                 continue
             array = item.source.tensors.read(self.name_in_source(item))
+            if not np.isfinite(array).all():
+                self.not_finite.append(item.name)
             ours = key_maps.our_layout(item.name, array) if item.layout == "ours" else array.reshape(item.shape)
             yield item.name, ours
 
@@ -161,6 +165,12 @@ class CheckedPlan:
     @property
     def bytes(self) -> int:
         return sum(self.bytes_of(file) for file in self.plan.items)
+
+    @property
+    def wrapped(self) -> dict[str, int]:
+        """{prefix: count} of the tensors whose names were read without what torch.compile or DataParallel put before them."""
+        names = (name for of_source in self.names.values() for name in of_source.values())
+        return dict(collections.Counter(prefix for name in names if (prefix := key_maps.wrapping(name))))
 
     @property
     def left_out(self) -> dict[str, int]:

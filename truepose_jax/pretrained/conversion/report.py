@@ -46,6 +46,8 @@ def summary(checked: CheckedPlan) -> Iterator[str]:
     )
     for reason, count in checked.left_out.items():
         yield f"left out: {count:,} tensors: {reason}"
+    for prefix, count in checked.wrapped.items():
+        yield f"read without '{prefix}' before their names: {count:,} tensors"
     yield from checked.plan.notes
 
 
@@ -60,6 +62,8 @@ def _networks(checked: CheckedPlan) -> dict[str, list[Item]]:
 
 def closing(checked: CheckedPlan, dst: Path, *, peak: int) -> Iterator[str]:
     """The last lines. peak: bytes of memory that the process reached."""
+    if bad := checked.not_finite:
+        yield f"warning: {len(bad):,} tensors hold NaN or infinity, such as {bad[0]}: the weights are of no use as they are"
     size = checked.bytes
     share = f", {peak / size:.2f} of that" if size >= 2**30 else ""  # below, the program itself is most of it
     yield f"wrote {gib(size)} to {dst}; peak memory {gib(peak)}{share}"

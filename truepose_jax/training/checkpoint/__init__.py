@@ -16,6 +16,7 @@ from truepose_jax.training.checkpoint.store import Checkpoints
 from truepose_jax.training.checkpoint.workdir import (
     check_place,
     check_same_config,
+    check_there,
     has_steps,
     lock_workdir,
     parameter_table,
@@ -34,6 +35,7 @@ __all__ = [
     "check_place",
     "check_same_config",
     "check_same_contents",
+    "check_there",
     "data_digest",
     "has_steps",
     "lock_workdir",

@@ -169,6 +169,23 @@ def check_same_config(workdir: str | os.PathLike[str], config: Config) -> None:
         raise CheckpointError(f"{folder} is of another configuration: {what}{more}; take another --workdir")
 
 
+def check_there(workdir: str | os.PathLike[str]) -> None:
+    """Raises CheckpointError where the workdir that lock_workdir took was removed or moved away since: nothing that is still
+    written could be found again."""
+    path = Path(workdir).absolute() / "lock"
+    held = _locks.get(path)
+    if held is None or held.closed:
+        return
+    try:
+        same = os.path.samestat(os.stat(path), os.fstat(held.fileno()))
+    except FileNotFoundError:
+        same = False
+    except OSError:  # a disk that does not answer for a while is no reason to end
+        return
+    if not same:
+        raise CheckpointError(f"{workdir} was removed or replaced while its run was under way; the run ends here")
+
+
 _locks: dict[Path, IO[str]] = {}
 
 
