@@ -29,6 +29,7 @@ from input_pipeline.schema import InputError
 from truepose_jax.config import to_dict
 from truepose_jax.flags.generate import BATCH, NAMING, SPLIT, make_parser
 from truepose_jax.inference.csv_requests import COLUMNS, Row, of_seeds, read_rows, that_eat_inputs
+from truepose_jax.inference.estimate import estimate
 from truepose_jax.inference.found_sheet import found_sheet
 from truepose_jax.inference.old_pictures import OLD_FILE, check_ours, is_done, note_old, read_old
 from truepose_jax.inference.photo_requests import AUTO, GIVEN, PhotoOptions
@@ -138,7 +139,9 @@ def generate_one(flags: argparse.Namespace) -> None:
     sampling = _sampling(run, flags)
     own = flags.source_pose, flags.source_pose_frame
     parsing, out = flags.parsing or AUTO, pathlib.Path(flags.out)
-    pair = Row(0, flags.source, parsing, flags.pose, flags.labels, flags.pose_frame, out, *own, options=photo_options(flags))
+    pair = Row(
+        0, flags.source, parsing, flags.pose, flags.labels, flags.pose_frame, out, *own, options=photo_options(flags)
+    )
     rows = of_seeds(pair, flags.seed, flags.num or 1)
     outputs = {f"--out={row.out}": row.out for row in rows}
     outputs |= {f"--{n}": p for n, p in (("sheet", flags.sheet), ("show-found", flags.show_found)) if p}
@@ -159,10 +162,12 @@ def generate_one(flags: argparse.Namespace) -> None:
         save_png(found_sheet([resolved.source, resolved.pose]), pathlib.Path(flags.show_found))
     fitted = run.fit(resolved.request)
     every = [dataclasses.replace(fitted, seed=row.seed) for row in rows]
+    size = min(len(every), BATCH)
+    if flags.estimate:
+        return _print_estimate(run, sampling, flags, len(every), size)
     pipeline = Pipeline.of_run(run, vae=flags.vae, clip=flags.clip, dtype=flags.dtype)
     print(describe(run, sampling, flags.seed), flush=True)
     start = time.perf_counter()
-    size = min(len(every), BATCH)
     with tqdm.tqdm(unit="step", leave=False, disable=None) as bar:  # on a terminal alone
 
         def progress(done: int, steps: int) -> None:
@@ -199,6 +204,12 @@ def photo_options(flags: argparse.Namespace) -> PhotoOptions:
 def describe(run: Run, sampling: Sampling, seed: int) -> str:
     """One line that says what the pictures are made with."""
     return f"{run.workdir}: step {run.step}, {run.weights} weights; {sampling}, seed {seed}"
+
+
+def _print_estimate(run: Run, sampling: Sampling, flags: argparse.Namespace, pictures: int, batch: int) -> None:
+    print(describe(run, sampling, flags.seed), flush=True)
+    found = estimate(run, sampling, batch=batch, dtype=flags.dtype)
+    print(found.report(pictures=pictures, batch=batch), flush=True)
 
 
 AnyRow = Row | RecordRow
@@ -268,7 +279,8 @@ def generate_list(flags: argparse.Namespace, share: Share) -> int:
     pairs = len(rows) // num
     count = pairs + len(problems)
     if share.leads:
-        print(describe(run, sampling, flags.seed), flush=True)
+        if not flags.estimate:
+            print(describe(run, sampling, flags.seed), flush=True)
         many = f", {num} pictures each, {len(rows) - left}" if num > 1 else f", {len(rows) - left} of them"
         print(f"{source}: {pairs} pairs{many} done before", flush=True)
     failed = []
@@ -281,6 +293,12 @@ def generate_list(flags: argparse.Namespace, share: Share) -> int:
 
     for line, why in problems if share.leads else ():
         report(line, why)
+    # Not of what is left or this process's: one size, so one program and the same bits, however the work is cut.
+    size = min(batch_size, max(len(rows), 1))
+    if flags.estimate:
+        if share.leads:
+            _print_estimate(run, sampling, flags, left, size)
+        return BAD_INPUT if failed else 0
     stopped = False
     if left:
         pipeline = Pipeline.of_run(run, vae=flags.vae, clip=flags.clip, dtype=flags.dtype) if todo else None
@@ -294,8 +312,6 @@ def generate_list(flags: argparse.Namespace, share: Share) -> int:
 
         share.lead("what the pictures are", write_about)
         share.see(out_dir / SETTINGS_FILE)
-        # Not of what is left or this process's: one size, so one program and the same bits, however the work is cut.
-        size = min(batch_size, len(rows))
         made = len(mine) - len(todo)
         bar = tqdm.tqdm(total=len(mine), initial=made, unit="image", smoothing=0.1, disable=not share.leads)
         compiled = False  # Until the first batch is sampled there is nothing to save. Others would not hear of the end.

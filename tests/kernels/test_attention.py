@@ -128,6 +128,14 @@ class Attention:
             if mask == "none":
                 assert not any(np.any(x) for x in found)
 
+    def test_values_of_another_width(self):
+        """Narrower and wider than the keys, with absent keys."""
+        for width in (5, 13):
+            arrays, other = self.case(9, 19, 37), self.case(10, 19, 37, d=width)
+            arrays = arrays._replace(v=other.v, d_out=other.d_out)
+            run, inputs = self.call(self.plain, arrays)
+            assert worst(run(*inputs), oracle64.answer(arrays._replace(keep=arrays.mask), *PLAIN)) < self.close
+
     def test_one_key_and_one_query(self):
         arrays = self.case(6, 1, 1, b=1, g=1, d=4)
         run, inputs = self.call(self.reweighted, arrays)

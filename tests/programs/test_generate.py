@@ -3,6 +3,7 @@
 import contextlib
 import json
 import pathlib
+import re
 import shutil
 
 import numpy as np
@@ -180,6 +181,25 @@ def test_several_pictures_of_a_pair(inputs, tmp_path, capsys, loaded):
         assert words in capsys.readouterr().err
     assert run(*single(inputs, tmp_path / "x.png", guidance_interval="0.5")) == 2
     assert "'0.5' is not LOW:HIGH" in capsys.readouterr().err
+
+
+def test_estimate(inputs, tmp_path, capsys, monkeypatch):
+    """Of one pair and of a list: memory and seconds; the weights are not read, nothing is written, bad rows are told."""
+    monkeypatch.setattr(Pipeline, "of_run", None)
+    assert run(*single(inputs, tmp_path / "one" / "o.png", num=3), "--estimate") == 0
+    alone = capsys.readouterr().out
+    assert "2 DDIM steps, guidance 2" in alone and "3 pictures at once" in alone and "for 3 (" in alone
+    listed = write_list(inputs / "estimate.csv", [*all_pairs(inputs), "0.png,,0.json,x.png"])
+    flags = [f"--workdir={shared_run()}", "--labels=atr18", "--pose-frame=40x30", f"--pairs={listed}", "--estimate"]
+    assert run(*flags, f"--out-dir={tmp_path / 'd'}", "--steps=20") == 2
+    said = capsys.readouterr()
+    assert "8 pictures at once" in said.out and "for 9 (" in said.out and "parsing is empty" in said.err
+    assert not list(tmp_path.iterdir())
+
+    def work(text):
+        return float(re.search(r"([\d.]+) GFLOP a picture", text)[1])
+
+    assert 5 < work(said.out) / work(alone) < 10, "20 steps of work, and the source's side once"
 
 
 EATEN = {

@@ -16,6 +16,7 @@ from tests import tiny
 from tests.parity.test_truepose_torch import SD15_LIKE, exported, inputs_of, nchw
 from truepose_jax.config import Config, ConfigError, from_config_dict
 from truepose_jax.kernels.attention import api
+from truepose_jax.sampling.sampler import Sampler, Sampling
 from truepose_jax.training import flops
 
 IN_PARSING = {"model": {"source_parsing": "coverage"}}
@@ -80,6 +81,22 @@ def test_forward_is_what_is_traced():
     # Of a dropped source two rows of zeros go through HPFA's and CAA's output layers.
     biases = sum(2 * 2 * site.channels**2 for site in cfg.model.unet.sites)
     assert count(lambda p, c: output_of(made, p, made.null(c)), params, conditioning) == expected.null + biases
+
+
+def test_any_traced_program():
+    """The count of this file, the sampler's loop included, which is the formula's; and of a branch the longest."""
+    cfg, made, params, batch = network()
+    sampler = Sampler(made, cfg.diffusion.schedule, "leading", Sampling(3, 2.0))
+    jaxpr = jax.make_jaxpr(sampler.sample)(params, {}, batch, tiny.keys(0, 1)).jaxpr
+    found = flops.flops_of(jaxpr)
+    assert found == multiplications(jaxpr)
+    assert found == pytest.approx(flops.model_flops(cfg).sample(3, 2.0), rel=0.01)
+
+    def branch(x, y):
+        return jax.lax.cond(x[0, 0] > 0, lambda: x @ y, lambda: x @ (y @ y))
+
+    squares = jax.make_jaxpr(branch)(np.zeros((3, 4)), np.zeros((4, 4))).jaxpr
+    assert flops.flops_of(squares) == 2 * (4 * 4 * 4 + 3 * 4 * 4)
 
 
 def test_carried_latents_are_counted():

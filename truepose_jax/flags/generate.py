@@ -105,6 +105,7 @@ def make_parser() -> argparse.ArgumentParser:
     add("--dtype", choices=DTYPES, help="what the networks compute in (the run's)")
     add = parser.add_argument_group("files").add_argument
     add("--overwrite", action="store_true", help="replace what is there")
+    add("--estimate", action="store_true", help="tell memory and seconds of what would be made, and make nothing")
     add_flags(parser)
     return parser
 

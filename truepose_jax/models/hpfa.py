@@ -268,15 +268,8 @@ def attention_of_widths(
     q: Float[Array, "b n g d"], k: Float[Array, "b m g d"], v: Float[Array, "b m g e"], *, scaled: bool = True
 ) -> Float[Array, "b n g e"]:
     """softmax(q k^T) v with values of any width; not scaled: q is still to be divided by sqrt d."""
-    d, e = q.shape[-1], v.shape[-1]
-    width = max(d, e)
-
-    def padded(x):
-        return jnp.pad(x, ((0, 0), (0, 0), (0, 0), (0, width - x.shape[-1])))
-
-    # api.attention divides by the square root of the padded width.
-    factor = width**0.5 if scaled else (width / d) ** 0.5
-    return api.attention(padded(q * factor), padded(k), padded(v))[..., :e]
+    # api.attention divides by the square root of the width.
+    return api.attention(q * q.shape[-1] ** 0.5 if scaled else q, k, v)
 
 
 def attention_account(

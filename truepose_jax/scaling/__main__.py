@@ -19,6 +19,7 @@ import jax
 from truepose_jax.config import Config, ConfigError, from_config_dict, to_dict
 from truepose_jax.runtime import atomic, files
 from truepose_jax.runtime.cli import enable_compilation_cache, parse_size, run_with_config
+from truepose_jax.runtime.durations import describe
 from truepose_jax.scaling import batch, devices, memory, times
 from truepose_jax.scaling import flags as told
 from truepose_jax.scaling.flags import (
@@ -240,7 +241,7 @@ def main(argv: list[str]) -> int:
     with Preemption() if STUDY.value == "batch" else contextlib.nullcontext() as preemption, lock_workdir(folder):
         todo = [run for run in work.runs if (row := found.done(run.name)) is None or work.again(run, row)]
         for i, run in enumerate(todo):
-            left = times.describe(sum(work.seconds(r, found.rows) for r in todo[i:]))
+            left = describe(sum(work.seconds(r, found.rows) for r in todo[i:]))
             print(f"{run.name}: row {len(found.rows) + 1}, {len(todo) - i} to do, about {left} left", flush=True)
             row = work.row(run, preemption)
             if row is None:
@@ -265,9 +266,9 @@ def _dry_run(work: Work, folder: pathlib.Path) -> int:
             continue
         seconds = work.seconds(run, done)
         total += seconds
-        print(f"{run.name:48} about {times.describe(seconds)}")
+        print(f"{run.name:48} about {describe(seconds)}")
     print(
-        f"{len(work.runs)} runs, {len(work.runs) - len(names)} to do: about {times.describe(total)} on {os.cpu_count()} cores"
+        f"{len(work.runs)} runs, {len(work.runs) - len(names)} to do: about {describe(total)} on {os.cpu_count()} cores"
     )
     return 0
 

@@ -22,12 +22,6 @@ TRIED = 4
 """Batch sizes that a memory row compiles."""
 
 
-def describe(seconds: float) -> str:
-    if seconds < 90:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
-
-
 def batch(run: Any, config: Config, done: Sequence[Row]) -> float:
     """To the last example, which a run with a target hardly ever sees."""
     known = [r["seconds_per_step"] / r["batch"] for r in done if r.get("seconds_per_step")]

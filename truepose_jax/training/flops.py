@@ -9,18 +9,24 @@ Of a training step with every parameter trained, a part takes, in units of its f
   1  queries and keys of SourceNet's attn2, which meets one token alone: its softmax is 1 whatever they are
   0  SourceNet after its last tap: nothing reads it
 The autoencoder and CLIP are frozen, run before the step or once per picture, and are no part of these numbers.
+
+`flops_of` counts the same products in any traced program, of any method.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import math
 import re
 from collections.abc import Iterator
+
+from jax.extend import core
 
 from input_pipeline.schema import MAX_CLASSES
 from truepose_jax.config import Config, ConfigError
 from truepose_jax.models.pose_encoder import HIDDEN
 from truepose_jax.models.unet import UNetConfig
+from truepose_jax.training.memory import inner_jaxprs
 
 PEAKS = (
     (r"H100 PCIe", 756e12),
@@ -91,6 +97,29 @@ def model_flops(config: Config) -> Flops:
         null=_sum(null),
         train=trained(source) // config.data.targets_per_source + trained(fusion) + trained(pose) + trained(target),
     )
+
+
+def flops_of(jaxpr: core.Jaxpr) -> int:
+    """Of the products and convolutions of a traced program that its results need (padding multiplied too), loops of known length
+    unrolled. Of a branch the longest is counted, of a loop of unknown length one round, of a Pallas kernel nothing."""
+    total, needed = 0, set(map(id, jaxpr.outvars))
+    for eqn in reversed(jaxpr.eqns):
+        if needed.isdisjoint(map(id, eqn.outvars)):
+            continue
+        needed |= set(map(id, eqn.invars))
+        name, inner = eqn.primitive.name, [flops_of(sub) for sub in inner_jaxprs(eqn.params)]
+        if name == "dot_general":
+            (contracted, _), _ = eqn.params["dimension_numbers"]
+            shape = eqn.invars[0].aval.shape
+            total += 2 * math.prod(eqn.outvars[0].aval.shape) * math.prod(shape[i] for i in contracted)
+        elif name == "conv_general_dilated":
+            kernel, spec = eqn.invars[1].aval.shape, eqn.params["dimension_numbers"].rhs_spec
+            total += 2 * math.prod(eqn.outvars[0].aval.shape) * math.prod(kernel) // kernel[spec[0]]
+        elif name == "cond":
+            total += max(inner)
+        elif name != "pallas_call":
+            total += sum(inner) * eqn.params.get("length", 1)
+    return total
 
 
 def is_counted(config: Config) -> bool:

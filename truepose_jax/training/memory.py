@@ -280,7 +280,7 @@ def peak_bytes(jaxpr: core.Jaxpr, *, scaled: Callable[[int], int] = lambda size:
     now = peak = 0
     for i, eqn in enumerate(jaxpr.eqns):
         name = eqn.primitive.name
-        subs = [] if name in _KERNELS else _inner(eqn.params)
+        subs = [] if name in _KERNELS else inner_jaxprs(eqn.params)
         inner = max((peak_bytes(sub, scaled=scaled) for sub in subs), default=0)
         made = {var: size_of(var) for var in eqn.outvars if var not in root}
         dying = {
@@ -298,7 +298,8 @@ def peak_bytes(jaxpr: core.Jaxpr, *, scaled: Callable[[int], int] = lambda size:
     return peak
 
 
-def _inner(params: Mapping[str, Any]) -> list[core.Jaxpr]:
+def inner_jaxprs(params: Mapping[str, Any]) -> list[core.Jaxpr]:
+    """The programs inside an operation (of a jit, a loop, a branch), by its parameters."""
     found = []
     for value in params.values():
         for item in value if isinstance(value, list | tuple) else [value]:
