@@ -194,7 +194,7 @@ def test_estimate(inputs, tmp_path, capsys, monkeypatch):
     assert run(*flags, f"--out-dir={tmp_path / 'd'}", "--steps=20") == 2
     said = capsys.readouterr()
     assert "8 pictures at once" in said.out and "for 9 (" in said.out and "parsing is empty" in said.err
-    assert not list(tmp_path.iterdir())
+    assert not [path for path in tmp_path.rglob("*") if path.is_file()]
 
     def work(text):
         return float(re.search(r"([\d.]+) GFLOP a picture", text)[1])
