@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import pathlib
+import re
 import shutil
 import signal
 import subprocess
@@ -207,3 +208,8 @@ def same_state(one: pathlib.Path, other: pathlib.Path) -> bool:
         for mine, theirs in zip(pairs[::2], pairs[1::2], strict=True)
         for a, b in zip(mine, theirs, strict=True)
     )
+
+
+def row(fault: str, injected: int, survived: int, lost: int, said: str, **detail: object) -> dict:
+    said = re.sub(r"\(process \d+ on [^)]*\)", "(process N on HOST)", said)
+    return {"fault": fault, "injected": injected, "survived": survived, "lost": lost, "said": said, "detail": detail}

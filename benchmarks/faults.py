@@ -18,7 +18,6 @@ import os
 import pathlib
 import platform
 import random
-import re
 import resource
 import signal
 import socket
@@ -30,6 +29,7 @@ from collections.abc import Sequence
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
 
+from benchmarks.fault_places import PLACES
 from benchmarks.fault_runs import (
     EVERY,
     FALL_BACK,
@@ -41,15 +41,11 @@ from benchmarks.fault_runs import (
     committed,
     last_step,
     metrics,
+    row,
     same_state,
     saving,
 )
 from truepose_jax.runtime.markdown import narrow
-
-
-def row(fault: str, injected: int, survived: int, lost: int, said: str, **detail: object) -> dict:
-    said = re.sub(r"\(process \d+ on [^)]*\)", "(process N on HOST)", said)
-    return {"fault": fault, "injected": injected, "survived": survived, "lost": lost, "said": said, "detail": detail}
 
 
 def kills(bench: Bench) -> list[dict]:
@@ -424,7 +420,7 @@ CASES = {
     "not_finite": not_finite,
     "corrupt_records": corrupt_records,
     "generating": generating,
-}
+} | PLACES
 
 
 def short(said: str) -> str:

@@ -215,8 +215,13 @@ def lock_workdir(workdir: str | os.PathLike[str]) -> contextlib.AbstractContextM
         raise CheckpointError(f"{workdir} is in use by another run ({owner}): wait for it to end") from error
     except OSError as error:
         print(f"warning: no lock on {path} ({first_line(error)}); start one run only", file=sys.stderr)
-    file.truncate(0)
-    file.write(f"process {os.getpid()} on {socket.gethostname()}")
-    file.flush()
+    try:
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {socket.gethostname()}")
+        file.flush()
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            file.close()
+        raise CheckpointError(f"cannot write in the workdir {workdir} ({first_line(error)}); free space there") from error
     _locks[path] = file  # A file that nobody keeps would be closed, and the lock be gone, without a word.
     return file
