@@ -116,9 +116,9 @@ def _show_shipped(config: Config, workdir: pathlib.Path) -> np.ndarray | None:
     except (CheckpointError, ConfigError, ConversionError, OSError) as error:
         print(f"no pictures of the shipped model: {error}", flush=True)
         return None
-    size = pipe.run.config.model.size  # the same people as will be judged, at this model's size
+    reader = pipe.run.config  # the same people as will be judged, as this model wants them
     pairs = shown_pairs(
-        {kind: judge.people(config, pipe.encoder, patterns, size=size) for kind, patterns in KINDS.items()}
+        {kind: judge.people(config, pipe.encoder, patterns, reader=reader) for kind, patterns in KINDS.items()}
     )
     images = pairs.sample(judge.sampling(pipe), config.seed, judge.batch_size(pipe, len(pairs)))
     _write_png(workdir / "shipped.png", shown_sheet(pairs, {"shipped": images}))

@@ -58,8 +58,8 @@ class Verdict:
     psnr: Mapping[str, Mapping[str, float]]
     retrieval: float
     shuffled_retrieval: float
-    face_retrieval: float
-    copied_face_retrieval: float
+    face_retrieval: float | None
+    copied_face_retrieval: float | None
     sharpness: float
     outline_error: float
     swap_costs: Mapping[str, float]
@@ -147,18 +147,18 @@ def people(
     eval_seed: int | None = None,
     *,
     same_colours: bool = False,
-    size: tuple[int, int] | None = None,
+    reader: Config | None = None,
 ) -> Pairs:
     """PEOPLE held-out people into POSES target poses; pairs ordered by target pose, then person. same_colours: for each pose
-    one person in PEOPLE patterns of one cut and two colours, and another person for the next pose. size: (h, w), in place of
-    the config's."""
-    poses = judged_poses(config)
+    one person in PEOPLE patterns of one cut and two colours, and another person for the next pose. reader: whose model
+    reads them, at its size; None: config."""
+    reader, poses = reader or config, judged_poses(config)
     crowd = SyntheticPeople(
         seed=config.seed + EVAL_SEED if eval_seed is None else eval_seed,
         split="heldout",
         identities=PEOPLE * (POSES if same_colours else 1),
         poses_per_identity=len(poses),
-        size=size or config.model.size,
+        size=reader.model.size,
         pose_list=poses,
         patterns=patterns,
         background=config.data.synthetic.background,
@@ -174,7 +174,7 @@ def people(
     pairs = pairs.reshape(-1, 2).astype(np.int32)
     images = RecordCache(_Chosen(crowd, indices, pairs), max_bytes=CACHE_BYTES)
     tokens = None if encoder is None else token_table(images, encoder, flip=False, cache=None, fingerprint="judge")
-    return Pairs.read(Dataset(images, tokens, pairs, heldout=True), needs(config))
+    return Pairs.read(Dataset(images, tokens, pairs, heldout=True), needs(reader))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -223,14 +223,14 @@ def mean_training_people(config: Config, patterns: str) -> np.ndarray:
     return np.repeat(np.stack(means), PEOPLE, axis=0).astype(np.float32)
 
 
-def retrieval_of(region: str, images: np.ndarray, pairs: Pairs) -> float:
+def retrieval_of(region: str, images: np.ndarray, pairs: Pairs) -> float | None:
     """Share of the pictures whose truth shows the region in LEAST_PIXELS or more that lie nearest there to that truth, among
-    the PEOPLE in its pose; NaN where none does."""
+    the PEOPLE in its pose; None where none does."""
     truth, mask = pairs.batch["target"], pairs.mask(region)
     groups = [slice(k * PEOPLE, (k + 1) * PEOPLE) for k in range(POSES)]
     found = np.concatenate([retrieval(images[g], truth[g], mask[g]) for g in groups])
     shown = mask.sum(axis=(1, 2)) >= LEAST_PIXELS
-    return float(found[shown].mean()) if shown.any() else float("nan")
+    return float(found[shown].mean()) if shown.any() else None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -279,12 +279,15 @@ def report(verdicts: Mapping[str, Verdict], config: Config) -> str:
         lines += ["", f"{kind} clothes, PSNR (dB)".ljust(30) + "".join(r.rjust(9) for r in regions)]
         lines += [row.ljust(30) + "".join(f"{scores[r]:9.2f}" for r in regions) for row, scores in verdict.psnr.items()]
         alike = "" if verdict.pattern_retrieval is None else f"; in the same colours {verdict.pattern_retrieval:.0%}"
+        faces = []
+        if verdict.face_retrieval is not None:
+            copied = f"of the copied sources {verdict.copied_face_retrieval:.0%}"
+            faces = [f"face retrieval among {PEOPLE}: {verdict.face_retrieval:.0%}; {copied}"]
         image, tokens = (verdict.swap_costs[f"{what}_swapped"] for what in ("image", "tokens"))
         lines += [
             f"garment pixel retrieval among {PEOPLE}: {verdict.retrieval:.0%}{alike} (chance {1 / PEOPLE:.0%}; with shuffled "
             f"sources {verdict.shuffled_retrieval:.0%})",
-            f"face retrieval among {PEOPLE}: {verdict.face_retrieval:.0%}; of the copied sources "
-            f"{verdict.copied_face_retrieval:.0%}",
+            *faces,
             f"sharpness inside the person {verdict.sharpness:.2f} of the truth's; error about the outline "
             f"{verdict.outline_error:.1f} grey levels",
             f"swap test, dB lost inside the person: another source image {image:.2f}, other tokens {tokens:.2f}, both "

@@ -63,7 +63,12 @@ def summarise(
         rate, asked = retrieval_rate(np.stack(clothes[0]), np.stack(clothes[1]), garments)
         if asked:
             error = Z95 * math.sqrt(rate * (1 - rate) / asked)
-            metrics[f"garment_colour_retrieval_of_{GALLERY}"] = {"mean": rate, "ci95": error, "count": asked, "undefined": 0}
+            metrics[f"garment_colour_retrieval_of_{GALLERY}"] = {
+                "mean": rate,
+                "ci95": error,
+                "count": asked,
+                "undefined": 0,
+            }
     return metrics, {r: {"psnr": summary(p), "ssim_256": summary(s)} for r, (p, s) in sorted(regions.items())}
 
 
