@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# A training run on GKE as a JobSet, on TPU slices or GPU nodes, or other work that its pods share.
+# A training run on GKE as a JobSet, on TPU slices or GPU nodes, or parts of other work, a pod each; the same command with
+# --shard=merge on one pod puts them together.
 #
 #   launch/gke.sh [OPTION...] tpu NAME IMAGE TYPE TOPOLOGY -- --config=... --workdir=/data/runs/a [--config.key=value ...]
 #   launch/gke.sh [OPTION...] gpu NAME IMAGE NODES GPUS_PER_NODE -- --config=... --workdir=/data/runs/a [...]
@@ -15,7 +16,7 @@
 # Needs kubectl, Kubernetes 1.31 or later and JobSet 0.10 or later in the cluster (https://jobset.sigs.k8s.io).
 set -euo pipefail
 
-usage() { sed -n '2,15s/^# \{0,1\}//p' "$0" >&2; exit 2; }
+usage() { sed -n '2,16s/^# \{0,1\}//p' "$0" >&2; exit 2; }
 
 dry=
 mounts=
@@ -79,11 +80,10 @@ case $kind in
     if ((chips == 1)); then per_host=1; elif ((chips == 8)) && [[ $fourth != *v5p* ]]; then per_host=8; fi
     hosts=$((chips / per_host))
     extra=()
-    if ((hosts > 1)); then extra=(--distributed=always); fi
+    if ((hosts > 1)) && [[ $program == train ]]; then extra=(--distributed=always); fi
     selector="cloud.google.com/gke-tpu-accelerator: $fourth
               cloud.google.com/gke-tpu-topology: $fifth"
     resource="google.com/tpu: $per_host"
-    environment=
     ;;
   gpu)
     [[ $fourth =~ ^[1-9][0-9]*$ && $fifth =~ ^[1-9][0-9]*$ ]] || usage
@@ -91,15 +91,18 @@ case $kind in
     extra=()
     selector="cloud.google.com/gke-gpu: \"true\""
     resource="nvidia.com/gpu: $fifth"
-    environment="
+    ;;
+  *) usage ;;
+esac
+environment=
+if [[ $kind == gpu || $program != train ]]; then
+  environment="
               env:
               - {name: JAX_COORDINATOR_ADDRESS, value: \"$name-workers-0-0.$name:1234\"}
               - {name: JAX_NUM_PROCESSES, value: \"$hosts\"}
               - name: JAX_PROCESS_ID
                 valueFrom: {fieldRef: {fieldPath: \"metadata.annotations['batch.kubernetes.io/job-completion-index']\"}}"
-    ;;
-  *) usage ;;
-esac
+fi
 for argument in "${extra[@]}"; do arguments+=", \"$argument\""; done
 if [[ $volumes ]]; then
   mounts="

@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Several processes on this machine as one program: to try multi-host things out, or one process per GPU.
+# Several processes on this machine: one training run (to try multi-host things out, or one process per GPU), or parts of a work
+# (--shard) and then what merges them.
 #
 #   launch/local.sh [--dry-run] COUNT --config=configs/demo.py --workdir=runs/two [--config.key=value ...]
 #   launch/local.sh [--dry-run] COUNT generate|evaluate|prepare ARGUMENT...         e.g. prepare build --dataset=...
@@ -7,7 +8,7 @@
 # On a machine with GPUs each process sees one of them. Ctrl-C reaches all: they save and end with 143.
 set -euo pipefail
 
-usage() { sed -n '2,7s/^# \{0,1\}//p' "$0" >&2; exit 2; }
+usage() { sed -n '2,8s/^# \{0,1\}//p' "$0" >&2; exit 2; }
 
 dry=
 if [[ ${1-} == --dry-run ]]; then dry=1; shift; fi
@@ -29,7 +30,9 @@ pids=()
 tell() { if ((${#pids[@]} < count)); then early=1; else asked=1; kill -TERM "${pids[@]}" 2> /dev/null || true; fi; }
 trap tell INT TERM
 for ((i = 0; i < count; i++)); do
-  command=("$python" -m "truepose_jax.$program" "$@" "--coordinator=localhost:$port" "--process=$i" "--processes=$count")
+  place=("--coordinator=localhost:$port" "--process=$i" "--processes=$count")
+  if [[ $program != train ]]; then place=("--shard=$i/$count"); fi
+  command=("$python" -m "truepose_jax.$program" "$@" "${place[@]}")
   settings=()
   if ((gpus >= count)); then settings=("CUDA_VISIBLE_DEVICES=$i"); fi
   if [[ $dry ]]; then
@@ -41,7 +44,12 @@ for ((i = 0; i < count; i++)); do
     pids+=($!)
   fi
 done
-[[ ! $dry ]] || exit 0
+merge=()
+if [[ $program != train ]] && ((count > 1)); then merge=("$python" -m "truepose_jax.$program" "$@" --shard=merge); fi
+if [[ $dry ]]; then
+  if ((${#merge[@]})); then printf '%q ' "${merge[@]}"; fi
+  exit 0
+fi
 [[ ! $early ]] || tell
 
 # A process that dies leaves the others waiting for it: end them too, and keep its code. One that was asked to stop (143)
@@ -59,4 +67,5 @@ while ((left > 0)); do
     ((found == 143)) || kill -TERM "${pids[@]}" 2> /dev/null || true
   fi
 done
+if ((code == 0 && ${#merge[@]})); then "${merge[@]}" || code=$?; fi
 exit "$code"

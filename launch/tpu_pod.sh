@@ -3,7 +3,8 @@
 #
 #   launch/tpu_pod.sh [--dry-run] TPU_NAME ZONE setup [GIT_URL]            once: the repository and its packages, on every worker
 #   launch/tpu_pod.sh [--dry-run] TPU_NAME ZONE train --config=... --workdir=/mnt/runs/a [--config.key=value ...]
-#   launch/tpu_pod.sh [--dry-run] TPU_NAME ZONE generate|evaluate|prepare ARGUMENT...      e.g. prepare build --dataset=...
+#   launch/tpu_pod.sh [--dry-run] TPU_NAME ZONE generate|evaluate|prepare ARGUMENT...      a part on every worker; when all are
+#                                                                          done, the same with --shard=merge, on the first
 #   launch/tpu_pod.sh [--dry-run] TPU_NAME ZONE stop                       save and end what train, ... of this script started
 #
 # A folder such as /mnt must be one that every worker has mounted (Filestore, or a bucket by gcsfuse for what is only read).
@@ -11,13 +12,14 @@
 # The run goes on when this shell goes: its output is in ~/truepose-jax/train.log (generate.log, ...) of each worker.
 set -euo pipefail
 
-usage() { sed -n '2,11s/^# \{0,1\}//p' "$0" >&2; exit 2; }
+usage() { sed -n '2,12s/^# \{0,1\}//p' "$0" >&2; exit 2; }
 
 dry=
 if [[ ${1-} == --dry-run ]]; then dry=1; shift; fi
 [[ $# -ge 3 ]] || usage
 name=$1 zone=$2 what=$3
 shift 3
+workers=all
 
 case $what in
   setup)
@@ -33,10 +35,19 @@ case $what in
   train | generate | evaluate | prepare)
     [[ $# -gt 0 ]] || usage
     arguments=$(printf '%q ' "$@")
-    # Last: `prepare` wants its sub-command first.
+    remote="cd truepose-jax && "
+    if [[ $what == train ]]; then
+      arguments+="--distributed=always "
+    elif [[ " $*" == *" --shard="* ]]; then
+      workers=0 # --shard=merge, or one part again
+    else # which part of how many this worker is, as the slice's metadata say
+      remote+="of() { curl -sf -H Metadata-Flavor:Google http://metadata.google.internal/computeMetadata/v1/instance/attributes/\$1; }; "
+      remote+="export JAX_PROCESS_ID=\$(of agent-worker-number) && "
+      remote+="export JAX_NUM_PROCESSES=\$(of worker-network-endpoints | tr ',' '\\n' | grep -c .) && "
+    fi
     # The subshell writes its own number down and becomes the program: `stop` ends that process and nobody else's.
-    remote="cd truepose-jax && { echo \$BASHPID > $what.pid; exec setsid nohup .venv/bin/python -m truepose_jax.$what "
-    remote+="$arguments--distributed=always > $what.log 2>&1 < /dev/null; } & sleep 5; tail -n 3 ~/truepose-jax/$what.log"
+    remote+="{ echo \$BASHPID > $what.pid; exec setsid nohup .venv/bin/python -m truepose_jax.$what "
+    remote+="$arguments> $what.log 2>&1 < /dev/null; } & sleep 5; tail -n 3 ~/truepose-jax/$what.log"
     ;;
   stop)
     # A number that another program has by now is not ours.
@@ -47,7 +58,7 @@ case $what in
   *) usage ;;
 esac
 
-command=(gcloud compute tpus tpu-vm ssh "$name" "--zone=$zone" --worker=all "--command=$remote")
+command=(gcloud compute tpus tpu-vm ssh "$name" "--zone=$zone" "--worker=$workers" "--command=$remote")
 if [[ $dry ]]; then
   printf '%q ' "${command[@]}"
   echo

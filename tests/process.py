@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 LONGEST = 600
 """Seconds after which nothing more is hoped for: for a loaded machine, no measure of anything."""
-OF_A_JOB = ("SLURM", "JAX_COORDINATOR", "JAX_PROCESS_ID", "JAX_NUM_PROCESSES")
+OF_A_JOB = ("SLURM", "JAX_COORDINATOR", "JAX_PROCESS_ID", "JAX_NUM_PROCESSES", "JOB_COMPLETION")
 
 
 def environment(*, devices: int = 1, cached: bool = False, **more: str) -> dict[str, str]:

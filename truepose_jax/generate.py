@@ -23,9 +23,9 @@ from PIL import Image
 from input_pipeline.annotations.keypoints import split_spec
 from input_pipeline.annotations.parsing import label_set
 from input_pipeline.files import read_json
-from input_pipeline.process_group import Share
 from input_pipeline.records.reader import RecordImages
 from input_pipeline.schema import InputError
+from input_pipeline.shards import Shard
 from truepose_jax.config import to_dict
 from truepose_jax.flags.generate import BATCH, NAMING, SPLIT, make_parser
 from truepose_jax.inference.csv_requests import COLUMNS, Row, of_seeds, read_rows, that_eat_inputs
@@ -38,8 +38,8 @@ from truepose_jax.inference.record_requests import RecordRow, pair_list, record_
 from truepose_jax.runtime.bundled import SHIPPED
 from truepose_jax.runtime.choices import OUTSIDE
 from truepose_jax.runtime.cli import BAD_INPUT, enable_compilation_cache, reject_unused_flags, run_program
-from truepose_jax.runtime.distributed import joined, refuse_flags
 from truepose_jax.runtime.files import atomic_write, check_apart, make_folder, writing
+from truepose_jax.runtime.shards import shard_of, signals_as_exits
 from truepose_jax.sampling.image_grid import sheet
 from truepose_jax.sampling.inpainting import read_edit, sheet_columns
 from truepose_jax.sampling.sampler import Sampling
@@ -68,6 +68,7 @@ FLAGS_USED_BY = {
     "out-dir": ("--pairs", "--records"),
     "batch-size": ("--pairs", "--records"),
     "num": (ONE, "--pairs"),
+    "shard": ("--pairs", "--records"),
 }
 """Which calls read a flag; in others it is an error. What is for one picture alone is refused before."""
 MOST = 1000
@@ -110,11 +111,10 @@ def _main(argv: Sequence[str]) -> int | None:
         reject_unused_flags(flags, FLAGS_USED_BY, f"--{many}")
         if not flags.out_dir:
             raise InputError(f"--out-dir is missing: name the folder for the pictures of --{many}")
-        with joined(flags) as share:
-            return generate_list(flags, share)
+        with signals_as_exits():
+            return generate_list(flags, shard_of(flags.shard))
     else:
         reject_unused_flags(flags, FLAGS_USED_BY, ONE)
-        refuse_flags(flags, "one picture is one process's; --pairs and --records are shared")
         if any(edit.values()):
             single = single | {name: edit[name] for name in EDIT_FLAGS[:2]}
         elif (flags.parsing or AUTO) == AUTO and flags.labels:
@@ -233,13 +233,11 @@ def save_png(picture: np.ndarray, path: pathlib.Path) -> None:
         Image.fromarray(picture).save(partial, format="PNG")
 
 
-def generate_list(flags: argparse.Namespace, share: Share) -> int:
-    """This process's share of the pictures of a list that are not there yet; the exit code: 0, STOPPED, or BAD_INPUT at the
-    end where rows failed, which are reported and left out.
+def generate_list(flags: argparse.Namespace, share: Shard) -> int:
+    """This part of the pictures of a list that are not there yet; the exit code: 0, STOPPED, or BAD_INPUT at the end where rows
+    failed, which are reported and left out. A merging call looks whether all are there.
 
-    What is a process's is a function of a row's number, so that nobody does another's however the list is started again.
-    Every process holds all parameters on its own devices and samples alone: a picture needs nothing of another one, so
-    hosts never wait for one another between the beginning and the end.
+    Every process holds all parameters on its own devices and samples alone: a picture needs nothing of another one.
     """
     batch_size = BATCH if flags.batch_size is None else flags.batch_size
     num = flags.num or 1
@@ -267,22 +265,23 @@ def generate_list(flags: argparse.Namespace, share: Share) -> int:
     if not flags.overwrite:
         check_settings(out_dir, settings)
         check_ours(out_dir, out_dir / SETTINGS_FILE, outs)
+    elif not share.finishes or share.merge:
+        raise InputError("--overwrite is for one process; several parts need another --out-dir, or an empty one")
     make_folder(out_dir)
-    listed = hashlib.sha256("\n".join(f"{row.name} {row.out}" for row in rows).encode()).hexdigest()
-    share.agree("settings and pairs", settings | {"list": listed})
     if flags.overwrite:
-        share.lead("old pictures", lambda: note_old(out_dir, outs))
+        note_old(out_dir, outs)
     old = read_old(out_dir)
     mine = share.mine(rows)
     todo = [row for row in mine if not is_done(row.out, old)]
-    left = sum(share.meet("what is left", len(todo)))
+    ours = rows if share.merge else mine
+    left = sum(not is_done(row.out, old) for row in ours)
     pairs = len(rows) // num
     count = pairs + len(problems)
-    if share.leads:
-        if not flags.estimate:
-            print(describe(run, sampling, flags.seed), flush=True)
-        many = f", {num} pictures each, {len(rows) - left}" if num > 1 else f", {len(rows) - left} of them"
-        print(f"{source}: {pairs} pairs{many} done before", flush=True)
+    if not flags.estimate:
+        print(describe(run, sampling, flags.seed), flush=True)
+    part = "" if share.finishes else f", {len(mine)} pictures of {share}"
+    many = f", {num} pictures each, {len(ours) - left}" if num > 1 else f", {len(ours) - left} of them"
+    print(f"{source}: {pairs} pairs{part}{many} done before", flush=True)
     failed = []
 
     def report(line: int, why: object) -> None:
@@ -291,31 +290,25 @@ def generate_list(flags: argparse.Namespace, share: Share) -> int:
         failed.append(line)
         tqdm.tqdm.write(f"error: {source}, line {line}: {why}", file=sys.stderr)
 
-    for line, why in problems if share.leads else ():
+    for line, why in problems if share.first else ():
         report(line, why)
-    # Not of what is left or this process's: one size, so one program and the same bits, however the work is cut.
+    # Not of what is left or this part's: one size, so one program and the same bits, however the work is cut.
     size = min(batch_size, max(len(rows), 1))
     if flags.estimate:
-        if share.leads:
-            _print_estimate(run, sampling, flags, left, size)
+        _print_estimate(run, sampling, flags, left, size)
         return BAD_INPUT if failed else 0
     stopped = False
-    if left:
-        pipeline = Pipeline.of_run(run, vae=flags.vae, clip=flags.clip, dtype=flags.dtype) if todo else None
-
-        def write_about() -> None:
-            with atomic_write(out_dir / SETTINGS_FILE) as partial:
-                partial.write_text(json.dumps(settings, indent=1) + "\n")
-            if flags.records:
-                with atomic_write(out_dir / PAIRS_FILE) as partial:
-                    partial.write_text(pair_list(rows, out_dir))
-
-        share.lead("what the pictures are", write_about)
-        share.see(out_dir / SETTINGS_FILE)
+    if todo:
+        pipeline = Pipeline.of_run(run, vae=flags.vae, clip=flags.clip, dtype=flags.dtype)
+        with atomic_write(out_dir / SETTINGS_FILE) as partial:
+            partial.write_text(json.dumps(settings, indent=1) + "\n")
+        if flags.records:
+            with atomic_write(out_dir / PAIRS_FILE) as partial:
+                partial.write_text(pair_list(rows, out_dir))
         made = len(mine) - len(todo)
-        bar = tqdm.tqdm(total=len(mine), initial=made, unit="image", smoothing=0.1, disable=not share.leads)
-        compiled = False  # Until the first batch is sampled there is nothing to save. Others would not hear of the end.
-        with bar, Preemption(safe_to_exit=lambda: not compiled and share.count == 1) as preemption:
+        bar = tqdm.tqdm(total=len(mine), initial=made, unit="image", smoothing=0.1, disable=not share.first)
+        compiled = False  # Until the first batch is sampled there is nothing to save.
+        with bar, Preemption(safe_to_exit=lambda: not compiled) as preemption:
             for batch in _batches(todo, run, flags.seed, size, report):
                 fitted = [fitted for _, fitted in batch]
                 pictures = pipeline.sample(fitted, sampling=sampling, batch_size=size)
@@ -324,25 +317,24 @@ def generate_list(flags: argparse.Namespace, share: Share) -> int:
                     save_png(one.finish(picture), row.out)
                 made += len(batch)
                 bar.update(len(batch))
-                stopped = share.asked(preemption.stop(made))
+                stopped = preemption.stop(made)
                 if stopped:
                     break
-            ends = share.meet("pictures", stopped, meanwhile=lambda: share.asked(preemption.stop(made)))
-        stopped = any(ends)
-    ours = {"pictures": sum(is_done(row.out, old) for row in mine), "failed": failed}
-    found = share.meet("the sum", ours, meanwhile=lambda: share.asked(stopped))
-    failed = sorted({line for part in found for line in part["failed"]})
-    if share.leads:
-        pictures = sum(part["pictures"] for part in found)
-        if pictures == len(rows):
-            (out_dir / OLD_FILE).unlink(missing_ok=True)
-        if stopped:
-            print(f"asked to stop: {pictures} of {count} pairs done; run the same command again to go on")
-        else:
-            print(f"{out_dir}: {pictures} pictures of {count} pairs", flush=True)
-        if failed and not stopped:
-            lines = ", ".join(map(str, failed[:10])) + (", ..." if len(failed) > 10 else "")
-            print(f"error: {source}: {len(failed)} of {count} rows failed (lines {lines})", file=sys.stderr)
+    pictures = sum(is_done(row.out, old) for row in ours)
+    if share.merge and not problems:
+        share.require(len(ours) - pictures, len(ours), "pictures")
+    if share.finishes and pictures == len(rows):
+        (out_dir / OLD_FILE).unlink(missing_ok=True)
+    if stopped:
+        print(f"asked to stop: {pictures} of {len(ours)} pictures done; run the same command again to go on")
+    elif share.finishes:
+        print(f"{out_dir}: {pictures} pictures of {count} pairs", flush=True)
+    else:
+        print(f"{out_dir}: {pictures} pictures of {len(ours)}; {share} is done", flush=True)
+    if failed and not stopped:
+        failed = sorted(failed)
+        lines = ", ".join(map(str, failed[:10])) + (", ..." if len(failed) > 10 else "")
+        print(f"error: {source}: {len(failed)} of {count} rows failed (lines {lines})", file=sys.stderr)
     return STOPPED if stopped else BAD_INPUT if failed else 0
 
 

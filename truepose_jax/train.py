@@ -17,7 +17,6 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from input_pipeline.process_group import Share
 from input_pipeline.sources.folder import PARSING_FOLDER, PHOTO_FOLDERS, POSE_FOLDERS
 from truepose_jax.config import Config, ConfigError, from_config_dict
 from truepose_jax.data.annotations import training_method
@@ -85,31 +84,30 @@ def train(config: Config, workdir: str, *, profile: bool = False, minutes: float
     if budget is not None and (kept := kept_steps(workdir)):
         config = dataclasses.replace(config, total_steps=kept)
     stoppable = Preemption(safe_to_exit=lambda: True)
-    with distributed.together() as share, stoppable as preemption, lock_workdir(workdir):
-        distributed.same_folder(share, pathlib.Path(workdir))
+    with stoppable as preemption, lock_workdir(workdir):
+        distributed.same_folder(pathlib.Path(workdir))
         config = resolve_init_from(config)
-        share.lead("configuration", lambda: check_same_config(workdir, config))
+        distributed.on_primary(lambda: check_same_config(workdir, config))
         try:
             mesh = make_mesh(data=config.mesh.data, fsdp=config.mesh.fsdp, tensor=config.mesh.tensor)
             batch_share(mesh)
         except ValueError as error:
             raise ConfigError(f"config.mesh: {error}") from error
         _announce(config, mesh)
-        distributed.connect(share)
 
         # What never changes: the autoencoder and the region tokens.
         encoder = region_encoder(config)
         method, frozen, autoencoder, prints = assemble(config, encoder)
         cache = os.path.join(workdir, "cache")
-        train_set = training_set(config, encoder, cache, share)
+        train_set = training_set(config, encoder, cache)
         evaluates = config.eval.every and not budget
-        eval_set = evaluation_set(config, encoder, cache, share) if evaluates else None
+        eval_set = evaluation_set(config, encoder, cache) if evaluates else None
         if eval_set is not None and not eval_set.heldout:
             logging.warning("config.data.eval_pairs is empty: evaluation runs on the training pairs")
         data = data_digest(train_set.images, config.data.root, (*PHOTO_FOLDERS, PARSING_FOLDER, *POSE_FOLDERS))
         contents = {**prints, "clip": train_set.clip, "data": data, "origin": origin(config)}
-        share.agree("frozen networks and data", contents)
-        share.lead("contents", lambda: check_same_contents(workdir, contents))
+        distributed.assert_same("frozen networks and data", contents)
+        distributed.on_primary(lambda: check_same_contents(workdir, contents))
         frozen = replicate(mesh, frozen)
 
         with jax.set_mesh(mesh):
@@ -125,11 +123,11 @@ def train(config: Config, workdir: str, *, profile: bool = False, minutes: float
             _print_counts(trainer, abstract.params)
             every, keep, forever = config.checkpoint.every, config.checkpoint.keep, config.checkpoint.keep_every
             checkpoints = Checkpoints(workdir, keep=keep, every=every, keep_every=forever)
-            distributed.same_steps(share, checkpoints)
+            distributed.same_steps(checkpoints)
             state = first_state(config, trainer, checkpoints, abstract)
             try:
                 _loop(
-                    config, workdir, mesh, share, trainer, state, frozen, train_set,
+                    config, workdir, mesh, trainer, state, frozen, train_set,
                     Evaluator(config, method, eval_set, mesh) if evaluates else None,
                     checkpoints, metadata, preemption, profile, budget,
                 )  # fmt: skip
@@ -152,7 +150,6 @@ def _loop(
     config: Config,
     workdir: str,
     mesh: Mesh,
-    share: Share,
     trainer: Trainer,
     state: TrainState,
     frozen: Any,
@@ -236,7 +233,7 @@ def _loop(
             trace = stack.enter_context(Profiler(f"{workdir}/profile", start, config.total_steps, say=monitor.say))
         # The run before may have been stopped or killed between saving this step and evaluating it. All evaluate or none,
         # so one looks into the file.
-        if evaluation_due(start) and not share.lead("evaluation", lambda: monitor.evaluated(start)):
+        if evaluation_due(start) and not distributed.on_primary(lambda: monitor.evaluated(start)):
             evaluate(start)
         step = start
         while step < total:

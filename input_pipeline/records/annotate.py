@@ -3,9 +3,8 @@
 Each shard is replaced whole or not at all, and its checksum with it. metadata.json tells of an annotation only while
 every record holds it: what is about to be replaced is struck out before the first shard, and entered after the last.
 
-A replaced shard has a note with its checksum in DIR/build/. One process enters it into checksums.json at once; of several each
-replaces its share of the shards, and the leading one enters all notes when it begins and when it ends, so that only after
-processes that were killed outright do checksums wait for the next start.
+A replaced shard has a note with its checksum in DIR/build/, whose name tells what was wanted. One process enters it into
+checksums.json at once; what several have replaced, each its part of the shards, is entered by the one that merges.
 """
 
 from __future__ import annotations
@@ -19,20 +18,17 @@ from typing import Any
 
 import tqdm
 
-from input_pipeline.process_group import ALONE, Share
 from input_pipeline.records.reader import RecordImages, open_build, read_json
 from input_pipeline.records.schema import RecordWriter
 from input_pipeline.records.writer import write_shard, write_whole, writing
 from input_pipeline.schema import ImageRecord, InputError
+from input_pipeline.shards import WHOLE, Shard
 
 ANNOTATIONS = "annotations"
 """Key of metadata.json."""
 
 Fill = Callable[[Sequence[ImageRecord | None], str], Sequence[Mapping[str, Any]]]
 """(images at one size, None where one cannot be decoded, their label set) -> the fields of each that change."""
-
-PLAN = "annotate.json"
-"""In DIR/build/, while an annotation is under way: what is wanted."""
 
 CHUNK = 64
 """Images given to `fill` at once."""
@@ -49,88 +45,78 @@ def rewrite_records(
     fill: Fill,
     *,
     size: tuple[int, int],
-    share: Share = ALONE,
-) -> int:
-    """Puts what `fill` gives into all records of all splits; returns how many images could not be decoded.
+    share: Shard = WHOLE,
+) -> int | None:
+    """Puts what `fill` gives into all records of all splits; returns how many images could not be decoded, None for one part of
+    several, which does not know.
 
     wanted: {annotation: what metadata.json says of it}, for instance {"clip": {"fingerprint": ...}}; a run that was
-    stopped goes on where it was if it wanted the same. size: (h, w) that photos are fitted to. share: of this process,
-    whose shards it fills. Raises InputError.
+    stopped goes on where it was if it wanted the same. size: (h, w) that photos are fitted to. share: the part of
+    the files that this call fills. Raises InputError.
     """
     with writing(pathlib.Path(root)):
         return _rewrite(pathlib.Path(root), wanted, fill, size, share)
 
 
 def _rewrite(
-    root: pathlib.Path, wanted: Mapping[str, Mapping[str, Any]], fill: Fill, size: tuple[int, int], share: Share
-) -> int:
+    root: pathlib.Path, wanted: Mapping[str, Mapping[str, Any]], fill: Fill, size: tuple[int, int], share: Shard
+) -> int | None:
     shards_of = open_build(root).info.splits
     splits = sorted(shards_of)
     work = root / "build"
     wanted = json.loads(json.dumps(wanted))
+    key = hashlib.sha256(json.dumps([wanted, size], sort_keys=True).encode()).hexdigest()[:8]
     sets = [RecordImages(root, split, size=size) for split in splits]
-    share.agree("annotations", {"records": str(root), "wanted": wanted, "size": list(size)})
-    share.lead("the first notes", lambda: _begin(root, work, wanted))
-    share.see(work / PLAN)
+    _begin(root, work, wanted)
     tasks = []
     for images in sets:
         first = 0
         for shard, count in zip(images.shards, shards_of[images.split].shard_lengths, strict=True):
-            tasks.append((images, shard, range(first, first + count)))
+            tasks.append((images, _note(work, key, shard), shard, range(first, first + count)))
             first += count
     mine = share.mine(tasks)
     writer = RecordWriter()
-    try:
-        total = sum(len(rows) for _, _, rows in mine)
-        settings = {"desc": f"annotate {', '.join(wanted)}", "unit": "image", "delay": 0.5, "disable": not share.leads}
-        with tqdm.tqdm(total=total, **settings) as bar:
-            for images, shard, rows in mine:
-                if _note(work, shard).is_file():
-                    bar.update(len(rows))
-                    continue
-                records = []
-                for start in range(rows.start, rows.stop, CHUNK):
-                    chunk = range(start, min(start + CHUNK, rows.stop))
-                    records += _filled(images, chunk, fill)
-                    bar.update(len(chunk))
-                    share.check()
-                broken = sum(record is None for _, record in records)
-                _replace(root, work, shard, [fields for fields, _ in records], broken, writer)
-                if share.count == 1:
-                    _enter_checksums(root, _notes(work))
-        share.meet("all shards")
-    finally:
-        if share.leads:
-            _enter_checksums(root, _notes(work))
-
-    def finish() -> int:
-        notes = [_note(work, shard) for _, shard, _ in tasks]
-        for note in notes:
-            share.see(note)
-        _enter_checksums(root, notes)
-        return _finish(root, work, notes, wanted, splits, sets)
-
-    return share.lead("annotations", finish)
+    if share.finishes:
+        _enter_checksums(root, [note for _, note, _, _ in tasks])
+    total = sum(len(rows) for *_, rows in mine)
+    settings = {"desc": f"annotate {', '.join(wanted)}", "unit": "image", "delay": 0.5, "disable": not share.first}
+    with tqdm.tqdm(total=total, **settings) as bar:
+        for images, note, shard, rows in mine:
+            if note.is_file():
+                bar.update(len(rows))
+                continue
+            records = []
+            for start in range(rows.start, rows.stop, CHUNK):
+                chunk = range(start, min(start + CHUNK, rows.stop))
+                records += _filled(images, chunk, fill)
+                bar.update(len(chunk))
+            broken = sum(record is None for _, record in records)
+            for other in work.glob(f"annotated-*{shard}.json"):  # of another wish, which will have to begin anew
+                other.unlink()
+            checksum = write_shard(root / shard, work, writer, [fields for fields, _ in records])
+            write_whole(note, json.dumps({"shard": shard, "sha256": checksum, "broken": broken}))
+            if share.finishes:
+                _enter_checksums(root, [note])
+    if not share.finishes:
+        return None
+    notes = [note for _, note, _, _ in tasks]
+    share.require(sum(not note.is_file() for note in notes), len(notes), "annotated files of records")
+    _enter_checksums(root, notes)
+    return _finish(root, work, notes, wanted, splits, sets)
 
 
-def _note(work: pathlib.Path, shard: str) -> pathlib.Path:
-    """Of a shard that is done: {"sha256", "broken"}."""
-    return work / f"annotated-{shard}.json"
+def _note(work: pathlib.Path, key: str, shard: str) -> pathlib.Path:
+    """Of a shard that is done: {"shard", "sha256", "broken"}. key: of what was wanted."""
+    return work / f"annotated-{key}-{shard}.json"
 
 
 def _begin(root: pathlib.Path, work: pathlib.Path, wanted: dict) -> None:
-    """Keeps what an interrupted run with the same wishes has finished, or begins anew."""
+    """Strikes out what is about to be replaced."""
     work.mkdir(exist_ok=True)
-    _enter_checksums(root, _notes(work))
-    plan = work / PLAN
-    if plan.is_file() and read_json(plan).get("wanted") == wanted:
-        return
-    for note in _notes(work):
-        note.unlink()
     metadata = read_json(root / "metadata.json")
-    kept = {name: value for name, value in metadata.get(ANNOTATIONS, {}).items() if name not in wanted}
-    write_whole(root / "metadata.json", json.dumps(metadata | {ANNOTATIONS: kept}, indent=2))
-    write_whole(plan, json.dumps({"wanted": wanted}))
+    if metadata.get(ANNOTATIONS, {}).keys() & wanted.keys():
+        kept = {name: value for name, value in metadata[ANNOTATIONS].items() if name not in wanted}
+        write_whole(root / "metadata.json", json.dumps(metadata | {ANNOTATIONS: kept}, indent=2))
 
 
 def _filled(images: RecordImages, chunk: range, fill: Fill) -> list[tuple[dict[str, Any], ImageRecord | None]]:
@@ -148,22 +134,10 @@ def _filled(images: RecordImages, chunk: range, fill: Fill) -> list[tuple[dict[s
     return list(zip(filled, records, strict=True))
 
 
-def _replace(
-    root: pathlib.Path, work: pathlib.Path, shard: str, records: Sequence[dict], broken: int, writer: RecordWriter
-) -> None:
-    """The shard under its own name only when it is whole, and its note after it."""
-    checksum = write_shard(root / shard, work, writer, records)
-    write_whole(_note(work, shard), json.dumps({"shard": shard, "sha256": checksum, "broken": broken}))
-
-
-def _notes(work: pathlib.Path) -> list[pathlib.Path]:
-    return sorted(work.glob("annotated-*.json"))
-
-
 def _enter_checksums(root: pathlib.Path, notes: Sequence[pathlib.Path]) -> None:
-    """What the notes say of replaced shards goes into checksums.json."""
+    """What those of the notes that are there say of replaced shards goes into checksums.json."""
     before = read_json(root / "checksums.json")["sha256"]
-    sums = before | {note["shard"]: note["sha256"] for note in map(read_json, notes)}
+    sums = before | {note["shard"]: note["sha256"] for note in map(read_json, filter(pathlib.Path.is_file, notes))}
     if sums != before:
         digest = hashlib.sha256(json.dumps(sums, sort_keys=True).encode()).hexdigest()
         write_whole(root / "checksums.json", json.dumps({"digest": digest, "sha256": sums}, indent=1))
@@ -187,7 +161,6 @@ def _finish(
     metadata = read_json(root / "metadata.json")
     metadata[ANNOTATIONS] = metadata.get(ANNOTATIONS, {}) | wanted
     write_whole(root / "metadata.json", json.dumps(metadata, indent=2))
-    (work / PLAN).unlink()
     broken = sum(read_json(note)["broken"] for note in notes)
     for note in notes:
         note.unlink()

@@ -6,8 +6,8 @@ and shuffles through a bucket file first. So the shards are written here, with i
 writer, and its DatasetInfo is written last: `tfds.builder_from_directory` opens the result like any other.
 
 What a shard holds is a function of the raw set alone: `shard_records` images in the order of their items, less the
-dropped ones. A finished shard has a note in DIR/build/; a shard without one is written again. So several processes can build
-their shares of the shards, and another number of processes can go on; tables, checksums and info are one process's, at the end.
+dropped ones. A finished shard has a note in DIR/build/; a shard without one is written again. So any number of
+processes can build their parts (--shard), and another number can go on; tables, checksums and info are one process's, at the end.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ import io
 import json
 import os
 import pathlib
+import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -29,11 +30,11 @@ import tqdm
 
 from input_pipeline.annotations.photo import one_line
 from input_pipeline.annotations.plausibility import SetOfDoubts
-from input_pipeline.process_group import ALONE, Share
 from input_pipeline.records.encode import DOUBTS, read_items
 from input_pipeline.records.reader import IMAGE_COLUMNS, PAIR_COLUMNS, read_json
 from input_pipeline.records.schema import VERSION, RecordWriter, features
 from input_pipeline.schema import InputError
+from input_pipeline.shards import WHOLE, Shard
 from input_pipeline.sources.base import Dropped, Item, RawSet, RawSplit
 
 SHARD_RECORDS = 1024
@@ -55,22 +56,21 @@ def build_records(
     annotators: Sequence[Annotator] = (),
     settings: Mapping[str, Any] | None = None,
     shard_records: int = SHARD_RECORDS,
-    share: Share = ALONE,
-) -> dict[str, Any]:
-    """Builds `raw` in the folder `out`, or goes on with the build there; returns its report (report.json).
+    share: Shard = WHOLE,
+) -> dict[str, Any] | None:
+    """Builds `raw` in the folder `out`, or goes on with the build there; returns its report (report.json), None for one part of
+    several, which lacks it.
 
     size: photos are fitted to (h, w) and stored so (None: as they are). workers: processes that read photos; 1 reads
     here. annotators: run in this process on every shard before it is written. settings: whatever else makes this
-    build what it is; a build of other settings in the same folder is an error. share: of this process, whose shards it
-    builds; `out` is then a folder that all see. Raises InputError.
+    build what it is; a build of other settings in the same folder is an error. share: the part of the files that
+    this call builds. Raises InputError.
     """
     out = pathlib.Path(out)
     plan = _plan(raw, size, dict(settings or {}), shard_records)
-    share.agree("the build", plan | {"out": str(out)})
-    if share.lead("the folder", lambda: _begin(out, plan)):
+    if _begin(out, plan):
         return read_json(out / "report.json")
     work = out / "build"
-    share.see(work / "plan.json")
     shards = [
         _Shard(raw.name, split, i, -(-len(content.items) // shard_records), tuple(content.items[start:start + shard_records]))
         for split, content in sorted(raw.splits.items())
@@ -79,7 +79,7 @@ def build_records(
     mine = share.mine(shards)
     todo = [shard for shard in mine if not shard.is_done(out, work)]
     total, left = (sum(len(shard.items) for shard in some) for some in (mine, todo))
-    settings_of_bar = {"desc": raw.name, "unit": "image", "delay": 0.5, "disable": not share.leads}
+    settings_of_bar = {"desc": raw.name, "unit": "image", "delay": 0.5, "disable": not share.first}
     with tqdm.tqdm(total=total, initial=total - left, **settings_of_bar) as bar:
         pictures = read_items([item for shard in todo for item in shard.items], raw.labels, size, workers)
         writer = RecordWriter() if todo else None
@@ -88,24 +88,17 @@ def build_records(
             for _ in shard.items:
                 found.append(next(pictures))
                 bar.update()
-                share.check()
             records = [fields for fields in found if isinstance(fields, dict)]
             doubts = [(fields["name"], fields.pop(DOUBTS)) for fields in records]
             for annotate in annotators:
                 annotate(records)
             with writing(out):
                 shard.write(out, work, writer, records, [drop for drop in found if isinstance(drop, Dropped)], doubts)
-    share.meet("all shards")
-
-    def finish() -> None:
-        for shard in shards:
-            for path in (out / shard.file, shard.note(work)):
-                share.see(path)
-        with writing(out):
-            _finish(raw, out, work, plan, shards)
-
-    share.lead("tables and info", finish)
-    share.see(out / "report.json")
+    if not share.finishes:
+        return None
+    share.require(sum(not shard.is_done(out, work) for shard in shards), len(shards), "files of records")
+    with writing(out):
+        _finish(raw, out, work, plan, shards)
     return read_json(out / "report.json")
 
 
@@ -193,7 +186,8 @@ def _begin(out: pathlib.Path, plan: dict[str, Any]) -> bool:
                 f"{out}: holds a build with other {', '.join(other)}; choose another --out, or remove that folder"
             )
         return (out / "dataset_info.json").is_file()
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+    # Another part of this very build may be between making the folder and saying what it is.
+    if out.exists() and (not out.is_dir() or any(path.name != "build" for path in out.iterdir())):
         raise InputError(f"{out}: exists and is not a build of this program; choose another --out")
     try:
         note.parent.mkdir(parents=True, exist_ok=True)
@@ -345,7 +339,7 @@ def write_shard(path: pathlib.Path, work: pathlib.Path, writer: RecordWriter, re
 
 def write_whole(path: pathlib.Path, text: str) -> None:
     """Writes a file that is there whole or not at all."""
-    partial = path.with_name(f"{path.name}.partial")
+    partial = path.with_name(f"{path.name}.{uuid.uuid4().hex[:8]}.partial")  # several parts may write the same file at once
     partial.write_text(text, encoding="utf-8")
     os.replace(partial, path)
 

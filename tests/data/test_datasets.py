@@ -1,7 +1,9 @@
 """From a configuration to image sets with region tokens: a folder of photos, its cache, and one file for several processes."""
 
+import math
 import types
 
+import jax
 import numpy as np
 import pytest
 from PIL import Image
@@ -10,12 +12,12 @@ from safetensors.numpy import load_file, save_file
 from configs.demo import get_config
 from input_pipeline.schema import InputError
 from input_pipeline.synthetic.people import render
-from tests.process_group import share_work
 from tests.shared_data import NoiseImages
 from truepose_jax.config import Config, from_config_dict
 from truepose_jax.data.datasets import evaluation_set, training_set
+from truepose_jax.pretrained import region_tokens
 from truepose_jax.pretrained.region_tokens import make_encoder, token_table
-from truepose_jax.runtime import atomic, distributed, files
+from truepose_jax.runtime import atomic, files
 
 
 def write_folder(root, count=3):
@@ -99,34 +101,31 @@ class Encoder:
         return found, np.ones(found.shape[:2], bool)
 
 
-@pytest.mark.parametrize("count", [1, 3])
-def test_one_of_several_processes_makes_the_tokens(tmp_path, count, monkeypatch):
-    """The others read its file; all have the same table, and so has a second start."""
-    monkeypatch.setattr(distributed, "LOOK_AGAIN", (0.001, 0.01))
+def test_one_of_several_processes_makes_the_tokens(tmp_path, monkeypatch):
+    """The others wait for its file; all have the same table, and so has a second start."""
     images, settings = NoiseImages(), {"flip": True, "fingerprint": "f"}
     alone = token_table(images, Encoder(), cache=None, **settings)
-    for made in (2 * len(images), 0):
-        encoders = [Encoder() for _ in range(count)]
+    first, second = Encoder(), Encoder()
 
-        def work(share, encoders=encoders):
-            return token_table(images, encoders[share.index], cache=str(tmp_path / "c"), share=share, **settings)
+    def wait(path, within):
+        assert within == math.inf and not path.exists()
+        with monkeypatch.context() as patch:  # meanwhile, process 0
+            patch.setattr(jax, "process_index", lambda: 0)
+            token_table(images, first, cache=str(tmp_path), **settings)
 
-        for table in share_work(count, work):
-            for ours, theirs in zip(vars(table).values(), vars(alone).values(), strict=True):
-                np.testing.assert_array_equal(ours, theirs)
-        assert [e.seen for e in encoders] == [made] + [0] * (count - 1)
+    monkeypatch.setattr(jax, "process_index", lambda: 1)
+    monkeypatch.setattr(region_tokens, "is_seen", wait)
+    table = token_table(images, second, cache=str(tmp_path), **settings)
+    for ours, theirs in zip(vars(table).values(), vars(alone).values(), strict=True):
+        np.testing.assert_array_equal(ours, theirs)
+    monkeypatch.setattr(jax, "process_index", lambda: 0)
+    token_table(images, first, cache=str(tmp_path), **settings)
+    assert (first.seen, second.seen) == (2 * len(images), 0)
 
 
-def test_those_who_wait_for_tokens_end_where_the_first_fails(tmp_path, monkeypatch):
-    monkeypatch.setattr(distributed, "LOOK_AGAIN", (0.001, 0.01))
-    monkeypatch.setattr(distributed, "CHECK_EVERY", 0.0)
-
-    def work(share):
-        encoder = Encoder(InputError("no CLIP here"))
-        return token_table(NoiseImages(), encoder, flip=False, cache=str(tmp_path), fingerprint="f", share=share)
-
-    first, second = share_work(2, work)
-    assert str(first) == "no CLIP here" and "process 0 has failed (no CLIP here)" in str(second)
+def test_tokens_that_cannot_be_kept_are_one_line(tmp_path):
+    with pytest.raises(InputError, match="no CLIP here"):
+        token_table(NoiseImages(), Encoder(InputError("no CLIP here")), flip=False, cache=str(tmp_path), fingerprint="f")
     (tmp_path / "file").write_text("")
     with pytest.raises(InputError, match="cannot be written"):
         token_table(NoiseImages(), Encoder(), flip=False, cache=str(tmp_path / "file"), fingerprint="f")

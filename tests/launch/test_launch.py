@@ -59,23 +59,30 @@ SHARED = {
 
 @pytest.mark.parametrize("program", SHARED)
 def test_every_launcher_starts_the_other_programs(program):
-    """The program's name in front, and what it is shared by behind its arguments, where `prepare build` takes it."""
+    """The program's name in front, and its part behind its arguments, where `prepare build` takes it."""
     given = [program, *SHARED[program]]
     lines = shell("local.sh", "--dry-run", "3", *given, PORT="12345", PYTHON="py").stdout.splitlines()
-    join = ["--coordinator=localhost:12345", "--process=2", "--processes=3"]
-    assert len(lines) == 3
-    assert shlex.split(lines[2])[-6 - len(given) + 1 :] == ["py", "-m", f"truepose_jax.{program}", *given[1:], *join]
+    command = ["py", "-m", f"truepose_jax.{program}", *given[1:]]
+    found = [shlex.split(line)[-len(command) - 1 :] for line in lines]
+    assert found == [[*command, f"--shard={part}"] for part in ("0/3", "1/3", "2/3", "merge")]
     done = shell("slurm.sbatch", "--dry-run", *given, PYTHON="py")
-    assert shlex.split(done.stdout)[2:] == ["py", "-m", f"truepose_jax.{program}", *given[1:]]
+    step, merge = map(shlex.split, done.stdout.splitlines())
+    assert step[2:] == command and merge == [*command, "--shard=merge"]
+    in_array = shell("slurm.sbatch", "--dry-run", *given, PYTHON="py", SLURM_ARRAY_TASK_ID="3")
+    assert shlex.split(in_array.stdout) == step, "the array's jobs end at different times"
     words = shlex.split(shell("tpu_pod.sh", "--dry-run", "slice", "us-east5-a", *given).stdout)
     (remote,) = (w for w in words if w.startswith("--command="))
     last = shlex.quote(given[-1]) if " " not in given[-1] else given[-1].replace(" ", "\\ ")
-    assert f"truepose_jax.{program} {given[1]}" in remote and f"{last} --distributed=always > {program}.log" in remote
-    for kind, extra in ((("tpu", "pose", "i", "tpu-v5-lite-podslice", "4x4"), ["--distributed=always"]),
-                        (("gpu", "pose", "i", "2", "8"), [])):  # fmt: skip
+    assert f"truepose_jax.{program} {given[1]}" in remote and f"{last} > {program}.log" in remote
+    assert "JAX_PROCESS_ID=$(of agent-worker-number)" in remote and "--worker=all" in words
+    words = shlex.split(shell("tpu_pod.sh", "--dry-run", "slice", "us-east5-a", *given, "--shard=merge").stdout)
+    assert "--worker=0" in words and not any("JAX_PROCESS_ID" in word for word in words)
+    for kind, count in ((("tpu", "pose", "i", "tpu-v5-lite-podslice", "4x4"), "4"), (("gpu", "pose", "i", "2", "8"), "2")):
         (container,) = jobset(*kind, "--", *given)[2]["containers"]
         assert container["command"] == ["python", "-m", f"truepose_jax.{program}"]
-        assert container["args"] == [*given[1:], *extra]
+        assert container["args"] == given[1:]
+        variables = {each["name"]: each.get("value") for each in container["env"]}
+        assert variables["JAX_NUM_PROCESSES"] == count and "JAX_PROCESS_ID" in variables
 
 
 @pytest.mark.parametrize("code", [0, 143])

@@ -1,7 +1,5 @@
-"""`generate --records`: every pair of a split, named for others, stopped and gone on with, shared by several processes."""
+"""`generate --records`: every pair of a split, named for others, stopped and gone on with, in parts by several processes."""
 
-import argparse
-import contextlib
 import csv
 import signal
 
@@ -13,8 +11,7 @@ from input_pipeline.annotations.keypoints import canonical_name, patn_name
 from input_pipeline.records.reader import RecordImages
 from input_pipeline.records.writer import build_records
 from input_pipeline.schema import InputError
-from tests.process import Program, environment, free_port
-from tests.process_group import share_work
+from tests.process import Program, environment
 from tests.records import NoiseItem, RawSet, RawSplit, all_pairs
 from tests.tiny_run import SIZE, shared_pipeline, shared_run
 from truepose_jax import generate
@@ -105,60 +102,50 @@ def test_it_goes_on_and_does_not_mix_settings(records, tmp_path, loaded, capsys)
     assert "other settings: seed" in capsys.readouterr().err
 
 
-# ------------------------------------------------------------------------------------------------- several processes
+# ------------------------------------------------------------------------------------------------- in parts
 
 
-@contextlib.contextmanager
-def nobody(safe_to_exit):
-    """In place of Preemption, which wants the main thread."""
-    del safe_to_exit
-    yield argparse.Namespace(stop=lambda made: False)
-
-
-@pytest.fixture
-def shared(records, loaded, monkeypatch):
-    """make(out, count): how `count` processes that make these pictures end, each a thread."""
-    monkeypatch.setattr(generate, "Preemption", nobody)
-
-    def make(out, count, *flags):
-        flags = [f"--workdir={shared_run()}", f"--records={records}", f"--out-dir={out}", "--batch-size=1", *flags]
-        given = generate.make_parser().parse_args(flags)
-        return share_work(count, lambda share: generate.generate_list(given, share))
-
-    return make
+def parts(records, out, *shards, flags=()):
+    """How these parts of the pictures end."""
+    return [run(records, out, "--batch-size=1", f"--shard={shard}", *flags) for shard in shards]
 
 
 def pictures(root):
     return {path.name: path.read_bytes() for path in root.rglob("*") if path.is_file()}
 
 
-def test_pictures_of_several_are_those_of_one(records, shared, tmp_path, capsys):
-    alone, several = tmp_path / "alone", tmp_path / "several"
+@pytest.mark.parametrize("order", [[2, 0, 1], [7, 0, 3, 5, 1, 6, 4, 2]])
+def test_pictures_in_parts_are_those_of_one(records, loaded, tmp_path, capsys, order):
+    alone, several, count = tmp_path / "alone", tmp_path / "several", len(order)
     assert run(records, alone) == 0
+    *most, last = (f"{index}/{count}" for index in order)
+    assert parts(records, several, *most) == [0] * (count - 1)
     capsys.readouterr()
-    assert shared(several, 3) == [0, 0, 0]
+    assert parts(records, several, "merge") == [2]
+    assert "of 12 pictures are not there: let every shard of this command" in capsys.readouterr().err
+    assert parts(records, several, last, most[0], "merge") == [0, 0, 0]
     said = capsys.readouterr().out
-    assert said.count("12 pairs, 0 of them done before") == 1 and said.count("12 pictures of 12 pairs") == 1
+    assert "12 pairs, 12 of them done before" in said and "12 pictures of 12 pairs" in said
     assert pictures(several) == pictures(alone), "the same bits, and one generate.json and pairs.csv"
 
     made = {path: path.stat().st_mtime_ns for path in several.rglob("*.png")}
     gone = sorted(made)[1::4]
     for path in gone:
         path.unlink()
-    assert shared(several, 2) == [0, 0]
-    assert "12 pairs, 9 of them done before" in capsys.readouterr().out
+    assert parts(records, several, "1/2", "0/2", "merge") == [0, 0, 0]
     assert pictures(several) == pictures(alone)
     assert all(path.stat().st_mtime_ns == when for path, when in made.items() if path not in gone)
-    assert all("other settings: seed" in str(end) for end in shared(several, 2, "--seed=1"))
+    assert parts(records, several, "0/2", flags=["--seed=1"]) == [2]
+    assert "other settings: seed" in capsys.readouterr().err
+    assert parts(records, several, "0/2", flags=["--overwrite"]) == [2]
+    assert "--overwrite is for one process" in capsys.readouterr().err
 
 
-def test_rows_that_fail_are_everybodys(records, shared, tmp_path, capsys, monkeypatch):
-    """Whoever's the row is, all end with 2, one says which they are, and the rest is made."""
+def test_rows_that_fail_are_said_by_their_part(records, loaded, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(RecordImages, "fields", broken(RecordImages.fields))
-    assert shared(tmp_path, 2) == [2, 2]
+    assert parts(records, tmp_path, "0/2", "1/2", "merge") == [2, 2, 2]
     said = capsys.readouterr()
-    assert "6 pictures of 12 pairs" in said.out
-    assert said.err.count("6 of 12 rows failed (lines 2, 5, 6, 7, 9, 12)") == 1
+    assert said.err.count("rows failed (lines ") == 2 and "6 of 12 pictures are not there" in said.err
 
 
 def broken(fields):
@@ -170,46 +157,33 @@ def broken(fields):
     return read
 
 
-def test_where_one_cannot_write_all_end(shared, tmp_path, monkeypatch):
-    save, saved = generate.save_png, []
-
-    def full(picture, path):
-        saved.append(path)
-        if len(saved) == 4:
-            raise InputError(f"{path}: cannot be written (no space)")
-        save(picture, path)
-
-    monkeypatch.setattr(generate, "save_png", full)
-    ends = shared(tmp_path, 2)
-    assert all(isinstance(end, InputError) and "no space" in str(end) for end in ends) and 4 <= len(saved) < 8
-
-
-def test_a_signal_to_one_process_stops_both_and_another_number_goes_on(records, tmp_path, loaded, capsys):
-    """Two real ones, as a user starts them: SIGTERM to the second once there are pictures; then one process goes on."""
+def test_a_signal_to_one_part_and_a_kill_of_another(records, tmp_path, loaded, capsys):
+    """Two real ones, as a user starts them: SIGTERM to the first once there are pictures, SIGKILL to the second."""
     out, program = tmp_path / "out", ["-m", "truepose_jax.generate", f"--workdir={shared_run()}"]
     program += [f"--records={records}", f"--out-dir={out}", "--batch-size=1", f"--steps={STEPS}"]
-    program += [f"--coordinator=localhost:{free_port()}", "--processes=2"]
     (row, *_) = record_rows(RecordImages(records, "test"), out, "cfld")
-    loaded.sample([row.read(loaded.run, 0)], steps=STEPS, batch_size=1)  # compiled once, for all three
-    started = [Program(*program, f"--process={i}", env=environment(cached=True)) for i in range(2)]
-    for each in started:
-        each.wait_for(lambda: len(list(out.rglob("*.png"))) >= 2)
-    started[1].send_signal(signal.SIGTERM)
-    ends = [process.finish() for process in started]
-    assert [code for code, *_ in ends] == [143, 143], ends
-    made = {path: path.stat().st_mtime_ns for path in out.rglob("*.png")}
-    assert f"asked to stop: {len(made)} of 12 pairs done" in ends[0][1] and 2 <= len(made) < 12
-    assert "process 1 of 2" in ends[1][1] and "pairs done" not in ends[1][1]
-    assert not list(out.rglob(".*")), "nothing in halves"
-    assert run(records, out, f"--steps={STEPS}") == 0
-    assert f"{len(made)} of them done before" in capsys.readouterr().out
+    # compiled once, for all three
+    loaded.sample([row.read(loaded.run, 0)], sampling=loaded.run.sampling(STEPS, None), batch_size=1)
+    for index, number in enumerate((signal.SIGTERM, signal.SIGKILL)):
+        before = len(list(out.rglob("*.png")))
+        started = Program(*program, f"--shard={index}/2", env=environment(cached=True))
+        started.wait_for(lambda before=before: len(list(out.rglob("*.png"))) > before)
+        started.send_signal(number)
+        code, said, _ = started.finish()
+        assert code == (143 if number == signal.SIGTERM else -9)
+        assert number == signal.SIGKILL or "asked to stop" in said
+    made = {path: path.stat().st_mtime_ns for path in out.rglob("*.png") if not path.name.startswith(".")}
+    assert 2 <= len(made) < 12
+    flags = [f"--steps={STEPS}"]
+    assert parts(records, out, "merge", flags=flags) == [2]
+    assert parts(records, out, "2/3", "1/3", "0/3", "merge", flags=flags) == [0] * 4
     assert all(path.stat().st_mtime_ns == when for path, when in made.items())
 
 
 @pytest.mark.parametrize(
     ("flags", "words"),
     [
-        (["--process=1"], "--coordinator is missing"),
+        (["--shard=2/2"], "--shard=2/2: the parts of 2 are 0 to 1"),
         (["--split=train"], "no split 'train'"),
         (["--labels=atr18"], "--labels means nothing to --records; it is for one picture, --pairs"),
         (["--pose-frame=40x30"], "--pose-frame means nothing to --records"),

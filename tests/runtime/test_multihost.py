@@ -1,11 +1,10 @@
 """Several real processes on this machine: training, joined by gloo, with the examples, losses and stops of one process; and work
-that they share (see also test_process_group.py and test_generate_records.py)."""
+in parts (see also test_shards.py and test_generate_records.py)."""
 
 import json
 import signal
 import subprocess
 import sys
-import time
 
 import numpy as np
 import pytest
@@ -14,8 +13,7 @@ from input_pipeline.records.check import check_records
 from input_pipeline.schema import InputError
 from tests.evaluate.test_evaluate import folder
 from tests.metrics.torch_networks import save_weights
-from tests.process import ROOT, Program, environment, free_port
-from tests.process_group import share_work
+from tests.process import ROOT, environment, free_port, of_code
 from tests.training import test_killed as runs
 from tests.training.test_killed import same_run, start, wait_for_step
 from truepose_jax import prepare
@@ -59,7 +57,7 @@ def test_four_processes(tmp_path, straight):
 
 @pytest.mark.slow
 def test_four_processes_in_groups_of_two(tmp_path, straight):
-    """Gloo connects each group by itself, after distributed.connect has connected all."""
+    """Gloo connects each group by itself, after distributed.start has connected all."""
     finish(by_flags(tmp_path, 4, "--config.mesh.data=2", "--config.mesh.fsdp=2", "--config.optim.layout=tree"))
     same_run(tmp_path, straight)
 
@@ -76,43 +74,53 @@ def test_sigterm_to_one_stops_both_at_the_same_step(tmp_path):
     assert f"saved step {saved};" in stopped[0]
 
 
-def test_all_must_see_the_workdir_of_process_0(tmp_path, monkeypatch):
-    monkeypatch.setattr(distributed, "SEEN_WITHIN", 0.2)
-    monkeypatch.setattr(distributed, "CHECK_EVERY", 0.05)
-    places = [tmp_path / "one", tmp_path / "other"]
-    for place in places:
+def test_what_processes_tell_one_another(tmp_path):
+    """Two real ones: what all say, what one does for both, and errors that both end with."""
+    code = """
+        import json, pathlib, sys, types
+        from input_pipeline.schema import InputError
+        from truepose_jax.runtime import distributed
+        index, root = int(sys.argv[2]), pathlib.Path(sys.argv[3])
+        distributed.SEEN_WITHIN = 1
+        distributed.start(coordinator=sys.argv[1], process=index, processes=2)
+
+        def fail():
+            raise InputError("the disk is full")
+
+        def error_of(work):
+            try:
+                return work()
+            except InputError as error:
+                return str(error)
+
+        late = types.SimpleNamespace(folder=root, seen=[4, 8] if index == 0 else [4])
+        late.steps, late.look_again = lambda: late.seen, lambda: late.__dict__.update(seen=[4, 8])
+        never = types.SimpleNamespace(folder=root, steps=lambda: [4, 8][: 2 - index], look_again=lambda: None)
+        place = root / f"place{index}"
         place.mkdir()
-    assert share_work(2, lambda share: distributed.same_folder(share, places[0])) == [None, None]
-    ends = share_work(2, lambda share: distributed.same_folder(share, places[share.index]))
-    assert all(isinstance(end, InputError) and "\n" not in str(end) for end in ends)
-    assert f"{places[1]}/" in str(ends[1]) and "process 1 does not see it" in str(ends[1])
-    assert "process 1 has failed" in str(ends[0])
-    assert not list(places[0].iterdir()) and not list(places[1].iterdir())
-
-
-class Steps:
-    """The steps of a workdir as a process sees them, before and after it looks again."""
-
-    def __init__(self, folder, before, after):
-        self.folder, self._seen, self._after = folder, before, after
-
-    def steps(self):
-        return self._seen
-
-    def look_again(self):
-        self._seen = self._after
-
-
-def test_all_begin_with_the_steps_of_process_0(tmp_path, monkeypatch):
-    monkeypatch.setattr(distributed, "CHECK_EVERY", 0.05)
+        print(json.dumps([
+            distributed.all_gather("x" * (5 + index)),
+            distributed.on_primary(lambda: {"by": index}),
+            error_of(lambda: distributed.on_primary(fail)),
+            error_of(lambda: distributed.assert_same("settings", {"a": 1, "seed": index})),
+            error_of(lambda: distributed.assert_same("settings", {"a": 1})),
+            error_of(lambda: distributed.same_folder(root)),
+            error_of(lambda: distributed.same_folder(place)),
+            error_of(lambda: distributed.same_steps(late)),
+            error_of(lambda: distributed.same_steps(never)),
+        ]))
+    """
     for step in ("4", "8"):
         (tmp_path / step).mkdir()
-    late = [Steps(tmp_path, [4, 8], [4, 8]), Steps(tmp_path, [4], [4, 8])]
-    assert share_work(2, lambda share: distributed.same_steps(share, late[share.index])) == [None, None]
-    assert late[1].steps() == [4, 8]
-    never = [Steps(tmp_path, [4, 8], [4, 8]), Steps(tmp_path, [4], [4])]
-    ends = share_work(2, lambda share: distributed.same_steps(share, never[share.index]))
-    assert all("saved steps: those of process" in str(end) for end in ends)
+    address = f"localhost:{free_port()}"
+    ends = finish([of_code(code, address, index, tmp_path) for index in range(2)])
+    first, second = (json.loads(out.splitlines()[-1]) for out in ends)
+    for found in (first, second):
+        assert found[:2] == [["xxxxx", "xxxxxx"], {"by": 0}] and "the disk is full" in found[2]
+        assert "settings: those of process 1 differ from those of process 0: seed is 1 there and 0 here" in found[3]
+        assert found[4] is found[5] is found[7] is None
+        assert "process 1 does not see what process 0 writes there" in found[6] and "saved steps: those of" in found[8]
+    assert not list((tmp_path / "place0").iterdir()) and not list((tmp_path / "place1").iterdir())
 
 
 # ------------------------------------------------------------------------------------------------- shared work
@@ -134,7 +142,7 @@ def test_two_processes_build_what_one_builds(tmp_path):
     flags = ["build", "--dataset=synthetic", "--size=64x48", "--limit=13", "--poses-per-identity=3", "--workers=1"]
     code, said, errors = local(2, "prepare", *flags, f"--out={tmp_path / 'two'}")
     assert code == 0, errors
-    assert "process 0 of 2" in said and "process 1 of 2" in said and said.count("13 pairs") == 1
+    assert "shard 0 of 2 is done" in said and "shard 1 of 2 is done" in said and said.count("13 pairs") == 1
     assert prepare.main([*flags, f"--out={tmp_path / 'one'}"]) == 0
     assert contents(tmp_path / "two") == contents(tmp_path / "one")
     assert check_records(tmp_path / "two")[0] == []
@@ -156,26 +164,6 @@ def test_three_processes_evaluate_as_one_does(tmp_path):
     fid = "fid_unverified_weights"
     np.testing.assert_allclose(three.pop(fid)["mean"], one.pop(fid)["mean"], rtol=1e-6)
     assert three == one, "per-image metrics exactly"
-
-
-@pytest.mark.slow
-def test_where_one_is_killed_outright_the_others_end(tmp_path):
-    """Nobody tells them: JAX's service misses it after some 100 seconds."""
-    flags = [
-        "build",
-        "--dataset=synthetic",
-        "--size=256x176",
-        "--limit=60000",
-        f"--out={tmp_path / 'r'}",
-        "--workers=1",
-    ]
-    join = [f"--coordinator=localhost:{free_port()}", "--processes=2"]
-    started = [Program("-m", "truepose_jax.prepare", *flags, *join, f"--process={i}") for i in range(2)]
-    started[0].wait_for((tmp_path / "r" / "build" / "plan.json").exists)
-    started[1].kill()
-    started[1].finish()
-    killed = time.monotonic()
-    assert started[0].finish()[0] not in (0, 143) and 60 < time.monotonic() - killed < 200
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,6 @@ from input_pipeline.annotations.parsing import label_set
 from input_pipeline.batches.loader import RecordCache, make_loader
 from input_pipeline.batches.readers import RecordTokens
 from input_pipeline.fields import Layout
-from input_pipeline.process_group import ALONE, Share
 from input_pipeline.records.reader import RecordImages, open_build, split_names
 from input_pipeline.schema import ImageSet, InputError, TokenTable
 from input_pipeline.sources.folder import FolderImages
@@ -64,11 +63,10 @@ def about_records(config: Config) -> dict[str, str]:
     return {"name": info.name, "labels": info.metadata["labels"]}
 
 
-def training_set(config: Config, encoder: Encoder | None, cache: str | None, share: Share = ALONE) -> Dataset:
-    """share: of several processes that read it all one makes the tokens (region_tokens.token_table). Raises InputError and
-    ConfigError where the data are not what the config says."""
+def training_set(config: Config, encoder: Encoder | None, cache: str | None) -> Dataset:
+    """Raises InputError and ConfigError where the data are not what the config says."""
     images, name = _OPEN[config.data.dataset](config, "train")
-    tokens, clip = _tokens(config, images, encoder, config.data.flip, cache, name, share)
+    tokens, clip = _tokens(config, images, encoder, config.data.flip, cache, name)
     return Dataset(images, tokens, images.pairs, heldout=False, clip=clip)
 
 
@@ -106,7 +104,7 @@ def training_batches(
 
 
 def _tokens(
-    config: Config, images: ImageSet, encoder: Encoder | None, flip: bool, cache: str | None, name: str, share: Share
+    config: Config, images: ImageSet, encoder: Encoder | None, flip: bool, cache: str | None, name: str
 ) -> tuple[TokenTable | RecordTokens | None, str]:
     """(tokens, fingerprint of their CLIP): those of the records where they serve, else from the cache or CLIP. encoder: None
     where the method reads no tokens."""
@@ -115,16 +113,16 @@ def _tokens(
     stored = stored_tokens(config, images, encoder) if isinstance(images, RecordImages) else None
     if stored is not None:
         return stored
-    table = token_table(images, encoder, flip=flip, cache=cache, fingerprint=name, share=share)
+    table = token_table(images, encoder, flip=flip, cache=cache, fingerprint=name)
     return table, encoder.fingerprint
 
 
-def evaluation_set(config: Config, encoder: Encoder | None, cache: str | None, share: Share = ALONE) -> Dataset:
+def evaluation_set(config: Config, encoder: Encoder | None, cache: str | None) -> Dataset:
     """Held-out people, the folder's `eval_pairs`, or the records' test split. Pairs are spread
     evenly over the list: over its identities where these stand together, some more than once where there are fewer."""
     heldout = config.data.dataset == "synthetic" or bool(_evaluation_split(config))
     images, name = _OPEN[config.data.dataset](config, "heldout" if heldout else "train")
-    tokens, clip = _tokens(config, images, encoder, False, cache, name, share)
+    tokens, clip = _tokens(config, images, encoder, False, cache, name)
     return Dataset(images, tokens, evenly_spaced(images.pairs, config.eval.pairs), heldout, clip)
 
 

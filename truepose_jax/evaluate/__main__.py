@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import hashlib
 import importlib.metadata
 import json
 import pathlib
@@ -12,8 +11,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from input_pipeline.annotations.parsing import label_set
-from input_pipeline.process_group import ALONE, Share
 from input_pipeline.schema import InputError
+from input_pipeline.shards import WHOLE, Shard
 from truepose_jax.evaluate import pairing, rating
 from truepose_jax.evaluate.flags import make_parser
 from truepose_jax.evaluate.pairing import NAMED, OR_ALLOW, Folder, Pairing, summarize
@@ -26,8 +25,8 @@ from truepose_jax.evaluate.statistics import folder_statistics, reference_statis
 from truepose_jax.evaluate.weights import PUBLISHED, Network, convert, load
 from truepose_jax.metrics.fid import FID_KINDS, frechet_distance
 from truepose_jax.runtime.cli import Parser, run_program
-from truepose_jax.runtime.distributed import joined
 from truepose_jax.runtime.files import atomic_write, make_folder
+from truepose_jax.runtime.shards import shard_of, signals_as_exits
 
 PACKAGES = ("truepose-jax", "jax", "flax", "numpy", "scipy", "pillow", "opencv-python-headless")
 
@@ -44,12 +43,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _main(argv: Sequence[str]) -> None:
     flags = make_parser().parse_args(argv)
     _check_flags(flags, pathlib.Path(flags.out))
-    with joined(flags) as share:
-        evaluate(flags, share, argv)
+    with signals_as_exits():
+        evaluate(flags, shard_of(flags.shard), argv)
 
 
-def evaluate(flags: argparse.Namespace, share: Share, argv: Sequence[str]) -> None:
-    """This process's share of the work and, of the leading one, the report. argv: for it. Raises InputError."""
+def evaluate(flags: argparse.Namespace, share: Shard, argv: Sequence[str]) -> None:
+    """This part of the work and, where it finishes the work, the report. argv: for it. Raises InputError."""
     out = pathlib.Path(flags.out)
     protocol, size = PROTOCOLS[flags.protocol], flags.size
     generated, reference = (
@@ -73,8 +72,7 @@ def evaluate(flags: argparse.Namespace, share: Share, argv: Sequence[str]) -> No
     cache = pathlib.Path(flags.cache) if flags.cache else out.with_suffix(".cache")
     for folder in (out.parent, cache):
         make_folder(folder)
-    if share.leads:
-        print(describe(flags, protocol, paired, generated), flush=True)
+    print(describe(flags, protocol, paired, generated), flush=True)
 
     lpips = networks.get("lpips")
     settings = {
@@ -84,8 +82,6 @@ def evaluate(flags: argparse.Namespace, share: Share, argv: Sequence[str]) -> No
         "lpips": [lpips.name, lpips.sha256] if lpips else None,
         "maps": [maps.folder.fingerprint(), maps.labels.name] if maps else None,
     }
-    listed = hashlib.sha256("\n".join(f"{p.generated}>{p.reference}" for p in paired.pairs).encode()).hexdigest()
-    share.agree("settings and pairs", settings | {"pairs": listed, "out": str(out), "cache": str(cache)})
     scorer = Scorer(generated, reference, protocol, size, maps, lpips)
     how = {"cache": cache, "batch_size": flags.batch_size, "share": share}
     rows = score_pairs(scorer, paired.pairs, settings=settings, **how)
@@ -95,7 +91,8 @@ def evaluate(flags: argparse.Namespace, share: Share, argv: Sequence[str]) -> No
         for metric, network in networks.items()
         if metric in FID_KINDS
     }
-    if not share.leads:
+    if not share.finishes:
+        print(f"{cache}: {share} is done")
         return
     metrics, regions = summarise(rows, lpips_name=lpips.name if lpips else "lpips", expected=len(paired.pairs))
     for name in ("ssim", "ssim_256"):
@@ -167,10 +164,10 @@ def measure_fid(
     *,
     cache: pathlib.Path,
     batch_size: int,
-    share: Share = ALONE,
+    share: Shard = WHOLE,
 ) -> tuple[dict[str, Any], dict[str, Any]] | str:
-    """(the number, what it was computed from), or why it cannot be: that of another process's share of it is not known
-    here. source: images, or the file of their statistics. Raises InputError."""
+    """(the number, what it was computed from), or why it cannot be: one part of several knows no number. source: images, or the
+    file of their statistics. Raises InputError."""
     if source is None:
         return f"give --fid-reference=DIR|FILE for {network.metric} (the field's: all 48,674 training images)"
     how = {"cache": cache, "batch_size": batch_size, "share": share}
@@ -183,8 +180,8 @@ def measure_fid(
         told = {"reference": str(source.root), "statistics": str(path)} | source.kinds()
     title = f"{network.metric}, generated"
     made, _ = folder_statistics(generated, network, protocol, size, role="generated", title=title, **how)
-    if not share.leads:
-        return "the leading process computes it"
+    if not share.finishes:
+        return "the merging call computes it"
     if min(made.count, reference.count) < 2:
         return f"{made.count} generated and {reference.count} reference images; a covariance needs 2"
     counts = {"reference_count": reference.count, "generated_count": made.count}

@@ -8,8 +8,8 @@ Images are paired by name: TARGET, SOURCE_2_TARGET_vis or SOURCE_to_TARGET, Deep
 states the protocol in full, each metric's image count and 95 % interval over images, and the hash of all weights; FID and
 LPIPS of unknown weights are not called so. Work is kept in --cache: run the same command again after a stop. What another
 version of the program has left there is not used.
-Several processes (SLURM, a TPU pod, or --coordinator, --process and --processes) share the work; folders, --cache and --out
-must be where all of them see them, and the first one writes the report.
+The work can be done in parts: --shard=I/N, with folders, --cache and --out where all of them see them, and --shard=merge when all
+are done, for the report. SLURM, Kubernetes and JAX_PROCESS_ID say the part where nothing is given.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import argparse
 from input_pipeline.annotations.parsing import LABEL_SETS
 from truepose_jax.evaluate.protocols import PROTOCOLS
 from truepose_jax.runtime.cli import Parser, parse_size
-from truepose_jax.runtime.distributed import add_flags
+from truepose_jax.runtime.shards import add_shard_flag
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -52,5 +52,5 @@ def make_parser() -> argparse.ArgumentParser:
     add("--batch-size", type=int, default=32, help="of the networks (32)")
     add("--cache", metavar="DIR", help="for work that is kept (OUT without its suffix, .cache)")
     add("--overwrite", action="store_true", help="replace the report")
-    add_flags(parser)
+    add_shard_flag(parser)
     return parser

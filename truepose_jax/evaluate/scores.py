@@ -18,8 +18,8 @@ from PIL import Image
 from input_pipeline.annotations.parsing import CLOTHES, LabelSet, read_parsing
 from input_pipeline.annotations.photo import read_photo
 from input_pipeline.files import parse_json
-from input_pipeline.process_group import ALONE, Share
 from input_pipeline.schema import InputError
+from input_pipeline.shards import WHOLE, Shard
 from truepose_jax.evaluate.pairing import Folder, Pair, image_key, image_size
 from truepose_jax.evaluate.protocols import Protocol, Size
 from truepose_jax.evaluate.reading import read_ahead
@@ -113,7 +113,8 @@ class Scorer:
 
 @dataclasses.dataclass(frozen=True)
 class Rows:
-    """The rows of a file, of images that have not changed since, in the order of `stamps`, read one at a time.
+    """The rows of a file and of what shards have left beside it, of images that have not changed since, in the order of `stamps`,
+    read one at a time.
 
     stamps: {generated image: what its row must bear}.
     """
@@ -122,45 +123,50 @@ class Rows:
     stamps: Mapping[str, str]
 
     def __iter__(self) -> Iterator[Row]:
-        places: dict[str, int] = {}
-        for place, row in self._all():
+        places: dict[str, tuple[pathlib.Path, int]] = {}
+        for path, place, row in self._all():
             if row.get("stamp") == self.stamps.get(row.get("generated"), ""):
-                places.setdefault(row["generated"], place)
-        if not places:
-            return
-        # Not in the order of the file, which tells who was when stopped: sums of rounded numbers depend on it.
-        with self.path.open("rb") as file:
+                places.setdefault(row["generated"], (path, place))
+        # Not in the order of the files, which tells who was when stopped: sums of rounded numbers depend on it.
+        with contextlib.ExitStack() as stack:
+            files = {path: stack.enter_context(path.open("rb")) for path, _ in places.values()}
             for generated in self.stamps:
                 if generated in places:
-                    file.seek(places[generated])
-                    row = json.loads(file.readline())
+                    path, place = places[generated]
+                    files[path].seek(place)
+                    row = json.loads(files[path].readline())
                     del row["stamp"]
                     yield _numbers(row)
 
-    def _all(self) -> Iterator[tuple[int, Row]]:
-        """(where in the file, row) of all that can be read."""
-        if not self.path.exists():
-            return
-        place = 0
-        with self.path.open("rb") as file:
-            for line in file:
-                # cut off by a kill, or empty
-                with contextlib.suppress(ValueError):
-                    row = parse_json(line.decode())
-                    if isinstance(row, dict):
-                        yield place, row
-                place += len(line)
+    def _all(self) -> Iterator[tuple[pathlib.Path, int, Row]]:
+        """(file, where in it, row) of all that can be read."""
+        for path in filter(pathlib.Path.exists, (self.path, *self.parts())):
+            place = 0
+            with path.open("rb") as file:
+                for line in file:
+                    # cut off by a kill, or empty
+                    with contextlib.suppress(ValueError):
+                        row = parse_json(line.decode())
+                        if isinstance(row, dict):
+                            yield path, place, row
+                    place += len(line)
 
-    def part(self, share: Share) -> pathlib.Path:
-        """The file that this process writes: its own where there are several, for two appending to one would mix lines."""
-        return self.path if share.count == 1 else self.path.with_name(f"{self.path.stem}.{share.index}.jsonl")
+    def parts(self) -> list[pathlib.Path]:
+        """What shards have left."""
+        return sorted(self.path.parent.glob(f"{self.path.stem}.*.jsonl"))
 
-    def gather(self, parts: Iterable[pathlib.Path] = ()) -> None:
-        """Puts the parts of several processes, these and those of a run that was stopped, into the file."""
+    def part(self, share: Shard) -> pathlib.Path:
+        """The file that this part of the work writes: two that append to one would mix their lines."""
+        if share.finishes:
+            return self.path
+        return self.path.with_name(f"{self.path.stem}.{share.index}-of-{share.count}.jsonl")
+
+    def gather(self) -> None:
+        """Puts what shards have left into the file."""
         make_folder(self.path.parent)
         with writing(self.path), self.path.open("ab") as file:
             file.write(b"\n")  # a kill may have cut the last line off
-            for part in sorted({*parts, *self.path.parent.glob(f"{self.path.stem}.*.jsonl")}):
+            for part in self.parts():
                 file.write(part.read_bytes() + b"\n")
                 file.flush()
                 part.unlink()
@@ -173,18 +179,19 @@ def score_pairs(
     settings: Mapping[str, Any],
     cache: pathlib.Path,
     batch_size: int,
-    share: Share = ALONE,
+    share: Shard = WHOLE,
 ) -> Rows:
-    """All rows, in a file. Pairs that it has are not computed again.
+    """The rows, all of them where this part finishes the work. Pairs that have one are not computed again.
 
-    settings: what rows depend on besides the two files. share: of this process; the leading one's file holds all rows
-    when it returns. Raises InputError for images that cannot be read; rows done by then are kept.
+    settings: what rows depend on besides the two files. share: the part of the pairs that this call scores. Raises InputError for
+    images that cannot be read; rows done by then are kept.
     """
     stamps = {pair.generated: _stamp(scorer, pair) for pair in pairs}
     key = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
     kept = Rows(cache / f"pairs-{key}.jsonl", stamps)
-    share.lead("old rows", kept.gather)
-    share.see(kept.path)
+    make_folder(cache)
+    if share.finishes:
+        kept.gather()
     done = {row["generated"] for row in kept}
     mine = share.mine(pairs)
     todo = [pair for pair in mine if pair.generated not in done]
@@ -193,24 +200,19 @@ def score_pairs(
     if todo:
         bar = tqdm.tqdm(
             total=len(mine), initial=len(mine) - len(todo), unit="pair", desc="pairs", smoothing=0.05,
-            disable=not share.leads,
+            disable=not share.first,
         )  # fmt: skip
         with writing(part), bar, part.open("a", encoding="utf-8") as file:
+            if not share.finishes:  # else `gather` has done so
+                file.write("\n")  # a kill may have cut the last line off
             found = read_ahead(lambda pair: scorer.read(pair, map_names), todo, ahead=2 * batch_size)
             for rows in _with_lpips(scorer.lpips, found, batch_size):
                 for row in rows:
                     file.write(json.dumps(to_json(row | {"stamp": stamps[row["generated"]]})) + "\n")
                 file.flush()
                 bar.update(len(rows))
-                share.check()
-    with writing(part):
-        said = [str(part), part.stat().st_size] if todo else None
-    written = share.meet("rows", said)
-    if share.leads and share.count > 1:
-        parts = {pathlib.Path(path): size for path, size in filter(None, written)}
-        for path, size in parts.items():
-            share.see(path, size)
-        kept.gather(parts)
+    if share.merge:
+        share.require(len(pairs) - len(done), len(pairs), "pairs' rows")
     return kept
 
 

@@ -10,7 +10,7 @@ import hashlib
 import itertools
 import json
 import pathlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 import tqdm
@@ -18,8 +18,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from input_pipeline.annotations.photo import one_line, read_photo
-from input_pipeline.process_group import ALONE, Share
 from input_pipeline.schema import InputError
+from input_pipeline.shards import WHOLE, Shard
 from truepose_jax.evaluate.pairing import Folder
 from truepose_jax.evaluate.program_hash import program_hash
 from truepose_jax.evaluate.protocols import Protocol, Size
@@ -58,13 +58,13 @@ def folder_statistics(
     cache: pathlib.Path,
     batch_size: int,
     title: str,
-    share: Share = ALONE,
+    share: Shard = WHOLE,
 ) -> tuple[Statistics, pathlib.Path]:
     """Statistics of all images of the folder, and their file, which a second call only reads.
 
-    role: "truth" or "generated", whose way the images go. share: of this process; several compute the features of the
-    batches, a file each, and the leading one takes them in, in order, so that the result is that of one process bit
-    for bit; the others return with what there was. Raises InputError for images that cannot be read; what is done by
+    role: "truth" or "generated", whose way the images go. share: the part of the batches whose features this call leaves, a file
+    each; the one that finishes the work takes them in, in order, so that the result is that of one process bit for bit; the
+    others return with what there was. Raises InputError for images that cannot be read; what is done by
     then is kept, as after Ctrl-C.
     """
     about = describe(network, protocol, size, role) | {"files": folder.fingerprint(), "total": str(len(folder.names))}
@@ -73,7 +73,6 @@ def folder_statistics(
     found = _resume(path, about)
     kind = FID_KINDS[network.metric]
     starts = range(found.count, len(folder.names), batch_size)
-    share.agree(f"statistics of {folder.root}", about | {"done": found.count, "batch_size": batch_size})
 
     def prepare(name: str) -> np.ndarray:
         frames = protocol.frames(read_photo(folder.path(name)), role, size)
@@ -95,23 +94,23 @@ def folder_statistics(
     if not starts:
         return found, path
     make_folder(cache)
-    if share.count > 1:
-        _leave_pieces(share, starts, piece, features, about, title)
-        if not share.leads:
-            return found, path
-    saved = found.count
     there = {start for start in starts if piece(start).exists()}
+    if not share.finishes:
+        todo = [start for start in share.mine(starts) if start not in there]
+        for start, rows in tqdm.tqdm(zip(todo, features(todo), strict=True), title, len(todo), disable=not share.first):
+            _write(piece(start), {"features": rows}, about)
+        return found, path
+    if share.merge:
+        share.require(len(starts) - len(there), len(starts), f"batches of features ({title})")
+    saved = found.count
     missing = features([start for start in starts if start not in there])
-    bar = tqdm.tqdm(
-        total=len(folder.names), initial=saved, unit="image", desc=title, smoothing=0.05, disable=share.count > 1
-    )
+    bar = tqdm.tqdm(total=len(folder.names), initial=saved, unit="image", desc=title, smoothing=0.05)
     try:
         with bar:
             for start in starts:
                 rows = _piece(piece(start), about) if start in there else next(missing)
                 found.update(rows)
                 bar.update(len(rows))
-                share.check()
                 if found.count - saved >= SAVE_EVERY:
                     save(path, found, about)
                     saved = found.count
@@ -123,31 +122,8 @@ def folder_statistics(
     return found, path
 
 
-def _leave_pieces(
-    share: Share,
-    starts: Sequence[int],
-    piece: Callable[[int], pathlib.Path],
-    features: Callable[[Sequence[int]], Iterator[np.ndarray]],
-    about: Mapping[str, str],
-    title: str,
-) -> None:
-    """Writes the features of this process's batches; returns when those of all are there."""
-    mine = share.mine(starts)
-    todo = [start for start in mine if not piece(start).exists()]
-    bar = tqdm.tqdm(total=len(mine), initial=len(mine) - len(todo), unit="batch", desc=title, disable=not share.leads)
-    with bar:
-        for start, rows in zip(todo, features(todo), strict=True):
-            _write(piece(start), {"features": rows}, about)
-            bar.update()
-            share.check()
-    share.meet("features")
-    if share.leads:
-        for start in starts:
-            share.see(piece(start))
-
-
 def _piece(path: pathlib.Path, about: Mapping[str, str]) -> np.ndarray:
-    """Features that a process has left. Raises InputError where they are not those of these images."""
+    """Features that a shard has left. Raises InputError where they are not those of these images."""
     try:
         with safe_open(path, "numpy") as opened:
             told, rows = opened.metadata() or {}, opened.get_tensor("features")

@@ -21,8 +21,8 @@ LIST.csv has columns source,parsing,pose,out and may have labels, pose_frame, so
 seed; its paths are relative to it, `out` (a .png) to D. --records makes all pairs of a split of what `prepare build` wrote, as
 SOURCE_to_TARGET.png (or as --naming says), with D/pairs.csv for `evaluate --pairs`. Rows that are done are skipped: run the
 same command again after a kill. SIGTERM or Ctrl-C: the batch under way is finished and written, then it ends with 143.
-Several processes (SLURM, a TPU pod, or --coordinator, --process and --processes) share a list: the same command on every
-host, and a D that all of them see.
+A list can be made in parts: --shard=I/N, with a D that all of them see, and --shard=merge, which looks whether all is there.
+SLURM, Kubernetes and JAX_PROCESS_ID say the part where nothing is given.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ import argparse
 from input_pipeline.annotations.parsing import LABEL_SETS
 from truepose_jax.runtime.choices import DTYPES, NAMINGS, OUTSIDE, SAMPLERS, WEIGHTS
 from truepose_jax.runtime.cli import Parser, parse_size
-from truepose_jax.runtime.distributed import add_flags
+from truepose_jax.runtime.shards import add_shard_flag
 
 SPLIT, NAMING, BATCH = "test", "cfld", 8
 """Where nothing is said."""
@@ -106,7 +106,7 @@ def make_parser() -> argparse.ArgumentParser:
     add = parser.add_argument_group("files").add_argument
     add("--overwrite", action="store_true", help="replace what is there")
     add("--estimate", action="store_true", help="tell memory and seconds of what would be made, and make nothing")
-    add_flags(parser)
+    add_shard_flag(parser)
     return parser
 
 

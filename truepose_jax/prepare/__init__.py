@@ -17,8 +17,8 @@ skeleton, the region boxes CLIP sees, and the mask M for a target pose. Wrong la
 glance; it also prints, for every joint, the labels that lie under it. `codec` fits the linear autoencoder of
 config.model.autoencoder "patches" to photos of one's own.
 
-Several processes (SLURM, a TPU pod, or --coordinator, --process and --processes) share the work of `build`, `label` and
-`annotate`: the same command on every host, folders that all of them see, and tables and metadata by the first, at the end.
+The work of `build`, `label` and `annotate` can be done in parts: --shard=I/N, in folders that all of them see, and --shard=merge
+when all are done, for tables and metadata. SLURM, Kubernetes and JAX_PROCESS_ID say the part where nothing is given.
 """
 
 from __future__ import annotations
@@ -34,10 +34,10 @@ from truepose_jax.prepare.inspection import add_inspect
 from truepose_jax.prepare.label import add_label
 from truepose_jax.prepare.sheet import PANEL_HEIGHT
 from truepose_jax.runtime.cli import Parser, run_program
-from truepose_jax.runtime.distributed import add_flags, joined, refuse_flags
+from truepose_jax.runtime.shards import add_shard_flag, shard_of, signals_as_exits
 
 SHARED = ("build", "label", "annotate")
-"""Sub-commands whose work several processes share."""
+"""Sub-commands whose work comes in parts."""
 
 __all__ = ["PANEL_HEIGHT", "main"]
 
@@ -52,16 +52,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     add_check(commands)
     add_codec(commands)
     add_inspect(commands)
-    for command in commands.choices.values():
-        add_flags(command)
+    for name in SHARED:
+        add_shard_flag(commands.choices[name])
 
     def run(argv: Sequence[str]) -> None:
         flags = parser.parse_args(argv)
-        if flags.command in SHARED:
-            with joined(flags) as share:
-                flags.run(flags, share)
-            return
-        refuse_flags(flags, f"`prepare {flags.command}` runs in one process")
-        flags.run(flags)
+        with signals_as_exits():
+            flags.run(flags, *([shard_of(flags.shard)] if flags.command in SHARED else ()))
 
     return run_program(run, sys.argv[1:] if argv is None else argv)

@@ -14,11 +14,11 @@ import numpy as np
 from input_pipeline.annotations.parsing import label_set
 from input_pipeline.batches.transforms import flip_record
 from input_pipeline.fields import LATENT_FACTOR
-from input_pipeline.process_group import Share
 from input_pipeline.records.annotate import annotations, rewrite_records
 from input_pipeline.records.reader import read_json
 from input_pipeline.records.schema import pack_latents, pack_tokens
 from input_pipeline.schema import ImageRecord, InputError
+from input_pipeline.shards import Shard
 from truepose_jax.runtime import files
 from truepose_jax.runtime.cli import parse_size
 
@@ -41,7 +41,7 @@ def add_annotate(commands) -> None:
     parser.set_defaults(run=annotate)
 
 
-def annotate(flags: argparse.Namespace, share: Share) -> None:
+def annotate(flags: argparse.Namespace, share: Shard) -> None:
     """Annotates the records of the flags. Raises InputError and ConfigError before any long work."""
     if not flags.clip and not flags.vae:
         raise InputError("nothing to do: give --clip=DIR for region tokens, --vae=DIR for latents, or both")
@@ -65,8 +65,7 @@ def annotate(flags: argparse.Namespace, share: Share) -> None:
         if folder:
             told, annotator = make(folder, size, flags.batch_size)
             if annotations(root).get(name) == told:
-                if share.leads:
-                    print(f"{root}: holds these {annotator.what} already")
+                print(f"{root}: holds these {annotator.what} already")
                 continue
             wanted[name] = told
             annotators.append(annotator)
@@ -86,7 +85,8 @@ def annotate(flags: argparse.Namespace, share: Share) -> None:
         return changes
 
     broken = rewrite_records(root, wanted, fill, size=size, share=share)
-    if not share.leads:
+    if broken is None:
+        print(f"{root}: {share} is done")
         return
     told = f"; {broken} photos could not be read and have none" if broken else ""
     print(f"{root}: {' and '.join(a.what for a in annotators)} of pictures of {size[0]}x{size[1]}, mirrored too{told}")

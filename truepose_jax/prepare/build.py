@@ -10,9 +10,9 @@ import time
 from typing import Any
 
 from input_pipeline.annotations.parsing import LABEL_SETS, label_set
-from input_pipeline.process_group import Share
 from input_pipeline.records.writer import build_records
 from input_pipeline.schema import InputError
+from input_pipeline.shards import Shard
 from input_pipeline.sources.base import RawSet, limited
 from input_pipeline.sources.ccp import read_ccp
 from input_pipeline.sources.deepfashion import read_deepfashion
@@ -68,7 +68,7 @@ def add_build(commands) -> None:
     parser.set_defaults(run=build)
 
 
-def build(flags: argparse.Namespace, share: Share) -> None:
+def build(flags: argparse.Namespace, share: Shard) -> None:
     """Reads the lists, says what is missing, builds, and prints what came of it. Raises InputError."""
     reject_unused_flags(flags, FLAGS_OF, flags.dataset, title=f"--dataset={flags.dataset}")
     if flags.limit is not None and flags.limit < 1:
@@ -86,9 +86,10 @@ def build(flags: argparse.Namespace, share: Share) -> None:
         settings=settings_of(flags),
         share=share,
     )
-    if not share.leads:
-        return
     out = pathlib.Path(flags.out)
+    if report is None:
+        print(f"{out}: {share} is done")
+        return
     drop_sheet(report).save(out / "report.png")
     print_report(report)
     print(f"{out}: built in {time.monotonic() - started:.0f} s; what was dropped is in report.json and report.png")

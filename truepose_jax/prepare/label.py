@@ -19,8 +19,8 @@ from input_pipeline.annotations.grey_png import encode_grey_png
 from input_pipeline.annotations.keypoints import name_key
 from input_pipeline.annotations.parsing import LABEL_SETS, LABELS_FILE, check_said_labels, label_set, said_labels
 from input_pipeline.annotations.photo import PHOTO_SUFFIXES, read_photo
-from input_pipeline.process_group import Share
 from input_pipeline.schema import NUM_JOINTS, InputError
+from input_pipeline.shards import Shard
 from input_pipeline.sources.listing import PARSING_FOLDERS, POSE_FOLDERS, files_by_key, first_folder
 from truepose_jax.detection.embedded import EMBEDDED, EmbeddedParsing, EmbeddedPose
 from truepose_jax.runtime import files
@@ -55,8 +55,9 @@ def add_label(commands) -> None:
     parser.set_defaults(run=label)
 
 
-def label(flags: argparse.Namespace, share: Share) -> None:
-    """Labels this process's share of the folder of the flags. Raises InputError before any long work."""
+def label(flags: argparse.Namespace, share: Shard) -> None:
+    """Labels this part of the folder of the flags; a merging call looks whether all is there. Raises InputError before any long
+    work."""
     if not flags.parsing and not flags.pose:
         raise InputError(
             "nothing to do: give --parsing=MODEL for maps, --pose=MODEL and --detector=MODEL for poses, or all"
@@ -72,9 +73,6 @@ def label(flags: argparse.Namespace, share: Share) -> None:
     root = pathlib.Path(flags.raw)
     device = own_device(flags.device, share)
     every = find_raw_photos(root, flags.photos)
-    share.agree(
-        "photos", {"photos": len(every), "first": next(iter(every)), "parsing": flags.parsing, "pose": flags.pose}
-    )
     # Of all photos and not of those that lack something: the others are at work while this is read.
     photos = {name: every[name] for name in share.mine(every)}
     if flags.parsing:
@@ -82,7 +80,7 @@ def label(flags: argparse.Namespace, share: Share) -> None:
         there = files_by_key(folder if folder.is_dir() else None, (".png",))
         todo = missing(photos, there)
         labels = own_labels(folder, flags.labels)
-        say_left(share, folder, len(every), len(todo), "a map")  # nobody writes maps before all have looked
+        say_left(share, folder, len(every), len(missing(every, there)), "a map")
         if todo:
             check_writable(root, folder)
             if flags.parsing == EMBEDDED:
@@ -95,10 +93,9 @@ def label(flags: argparse.Namespace, share: Share) -> None:
                 found_labels = model.map.labels
                 said = [f"{flags.parsing}: its {len(model.map.table)} classes as {found_labels.name}"]
                 said += [f"  lost: {line}" for line in model.map.lost]
-            if share.leads:
-                if not there:  # maps whose labels nobody has said may be of another set
-                    _write(folder / LABELS_FILE, f"{found_labels.name}\n".encode())
-                print("\n".join(said))
+            if not there:  # maps whose labels nobody has said may be of another set
+                _write(folder / LABELS_FILE, f"{found_labels.name}\n".encode())
+            print("\n".join(said))
 
             def keep_map(name: str, photo: np.ndarray, found: np.ndarray) -> None:
                 del photo
@@ -107,8 +104,9 @@ def label(flags: argparse.Namespace, share: Share) -> None:
             run_over(todo, model, keep_map, flags.batch_size, "parsing", share)
     if flags.pose:
         folder = first_folder(root, POSE_FOLDERS) or root / POSE_FOLDERS[0]
-        todo = missing(photos, files_by_key(folder if folder.is_dir() else None, (".json", ".txt")))
-        say_left(share, folder, len(every), len(todo), "a pose")
+        there = files_by_key(folder if folder.is_dir() else None, (".json", ".txt"))
+        todo = missing(photos, there)
+        say_left(share, folder, len(every), len(missing(every, there)), "a pose")
         none: list[str] = []
         if todo:
             check_writable(root, folder)
@@ -125,8 +123,7 @@ def label(flags: argparse.Namespace, share: Share) -> None:
                     none.append(name)
 
             run_over(todo, model, keep, flags.batch_size, "pose", share)
-        none = [name for names in share.meet("poses", none) for name in names]
-        if none and share.leads:
+        if none:
             print(f"{folder}: nobody was found in {len(none)} photos, such as {none[0]}; they are nobody's target")
 
 
@@ -142,17 +139,17 @@ def check_writable(root: pathlib.Path, folder: pathlib.Path) -> None:
     files.make_folder(folder if folder.exists() else root)
 
 
-def own_device(device: str, share: Share) -> str:
+def own_device(device: str, share: Shard) -> str:
     """`cuda` of several processes of a SLURM step, all of which see all cards of their node: each its own."""
     place = os.environ.get("SLURM_LOCALID")
     return f"cuda:{place}" if device == "cuda" and share.count > 1 and place else device
 
 
-def say_left(share: Share, folder: pathlib.Path, count: int, todo: int, what: str) -> None:
-    """Prints how many of all `count` photos have it; todo: how many of this process's have not."""
-    left = sum(share.meet(f"photos without {what}", todo))
-    if share.leads:
-        print(f"{folder}: {count - left} of {count} photos have {what}")
+def say_left(share: Shard, folder: pathlib.Path, count: int, left: int, what: str) -> None:
+    """Prints how many of all `count` photos have it. Raises InputError where a merging call finds some without."""
+    print(f"{folder}: {count - left} of {count} photos have {what}")
+    if share.merge:
+        share.require(left, count, f"photos with {what}")
 
 
 def find_raw_photos(root: pathlib.Path, folder: str | None) -> dict[str, pathlib.Path]:
@@ -185,15 +182,14 @@ def run_over(
     keep: Callable[[str, np.ndarray, np.ndarray], None],
     batch_size: int,
     what: str,
-    share: Share,
+    share: Shard,
 ) -> None:
     """Calls keep(name, photo, result) for every photo that can be read; the others are said and left out."""
-    with tqdm.tqdm(total=len(photos), desc=what, unit="image", delay=0.5, disable=not share.leads) as bar:
+    with tqdm.tqdm(total=len(photos), desc=what, unit="image", delay=0.5, disable=not share.first) as bar:
         for names, images in _batches(photos, batch_size, bar):
             for name, image, found in zip(names, images, model(images), strict=True):
                 keep(name, image, found)
             bar.update(len(names))
-            share.check()
 
 
 def _batches(photos, batch_size: int, bar) -> Iterator[tuple[list[str], list[np.ndarray]]]:

@@ -11,6 +11,7 @@ import functools
 import hashlib
 import json
 import logging
+import math
 import pathlib
 from collections.abc import Sequence
 from typing import Any
@@ -25,12 +26,12 @@ from input_pipeline.annotations.parsing import label_set
 from input_pipeline.annotations.photo import one_line
 from input_pipeline.annotations.regions import clip_normalise, region_crops
 from input_pipeline.batches.transforms import flip_record
-from input_pipeline.process_group import ALONE, Share
 from input_pipeline.schema import MAX_CLASSES, ImageRecord, ImageSet, InputError, TokenTable
 from truepose_jax.config import ClipConfig, ConfigError
 from truepose_jax.models.clip import CLIPVisionConfig, CLIPVisionModelWithProjection
 from truepose_jax.pretrained.frozen_networks import folder_fingerprint, load_torch_folder, read_torch_config
 from truepose_jax.runtime import files
+from truepose_jax.runtime.distributed import is_seen
 
 CROPS_PER_CALL = 512
 IMAGES_PER_CHUNK = 64
@@ -192,28 +193,25 @@ def token_table(
     flip: bool,
     cache: str | None,
     fingerprint: str,
-    share: Share = ALONE,
 ) -> TokenTable:
     """Tokens of every image of the set (and of its mirror image where `flip`), from `cache` where they lie there.
 
     cache: a folder, or None. fingerprint: names the images; with the encoder's it names the cache file, so that a
     file is never taken for another's. Images that cannot be read get no tokens (their batch rows are invalid).
 
-    share: of several processes the first makes the file and the others wait for it, in a `cache` that all of them see;
-    they meet through JAX's coordination service and not on the devices, where a collective that waits for an hour of CLIP
-    runs into its time limit. Raises InputError, on all of them where the first one fails.
+    Of several processes the first makes the file and the others wait for it, in a `cache` that all of them see; not in a
+    collective, which an hour of CLIP may bring to its time limit. Where the first one fails JAX ends the others.
     """
     key = hashlib.sha256(f"{fingerprint}|{encoder.fingerprint}|{flip}".encode()).hexdigest()[:20]
     path = pathlib.Path(cache) / f"region_tokens_{key}.safetensors" if cache else None
     if path is None:
         return _made(images, encoder, flip)
-    table = _kept(path, images, encoder, flip) if share.leads else None
-    share.meet(f"region tokens {path.name}")
+    if jax.process_index() == 0:
+        return _kept(path, images, encoder, flip)
+    is_seen(path, within=math.inf)
+    table, why = _read(path, len(images))
     if table is None:
-        share.see(path)
-        table, why = _read(path, len(images))
-        if table is None:
-            raise InputError(f"{path}: {why}; remove it, and start again")
+        raise InputError(f"{path}: {why}; remove it, and start again")
     return table
 
 

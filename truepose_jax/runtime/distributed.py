@@ -1,42 +1,38 @@
-"""Several processes as one program: where the others are, from SLURM, Kubernetes, a TPU pod, or flags.
+"""Training in several processes as one JAX program: where the others are, from SLURM, a TPU pod, or flags; and what they tell one
+another, through jax.experimental.multihost_utils, which every process calls equally often and in one order.
 
-`start` joins them for training, as one JAX program over all devices: call it before anything asks JAX for its devices.
-`joined` gives each of them its share of work that needs no devices but its own (generate, evaluate, prepare).
+`start` joins them: call it before anything asks JAX for its devices.
 """
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import dataclasses
 import json
 import os
 import pathlib
 import re
-import signal
-import sys
-import threading
 import time
 import uuid
-from collections.abc import Callable, Iterator, Mapping
-from typing import Any, NoReturn
+from collections.abc import Callable, Mapping
+from typing import Any
 
-from input_pipeline.annotations.photo import one_line
-from input_pipeline.process_group import ALONE, Share
-from input_pipeline.schema import InputError
+import numpy as np
+
+from input_pipeline.schema import InputError, UserError
 
 MODES = ("auto", "always", "off")
 TIMEOUT = 300
 """Seconds that a process waits for the others."""
 PLACE_FLAGS = ("coordinator", "process", "processes")
-STOPPED = 143
-"""Exit code of a process that was asked to stop, or heard that another one was (checkpoint.STOPPED)."""
+WAITS_AT_END = 60
+"""Seconds that a process which ends waits for the others to end too; then all are ended, with 134."""
 SEEN_WITHIN = 120
 """Seconds after which a file that another host has written must be seen: NFS keeps what it knows of a folder for up to 60."""
-CHECK_EVERY = 1.0
-"""Seconds between two questions whether another process has failed or was asked to stop; one takes 3 ms."""
-LOOK_AGAIN = (0.01, 0.5)
-"""Seconds between two looks whether the others have come: the first and the longest."""
+PADDED_TO = 4096
+"""Bytes that what processes say is filled up to: each size is a program to compile."""
+LOOK_AGAIN = 0.5
+"""Seconds between two looks whether a file is there."""
 
 _ADDRESS = re.compile(r"[^\s:]+:\d+")
 
@@ -56,7 +52,19 @@ def start(
     others = _others(mode, coordinator=coordinator, process=process, processes=processes)
     if isinstance(others, str):
         return others
-    _initialize(jax.distributed.initialize, others)
+    try:
+        jax.distributed.initialize(
+            **others.arguments, initialization_timeout=TIMEOUT, shutdown_timeout_seconds=WAITS_AT_END
+        )
+    except (ValueError, RuntimeError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise InputError(
+            f"{others.where}: cannot join the other processes ({reason}); are all of them started, with the same address, "
+            "and is its port open?"
+        ) from error
+    # The devices' first words to one another, here, where all have just come: Gloo, by which CPU hosts talk, waits half a minute
+    # for the others to connect and then fails.
+    all_gather("here")
     given = others.arguments
     index, count = given.get("process_id"), given.get("num_processes")
     if index is None:  # found by JAX
@@ -137,97 +145,60 @@ def _detected(environ: Mapping[str, str]) -> str:
     return ""
 
 
-def _initialize(join: Callable[..., object], others: _Others) -> None:
-    try:
-        join(**others.arguments, initialization_timeout=TIMEOUT)
-    except (ValueError, RuntimeError) as error:
-        reason = " ".join(str(error).split())[:300]
-        raise InputError(
-            f"{others.where}: cannot join the other processes ({reason}); are all of them started, with the same address, "
-            "and is its port open?"
-        ) from error
+# ------------------------------------------------------------------------------------------------- what they tell one another
 
 
-# ------------------------------------------------------------------------------------------------- shares of work
+def all_gather(said: Any) -> list[Any]:
+    """What each process says (JSON), by process."""
+    import jax
+    from jax.experimental import multihost_utils
+
+    if jax.process_count() == 1:
+        return [said]
+    data = np.frombuffer(json.dumps(said).encode(), np.uint8)
+    sizes = multihost_utils.process_allgather(np.array(len(data)))
+    padded = np.zeros(-(-max(sizes) // PADDED_TO) * PADDED_TO, np.uint8)
+    padded[: len(data)] = data
+    rows = multihost_utils.process_allgather(padded)
+    return [json.loads(row[:size].tobytes()) for row, size in zip(rows, sizes, strict=True)]
 
 
-def add_flags(parser: argparse.ArgumentParser) -> None:
-    """The flags of `joined`, which are those of training."""
-    add = parser.add_argument_group("several processes").add_argument
-    add(
-        "--distributed",
-        choices=MODES,
-        default="auto",
-        help="share the work with other processes (where there are some)",
-    )
-    add("--coordinator", metavar="HOST:PORT", help="of process 0, with --process and --processes")
-    add("--process", type=int, metavar="I", help="this process: 0, 1, ...")
-    add("--processes", type=int, metavar="N", help="how many processes share the work")
-
-
-def refuse_flags(flags: argparse.Namespace, why: str) -> None:
-    """Raises InputError, with the reason, where a flag asks to share work that is one process's."""
-    named = [name for name in PLACE_FLAGS if getattr(flags, name) is not None]
-    if named or flags.distributed == "always":
-        raise InputError(f"--{named[0] if named else 'distributed'} makes no sense here: {why}")
-
-
-@contextlib.contextmanager
-def joined(flags: argparse.Namespace) -> Iterator[Share]:
-    """`with joined(flags) as share:` this process's share of the work, ALONE where there are no others.
-
-    Leaving it waits for the others, so that 0 as exit code means that all have done their share. Where one fails, or
-    is told to stop (SIGTERM, Ctrl-C), the others hear of it at their next `check` and end too: with InputError, or
-    with SystemExit(STOPPED). One that is killed outright is missed after some 100 seconds, and JAX then ends the others.
-    """
-    others = _others(flags.distributed, **{name: getattr(flags, name) for name in PLACE_FLAGS})
-    if isinstance(others, str):
-        with _signals_as_exits():
-            yield ALONE
-        return
+def on_primary(work: Callable[[], Any]) -> Any:
+    """What `work` returns (JSON), done by process 0 while the others wait; its UserError is an error of all."""
     import jax
 
-    # JAX's own meeting service and nothing else of jax.distributed. XLA is not joined: each process is a JAX program of its
-    # own on its own devices, that compiles, reads checkpoints and ends without the others. Work that needs no sum over
-    # hosts then cannot hang in one, and no process waits because another has nothing to do. SIGTERM stays ours too.
-    from jax._src.distributed import State
-
-    jax.config.update("jax_enable_preemption_service", False)
-    state = State()
-    _initialize(state.initialize, others)
-    share = Several(state)
-    print(f"process {share.index} of {share.count} ({others.how})", flush=True)
-    try:
-        with _signals_as_exits(), share.told():
-            yield share
-    finally:  # Without those handlers: a second signal ends at once. It waits until the others have heard.
-        with contextlib.suppress(jax.errors.JaxRuntimeError):  # of others that are gone without a word
-            state.shutdown()
+    found, error = None, None
+    if jax.process_index() == 0:
+        try:
+            found = work()
+        except UserError as caught:
+            error = caught
+    found, why = all_gather([found, error and str(error)])[0]
+    if error is not None:
+        raise error
+    if why:
+        raise InputError(f"process 0 has failed: {why}")
+    return found
 
 
-@contextlib.contextmanager
-def together() -> Iterator[Share]:
-    """`with together() as share:` the processes that `start` joined, for training: ALONE where this is the only one.
+def assert_same(what: str, said: Any) -> None:
+    """Raises InputError, on all, where the processes do not all say the same: they were started with different settings."""
+    first, *others = all_gather(said)
+    for process, theirs in enumerate(others, 1):
+        if theirs != first:
+            differ = [name for name in first if theirs.get(name) != first[name]] if isinstance(first, dict) else []
+            told = f": {differ[0]} is {theirs.get(differ[0])} there and {first[differ[0]]} here" if differ else ""
+            raise InputError(
+                f"{what}: those of process {process} differ from those of process 0{told}; start all of them with the same "
+                "command and the same files"
+            )
 
-    Where one fails the others hear of it at the next meeting, the one that waits for all at the end among them.
-    """
+
+def same_folder(folder: pathlib.Path) -> None:
+    """Raises InputError, on all, where a process does not see what process 0 writes in the folder."""
     import jax
 
     if jax.process_count() == 1:
-        yield ALONE
-        return
-    from jax._src.distributed import global_state
-
-    if global_state.client is None:
-        raise InputError(f"{jax.process_count()} processes have not joined one another; add --distributed=always")
-    share = Several(global_state)
-    with share.told():
-        yield share
-
-
-def same_folder(share: Share, folder: pathlib.Path) -> None:
-    """Raises InputError where a process does not see what process 0 writes in the folder."""
-    if share.count == 1:
         return
 
     def write() -> str:
@@ -235,166 +206,34 @@ def same_folder(share: Share, folder: pathlib.Path) -> None:
         (folder / name).touch()
         return name
 
-    token = folder / share.lead("a file in the workdir", write)
-    try:
-        share.see(token)
-        share.meet("the workdir is seen")
-    finally:
-        if share.leads:
-            token.unlink(missing_ok=True)
-
-
-def connect(share: Share) -> None:
-    """The devices' first words to one another. Gloo, by which CPU hosts talk, waits half a minute for the others and then fails:
-    so they come here, where all are at once, and not after compilations, which end at different times."""
-    if share.count == 1:
-        return
-    from jax.experimental import multihost_utils
-
-    share.meet("devices")
-    multihost_utils.sync_global_devices("devices")
-
-
-def same_steps(share: Share, checkpoints: Any) -> None:
-    """Every process is to begin with the steps that process 0 finds: a file system may show a folder late. checkpoints: the
-    workdir's, checkpoint.Checkpoints. Raises InputError."""
-    if share.count == 1:
-        return
-    for step in share.lead("saved steps", checkpoints.steps):
-        share.see(checkpoints.folder / str(step))
-    checkpoints.look_again()
-    share.agree("saved steps", checkpoints.steps())
-
-
-@contextlib.contextmanager
-def _signals_as_exits() -> Iterator[None]:
-    """SIGTERM and SIGINT raise SystemExit(STOPPED), so that what is done is kept and the others are told."""
-
-    def leave(number: int, frame: Any) -> None:
-        del frame
-        print(f"\n{signal.Signals(number).name}: stopping; what is done is kept", file=sys.stderr, flush=True)
-        raise SystemExit(STOPPED)
-
-    if threading.current_thread() is not threading.main_thread():  # where Python lets nobody handle signals
-        yield
-        return
-    before = {number: signal.signal(number, leave) for number in (signal.SIGTERM, signal.SIGINT)}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
-class Several(Share):
-    """One of several processes' share; they talk through JAX's meeting service, which lives in process 0."""
-
-    def __init__(self, state: Any):
-        """state: jax._src.distributed.State, or whatever has process_id, num_processes and a client like its."""
-        self.index, self.count = state.process_id, state.num_processes
-        self._client = state.client
-        self._meetings = 0
-        self._checked = 0.0
-
-    @contextlib.contextmanager
-    def told(self) -> Iterator[None]:
-        """Leaving it waits for the others, or tells them why this process ends before its work is done."""
-        try:
-            yield
-            self.meet("the end", meanwhile=lambda: self.asked(False))  # one that was asked has come to its end too
-        except BaseException as error:
-            stopped = isinstance(error, SystemExit | KeyboardInterrupt)
-            self._say("left" if stopped else "failed", f"process {self.index} has failed ({one_line(error)})")
-            raise
-
-    def check(self) -> None:
-        if time.monotonic() - self._checked >= CHECK_EVERY:
-            self._check()
-
-    def _check(self) -> None:
-        if self.asked(False):
-            self._leave()
-
-    def asked(self, here: bool) -> bool:
-        self._checked = time.monotonic()
-        if here:
-            self._say("asked", "")
-        words = {
-            key.rpartition("/")[2]: text for key, text in self._call(self._client.key_value_dir_get, "words") or []
-        }
-        if "failed" in words:
-            raise InputError(
-                f"{words['failed']}; this process stops too, what is done is kept: run the same command again"
-            )
-        if "left" in words:  # and will not come to any meeting
-            self._leave()
-        return "asked" in words
-
-    def _say(self, word: str, text: str) -> None:
-        import jax
-
-        with contextlib.suppress(jax.errors.JaxRuntimeError):  # another one has said it before, or all are gone
-            self._client.key_value_set(f"words/{word}", text)
-
-    def _leave(self) -> NoReturn:
-        print(
-            "another process was asked to stop, so this one does too; run the same command again to go on",
-            file=sys.stderr,
+    token = folder / on_primary(write)
+    blind = [process for process, seen in enumerate(all_gather(is_seen(token))) if not seen]
+    if jax.process_index() == 0:
+        token.unlink(missing_ok=True)
+    if blind:
+        raise InputError(
+            f"{folder}: process {blind[0]} does not see what process 0 writes there; choose a folder that all hosts share"
         )
-        raise SystemExit(STOPPED)
 
-    def meet(self, place: str, said: Any = None, *, meanwhile: Callable[[], object] | None = None) -> list[Any]:
-        self._meetings += 1
-        meeting = f"meeting{self._meetings:06d}"
-        self._call(self._client.key_value_set, f"{meeting}/{self.index}", json.dumps([place, said]))
-        pause, longest = LOOK_AGAIN
-        while len(there := self._call(self._client.key_value_dir_get, meeting) or []) < self.count:
-            (meanwhile or self._check)()
-            time.sleep(pause)
-            pause = min(2 * pause, longest)
-        words = {int(key.rpartition("/")[2]): json.loads(text) for key, text in there}
-        for process, (where, _) in sorted(words.items()):
-            if where != place:
-                raise InputError(
-                    f"process {process} is at '{where}' and process {self.index} at '{place}': start all of them with the "
-                    "same command"
-                )
-        return [words[process][1] for process in range(self.count)]
 
-    def agree(self, place: str, said: Any) -> None:
-        ours = json.loads(json.dumps(said))
-        for process, theirs in enumerate(self.meet(place, said)):
-            if theirs != ours:
-                differ = [name for name in ours if theirs.get(name) != ours[name]] if isinstance(ours, dict) else []
-                told = f": {differ[0]} is {theirs.get(differ[0])} there and {ours[differ[0]]} here" if differ else ""
-                raise InputError(
-                    f"{place}: those of process {process} differ from those of process {self.index}{told}; start all of "
-                    "them with the same command and the same files"
-                )
+def is_seen(path: pathlib.Path, within: float | None = None) -> bool:
+    """Waits for a file of another process (SEEN_WITHIN seconds): a file system may show it late. False where it stays away."""
+    until = time.monotonic() + (SEEN_WITHIN if within is None else within)
+    while not (seen := path.exists()) and time.monotonic() < until:
+        with contextlib.suppress(OSError):
+            os.listdir(path.parent)  # NFS looks again
+        time.sleep(LOOK_AGAIN)
+    return seen
 
-    def see(self, path: pathlib.Path, size: int = 0) -> None:
-        until = time.monotonic() + SEEN_WITHIN
-        while True:
-            with contextlib.suppress(OSError):
-                if path.stat().st_size >= size:
-                    return
-            if time.monotonic() > until:
-                raise InputError(
-                    f"{path}: another process has written it, and process {self.index} does not see it; choose a folder "
-                    "that all hosts share"
-                )
-            self.check()
-            time.sleep(LOOK_AGAIN[1])
 
-    def _call(self, ask: Callable[..., Any], *arguments: Any) -> Any:
-        """What the meeting service answers, None where it does not know the key. Raises InputError where it is gone."""
-        import jax
+def same_steps(checkpoints: Any) -> None:
+    """Every process is to begin with the steps that process 0 finds: a file system may show a folder late. checkpoints: the
+    workdir's, checkpoint.Checkpoints. Raises InputError, on all."""
+    import jax
 
-        try:
-            return ask(*arguments)
-        except jax.errors.JaxRuntimeError as error:
-            if "NOT_FOUND" in str(error):
-                return None
-            raise InputError(
-                f"process {self.index} has lost the others ({one_line(error)}); start all of them again"
-            ) from error
+    if jax.process_count() == 1:
+        return
+    for step in on_primary(checkpoints.steps):
+        is_seen(checkpoints.folder / str(step))
+    checkpoints.look_again()
+    assert_same("saved steps", checkpoints.steps())
