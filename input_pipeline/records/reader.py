@@ -132,6 +132,8 @@ def open_build(root: pathlib.Path):
     try:
         builder = tfds.builder_from_directory(str(root))
         labels = builder.info.metadata["labels"]
+        for split in builder.info.splits.values():
+            _ = split.filepaths, split.shard_lengths  # made when they are asked for
     except Exception as error:  # for broken files tensorflow_datasets raises whatever its parts do
         raise InputError(f"{root}: its metadata cannot be read ({one_line(error)}); build it again") from error
     if not isinstance(labels, str):
@@ -148,7 +150,12 @@ def split_names(root: str | pathlib.Path) -> list[str]:
 def _raw_records(builder, split: str):
     import tensorflow_datasets as tfds
 
-    return builder.as_data_source(split, deserialize_method=tfds.decode.DeserializeMethod.RAW_BYTES)
+    try:
+        records = builder.as_data_source(split, deserialize_method=tfds.decode.DeserializeMethod.RAW_BYTES)
+        len(records)  # opens the files
+        return records
+    except Exception as error:  # of tensorflow_datasets' parts, as above
+        raise InputError(f"{builder.data_dir}: its records cannot be opened ({one_line(error)}); see `prepare check`") from error
 
 
 def read_table(path: pathlib.Path, columns: tuple[str, ...]) -> list[list[str]]:

@@ -225,6 +225,7 @@ def test_a_folder_against_itself(tmp_path, weights, monkeypatch, capsys):
     assert abs(found["fid_unverified_weights"]) < 1e-3
     assert "lpips" not in found and "fid" not in found
     printed = capsys.readouterr().out
+    assert "ssim_256 (range: the generated's)" in printed
     assert "lpips_unverified_weights" in printed and "clean_fid not computed: give --clean-fid-weights" in printed
     assert report["fid"]["fid"]["reference_count"] == 5
     assert report["weights"]["fid"]["verified"] is False and len(report["weights"]["fid"]["sha256"]) == 64

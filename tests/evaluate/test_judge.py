@@ -10,6 +10,7 @@ import pytest
 from tests.tiny_run import tiny_config
 from truepose_jax.evaluate import judge
 from truepose_jax.evaluate.judge import COPIED, KINDS, OURS, PEOPLE, POSES, WARPED, Gates, Verdict
+from truepose_jax.evaluate.report import table
 from truepose_jax.methods.truepose import TruePose
 from truepose_jax.metrics.psnr import psnr_inside
 from truepose_jax.pretrained.region_tokens import make_encoder
@@ -157,3 +158,12 @@ def test_the_figures_as_json():
     fields = {field.name for field in dataclasses.fields(Verdict)}
     assert found["patterned"].keys() == fields and found["plain"].keys() == fields - {"pattern_retrieval"}
     assert json.loads(json.dumps(found)) == found
+
+
+def test_a_region_that_no_image_shows_says_so_in_the_table():
+    none = {"mean": float("nan"), "ci95": float("nan"), "count": 0, "undefined": 3}
+    some = {"mean": 20.0, "ci95": 1.0, "count": 3, "undefined": 0}
+    regions = {"face": {"psnr": none, "ssim_256": none}, "clothes": {"psnr": some, "ssim_256": some}}
+    metrics = {"ssim_256": some, "garment_colour_retrieval_of_16": some}
+    text = table({"metrics": metrics, "regions": regions, "not_computed": {}})
+    assert "no image shows 50 pixels of it" in text and "nan" not in text and "SSIM_256" in text

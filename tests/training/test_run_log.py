@@ -330,3 +330,10 @@ def test_metrics_of_steps_that_no_checkpoint_has_are_kept_and_said(tmp_path, cap
         assert (tmp_path / "metrics.before-1.jsonl").read_text() == lines
         assert len(list(tmp_path.glob("*.before-*"))) == 2 and "kept as" in caplog.text, number
     assert (tmp_path / "metrics.jsonl").read_text() == ""
+
+
+def test_a_region_that_no_picture_shows_explains_its_nan(tmp_path, capsys):
+    with make(tmp_path, quiet=False) as monitor:
+        monitor.evaluation(3, {"psnr_face": float("nan"), "psnr_person": 20.0})
+    said = capsys.readouterr().out
+    assert "psnr_face nan (no picture shows 50 pixels of it), psnr_person 20" in said
