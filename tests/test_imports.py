@@ -155,6 +155,16 @@ def test_no_arrow_runs_back_up():
             assert other in known[:number], f"{room} names {other}, whose row is not above"
 
 
+def test_nothing_private_of_jax_but_mosaics_interpreter():
+    found = {
+        path.relative_to(ROOT).as_posix(): [module for module, _ in imports_of(path) if module.startswith("jax._src")]
+        for path in house_files()
+    }
+    told = {path: modules for path, modules in found.items() if modules}
+    mosaic = "jax._src.pallas.mosaic_gpu.interpret.params.InterpretGPUParams"  # not public in JAX 0.10
+    assert told == {"truepose_jax/kernels/attention/pallas_gpu.py": [mosaic]}
+
+
 def test_every_room_says_what_it_is_for():
     for folder in ("truepose_jax", "input_pipeline"):
         for place in (ROOT / folder).rglob("__init__.py"):

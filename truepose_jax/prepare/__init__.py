@@ -57,7 +57,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     def run(argv: Sequence[str]) -> None:
         flags = parser.parse_args(argv)
+        if flags.command not in SHARED:
+            flags.run(flags)
+            return
         with signals_as_exits():
-            flags.run(flags, *([shard_of(flags.shard)] if flags.command in SHARED else ()))
+            flags.run(flags, shard_of(flags.shard))
 
     return run_program(run, sys.argv[1:] if argv is None else argv)

@@ -46,25 +46,30 @@ FLAGS_OF: dict[str, tuple[str, ...]] = {
 def add_build(commands) -> None:
     """The flags of `build`. All defaults are None, so that what was given can be told from what was not."""
     parser = commands.add_parser("build", help="turn a raw dataset into records; run again to go on after a stop")
-    parser.add_argument("--dataset", required=True, choices=DATASETS)
-    parser.add_argument("--raw", help="folder of the raw files; each dataset's layout is in docs/data.md")
-    parser.add_argument("--out", required=True, help="folder of the records")
-    parser.add_argument("--size", type=parse_size, metavar="HxW", help="fit photos to this size (default: as they are)")
-    parser.add_argument("--limit", type=int, help="so many pairs of each split at most (without pairs: images)")
     sets = ", ".join(name for name in LABEL_SETS if name != "whole")
-    parser.add_argument("--labels", "--parsing", dest="labels", help=f"label set of RAW/parsing: {sets}, or none")
-    parser.add_argument("--lists", help="folder of the pair and annotation lists, if not RAW")
-    parser.add_argument("--pairs", help="folder: self (default), identity, or a CSV with from,to")
-    parser.add_argument("--test-pairs", help="folder: a CSV of pairs to hold out as the split test")
-    parser.add_argument("--keypoints", help="folder: an annotation CSV or folder of poses, in place of RAW/keypoints")
-    parser.add_argument("--pose-frame", type=parse_size, metavar="HxW", help="folder: size of the frame of the poses")
-    parser.add_argument("--allow-missing", action="store_true", default=None, help="build without what is missing")
-    parser.add_argument("--workers", type=int, help="processes that read photos (default: one a core)")
-    parser.add_argument("--seed", type=int, help="synthetic: of the people (0)")
-    parser.add_argument("--poses-per-identity", type=int, metavar="N", help="synthetic: pictures of a person (4)")
-    parser.add_argument("--patterns", choices=("all", "solid", "mixed"), help="synthetic: clothes (all)")
-    parser.add_argument("--background", choices=("all", "plain"), help="synthetic: scenes (all)")
-    parser.add_argument("--framing", choices=("all", "close"), help="synthetic: how near (all)")
+    add = parser.add_argument_group("the dataset").add_argument
+    add("--dataset", required=True, choices=DATASETS)
+    add("--raw", help="folder of the raw files; each dataset's layout is in docs/data.md")
+    add("--lists", help="folder of the pair and annotation lists, if not RAW")
+    add("--allow-missing", action="store_true", default=None, help="build without what is missing")
+    add = parser.add_argument_group("what is built").add_argument
+    add("--out", required=True, help="folder of the records")
+    add("--size", type=parse_size, metavar="HxW", help="fit photos to this size (default: as they are)")
+    add("--limit", type=int, help="so many pairs of each split at most (without pairs: images)")
+    add("--workers", type=int, help="processes that read photos (default: one a core)")
+    add = parser.add_argument_group("maps and poses").add_argument
+    add("--labels", "--parsing", dest="labels", help=f"label set of RAW/parsing: {sets}, or none")
+    add("--keypoints", help="folder: an annotation CSV or folder of poses, in place of RAW/keypoints")
+    add("--pose-frame", type=parse_size, metavar="HxW", help="folder: size of the frame of the poses")
+    add = parser.add_argument_group("pairs of a folder").add_argument
+    add("--pairs", help="folder: self (default), identity, or a CSV with from,to")
+    add("--test-pairs", help="folder: a CSV of pairs to hold out as the split test")
+    add = parser.add_argument_group("drawn people (--dataset=synthetic)").add_argument
+    add("--seed", type=int, help="synthetic: of the people (0)")
+    add("--poses-per-identity", type=int, metavar="N", help="synthetic: pictures of a person (4)")
+    add("--patterns", choices=("all", "solid", "mixed"), help="synthetic: clothes (all)")
+    add("--background", choices=("all", "plain"), help="synthetic: scenes (all)")
+    add("--framing", choices=("all", "close"), help="synthetic: how near (all)")
     parser.set_defaults(run=build)
 
 
