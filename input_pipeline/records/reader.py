@@ -127,6 +127,8 @@ def open_build(root: pathlib.Path):
     if not (root / "dataset_info.json").is_file():
         half = "a build that is not finished; run its command again" if (root / "build").is_dir() else "not a build"
         raise InputError(f"{root}: {half} (it has no dataset_info.json)")
+    for name in ("dataset_info.json", "features.json", "metadata.json"):
+        read_json(root / name, dict)  # tensorflow_datasets would wait for a pipe
     import tensorflow_datasets as tfds
 
     try:
