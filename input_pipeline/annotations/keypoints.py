@@ -54,6 +54,9 @@ COCO_JOINTS = (17, 26, 133, 136)
 MIN_SCORE = 0.1
 """Joints of lower scores are missing. OpenPose draws from 0.05, others from 0.3; below 0.1 they lie anywhere."""
 
+MAX_FRAME = 100_000
+"""Pixels of a side of the picture that a pose was found in."""
+
 FRACTIONS = 2.0
 """No person is so small in pixels, and no joint so far outside in fractions of the picture."""
 
@@ -327,7 +330,8 @@ def _images_of(path: str, modified: int) -> dict[str, _Image]:
     try:
         pictures = content if isinstance(content, list) else [content]
         if pictures and all(isinstance(each, dict) and "people" in each for each in pictures):
-            return {str(i): _Image(each["people"], _canvas(each)) for i, each in enumerate(pictures)}
+            sizes = [_size(each, "canvas_height", "canvas_width") for each in pictures]
+            return {str(i): _Image(each["people"], sizes[i]) for i, each in enumerate(pictures)}
         return _coco_images(content)
     except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
         raise _no_keypoints(path, error) from error
@@ -342,16 +346,21 @@ def _some(images: Mapping[str, _Image]) -> str:
     return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
-def _canvas(picture: Mapping[str, Any]) -> tuple[int, int] | None:
-    h, w = picture.get("canvas_height"), picture.get("canvas_width")
-    return (int(h), int(w)) if h and w and min(h, w) >= 1 else None
+def _size(picture: Mapping[str, Any], height: str, width: str) -> tuple[int, int] | None:
+    """(h, w) that a file says; None where it does not. Raises ValueError."""
+    h, w = picture.get(height), picture.get(width)
+    if not (h and w):
+        return None
+    if not (1 <= h <= MAX_FRAME and 1 <= w <= MAX_FRAME):
+        raise ValueError(f"a picture of {h:g}x{w:g} pixels")
+    return int(h), int(w)
 
 
 def _coco_images(content: dict | list) -> dict[str, _Image]:
     """By name where the file says names, else by number; results' `image_id` is either."""
     listed = content.get("images", []) if isinstance(content, dict) else []
     names = {image["id"]: name_key(image["file_name"]) for image in listed if "file_name" in image}
-    sizes = {i["id"]: (int(i["height"]), int(i["width"])) for i in listed if i.get("height") and i.get("width")}
+    sizes = {image["id"]: _size(image, "height", "width") for image in listed}
     if isinstance(content, list):
         rows = content
     elif "instance_info" in content:  # MMPose: people of the frames of a video or a folder

@@ -39,8 +39,10 @@ MAX_CHUNKS = 100_000
 """Parts of a PNG; encoders write one for each 8 to 64 KiB. Pillow takes 10 us for each."""
 
 LARGE = 8_000_000
-"""Photos of more pixels are decoded one at a time: each takes five times its pixels while it is."""
+"""Photos of more pixels are decoded one at a time: each takes twice its pixels while it is."""
 _large = threading.Semaphore()
+STRIP = 512
+"""Rows whose colours are converted at once: of a whole picture each step would be a copy of it."""
 
 MAX_STRETCH = 0.02
 """Aspects that differ by less are stretched (750x1101 against 176x256 is 0.9 %); others are padded."""
@@ -65,11 +67,15 @@ def decode_photo(data: bytes, *, name: str, over: str = "white") -> np.ndarray:
                 return _decode_jpeg(data)
         if image.mode.startswith(("I", "F")):
             raise InputError(f"{name}: {image.mode} pixels (16 or 32 bits); save the photo with 8 bits a channel")
-        image = ImageOps.exif_transpose(image)
-        if image.mode in {"RGBA", "LA", "PA"} or "transparency" in image.info:
-            image = image.convert("RGBA")
-            image = Image.alpha_composite(Image.new("RGBA", image.size, over), image)
-        return np.array(image.convert("RGB"))
+        ImageOps.exif_transpose(image, in_place=True)
+        rgb = np.empty((image.height, image.width, 3), np.uint8)
+        for top in range(0, image.height, STRIP):
+            part = image.crop((0, top, image.width, min(top + STRIP, image.height)))
+            if image.mode in {"RGBA", "LA", "PA"} or "transparency" in image.info:
+                part = part.convert("RGBA")
+                part = Image.alpha_composite(Image.new("RGBA", part.size, over), part)
+            rgb[top : top + STRIP] = np.asarray(part.convert("RGB"))
+        return rgb
 
 
 @contextlib.contextmanager

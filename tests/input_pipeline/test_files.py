@@ -11,8 +11,9 @@ import zlib
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageOps
 
+from input_pipeline.annotations import photo
 from input_pipeline.annotations.keypoints import load_pose, read_annotations
 from input_pipeline.annotations.parsing import label_set, read_parsing
 from input_pipeline.annotations.photo import MAX_CHUNKS, decode_photo, read_photo
@@ -307,3 +308,16 @@ def test_a_full_standard_output_is_one_line():
 
 def test_what_first_bytes_show():
     assert looks_like(b"PK\x03\x04") == "a zip archive (or a PyTorch file)" and looks_like(b"hello") == ""
+
+
+@pytest.mark.parametrize("mode", ["RGBA", "LA", "L", "RGB"])
+def test_colours_are_converted_in_strips_to_the_same_pixels(monkeypatch, mode):
+    """Turned by EXIF and with transparency, as Pillow converts the whole picture."""
+    monkeypatch.setattr(photo, "STRIP", 7)
+    pixels = np.random.default_rng(0).integers(0, 256, (30, 12, 4), dtype=np.uint8)
+    exif, file = Image.Exif(), io.BytesIO()
+    exif[photo.EXIF_ORIENTATION] = 6
+    Image.fromarray(pixels).convert(mode).save(file, "PNG", exif=exif)
+    whole = ImageOps.exif_transpose(Image.open(io.BytesIO(file.getvalue()))).convert("RGBA")
+    wanted = Image.alpha_composite(Image.new("RGBA", whole.size, "white"), whole).convert("RGB")
+    np.testing.assert_array_equal(decode_photo(file.getvalue(), name="turned"), np.asarray(wanted))

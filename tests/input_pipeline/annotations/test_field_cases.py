@@ -145,6 +145,17 @@ def test_results_of_many_images_are_found_by_name_and_by_number(tmp_path):
     assert load_pose(f"{path}#x/second.jpg").frame_hw == (9, 8)
 
 
+@pytest.mark.parametrize("size", [1e308, -1, 0.5, "9", [9]])
+def test_pictures_of_no_size_are_one_line(tmp_path, size):
+    image = {"id": 1, "file_name": "a.jpg", "height": size, "width": 176}
+    row = {"image_id": 1, "keypoints": BODY[COCO].reshape(-1).tolist()}
+    for content in ({"images": [image], "annotations": [row]}, openpose(BODY, canvas=(size, 176))):
+        (tmp_path / "p.json").write_text(json.dumps(content))
+        with pytest.raises(InputError, match="neither OpenPose nor COCO") as caught:
+            load_pose(tmp_path / "p.json")
+        assert "\n" not in str(caught.value)
+
+
 def test_text_in_pixels_of_its_photo_is_not_taken_for_deepfashions_frame(tmp_path):
     path = tmp_path / "a.txt"
     path.write_text("".join(f"{x * 4:.0f} {y * 4:.0f}\n" for x, y, _ in BODY))

@@ -188,7 +188,7 @@ def test_what_is_not_a_build_says_so(tmp_path):
     with pytest.raises(InputError, match="every line must have name,identity"):
         RecordImages(root, "train")
     (root / "metadata.json").unlink()
-    with pytest.raises(InputError, match="metadata cannot be read"):
+    with pytest.raises(InputError, match="cannot read the file of the build"):
         RecordImages(root, "train")
     (root / "dataset_info.json").unlink()
     with pytest.raises(InputError, match="not finished; run its command again"):
