@@ -238,8 +238,8 @@ def _finish(raw: RawSet, out: pathlib.Path, work: pathlib.Path, plan: dict, shar
     digest = hashlib.sha256(json.dumps(sums, sort_keys=True).encode()).hexdigest()
     write_whole(out / "checksums.json", json.dumps({"digest": digest, "sha256": sums}, indent=1))
     _write_info(raw, out, plan, lengths, report)
-    for shard in shards:
-        shard.note(work).unlink()
+    for left in (*(shard.note(work) for shard in shards), *work.glob("*.json.*.partial")):  # these by a kill
+        left.unlink()
 
 
 def _told(drop: Dropped) -> dict[str, str]:
@@ -340,8 +340,12 @@ def write_shard(path: pathlib.Path, work: pathlib.Path, writer: RecordWriter, re
 def write_whole(path: pathlib.Path, text: str) -> None:
     """Writes a file that is there whole or not at all."""
     partial = path.with_name(f"{path.name}.{uuid.uuid4().hex[:8]}.partial")  # several parts may write the same file at once
-    partial.write_text(text, encoding="utf-8")
-    os.replace(partial, path)
+    try:
+        partial.write_text(text, encoding="utf-8")
+        os.replace(partial, path)
+    finally:
+        with contextlib.suppress(OSError):
+            partial.unlink(missing_ok=True)
 
 
 def write_csv(path: pathlib.Path, columns: Sequence[str], rows: Sequence[Sequence]) -> None:

@@ -287,8 +287,8 @@ def test_bad_input_is_one_line_and_exit_code_2(tmp_path, capsys, flags, words):
 def test_a_disk_that_fills_up_is_one_line_and_the_build_goes_on_later(tmp_path, where):
     """A folder in a file's place refuses it as a full disk does, ArrayRecord's own errors too."""
     raw, out = noise_set(), tmp_path / "r"
-    names = {"shard": "build/noise-test.array_record-00000-of-00001.partial", "note": "build/test-00000.json.partial"}
-    blocked = out / names.get(where, "images-train.csv.partial")
+    names = {"shard": "build/noise-test.array_record-00000-of-00001.partial", "note": "build/test-00000.json"}
+    blocked = out / names.get(where, "images-train.csv")
 
     def block(records):
         blocked.mkdir(exist_ok=True)
