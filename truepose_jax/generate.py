@@ -268,13 +268,14 @@ def generate_list(flags: argparse.Namespace, share: Shard) -> int:
     elif not share.finishes or share.merge:
         raise InputError("--overwrite is for one process; several parts need another --out-dir, or an empty one")
     make_folder(out_dir)
-    if flags.overwrite:
+    anew = flags.overwrite and flags.estimate  # then nothing is noted
+    if flags.overwrite and not anew:
         note_old(out_dir, outs)
     old = read_old(out_dir)
     mine = share.mine(rows)
-    todo = [row for row in mine if not is_done(row.out, old)]
+    todo = [row for row in mine if anew or not is_done(row.out, old)]
     ours = rows if share.merge else mine
-    left = sum(not is_done(row.out, old) for row in ours)
+    left = sum(anew or not is_done(row.out, old) for row in ours)
     pairs = len(rows) // num
     count = pairs + len(problems)
     if not flags.estimate:

@@ -130,7 +130,7 @@ def _filled(images: RecordImages, chunk: range, fill: Fill) -> list[tuple[dict[s
             logging.warning("%s (left as it is)", error)
             records.append(None)
     changes = fill(records, images.labels)
-    filled = [old | new if r is not None else old for old, new, r in zip(fields, changes, records, strict=True)]
+    filled = [{**old, **(new if r is not None else {})} for old, new, r in zip(fields, changes, records, strict=True)]
     return list(zip(filled, records, strict=True))
 
 

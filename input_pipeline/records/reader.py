@@ -11,10 +11,12 @@
 
 from __future__ import annotations
 
+import bisect
 import csv
 import functools
 import io
 import pathlib
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -45,7 +47,8 @@ class RecordImages:
         self._label_set = label_set(builder.info.metadata["labels"])
         self.labels = self._label_set.name
         self.shards = [path.name for path in builder.info.splits[split].filepaths]
-        self._ends = np.cumsum(builder.info.splits[split].shard_lengths)
+        self._ends = np.cumsum(builder.info.splits[split].shard_lengths).tolist()
+        self._paths = [f"{self.root / shard}" for shard in self.shards]
         self._records = _raw_records(builder, split)
         images = read_table(self.root / f"images-{split}.csv", IMAGE_COLUMNS)
         if len(images) != len(self._records):
@@ -81,7 +84,7 @@ class RecordImages:
             photo, parsing, joints, _ = fit_photo(photo, parsing, joints, self.size)
         return ImageRecord(photo, parsing, joints, fields["name"], fields["identity"])
 
-    def fields(self, index: int) -> dict[str, Any]:
+    def fields(self, index: int) -> Mapping[str, Any]:
         """All fields of a record (records.schema.RECORD_FIELDS), pictures still encoded. Raises InputError."""
         try:
             return parse_record(self._records[index])
@@ -89,10 +92,10 @@ class RecordImages:
             raise InputError(f"{self.place(index)}: cannot be read ({one_line(error)}); see `prepare check`") from error
 
     def place(self, index: int) -> str:
-        """Shard, record within it and name, for messages."""
-        shard = int(np.searchsorted(self._ends, index, side="right"))
-        first = int(self._ends[shard - 1]) if shard else 0
-        return f"{self.root / self.shards[shard]}, record {index - first} ({self.names[index]})"
+        """Shard, record within it and name, for messages. Made for every image that is read, so it must be quick."""
+        shard = bisect.bisect_right(self._ends, index)
+        first = self._ends[shard - 1] if shard else 0
+        return f"{self._paths[shard]}, record {index - first} ({self.names[index]})"
 
     def stored_tokens(self) -> TokenTable | None:
         """The region tokens in the records; None where an image has none. Reads every record.
@@ -188,4 +191,6 @@ FORMS: dict[str, files.Form] = {
 def read_json(path: pathlib.Path, form: files.Form = None) -> dict[str, Any]:
     """A JSON object of ours. form: of FORMS by the file's name where none is given. Raises InputError."""
     form = form or FORMS.get(path.name, dict)
-    return files.read_json(path, form, what="a file of the build", limit=files.MAX_TEXT, advice="build the dataset again")
+    return files.read_json(
+        path, form, what="a file of the build", limit=files.MAX_TEXT, advice="build the dataset again"
+    )

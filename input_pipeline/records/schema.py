@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -181,7 +181,24 @@ class RecordWriter:
             raise OSError(str(error)) from error
 
 
-def parse_record(data: bytes) -> dict[str, Any]:
+class StoredFields(Mapping):
+    """The fields of a record. What is large (pictures, tokens, latents) is copied out when it is asked for: a batch of stored
+    latents never asks for the photo, nor a mirrored photo for the plain one's."""
+
+    def __init__(self, small: dict[str, Any], found: Mapping[str, Any]):
+        self._small, self._found = small, found
+
+    def __getitem__(self, name: str) -> Any:
+        return self._small[name] if name in self._small else self._found[name].bytes_list.value[0]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(RECORD_FIELDS)
+
+    def __len__(self) -> int:
+        return len(RECORD_FIELDS)
+
+
+def parse_record(data: bytes) -> StoredFields:
     """The fields of a serialised tf.train.Example, pictures still encoded. Raises ValueError where it is not a record.
 
     Several times as fast as the reader of tensorflow_datasets, whose result it equals.
@@ -198,10 +215,11 @@ def parse_record(data: bytes) -> dict[str, Any]:
         if kind == "integer":
             fields[name] = value.int64_list.value[0]
             continue
-        content = value.bytes_list.value[0]
+        content = value.bytes_list.value
+        if len(content) != 1:
+            raise ValueError(f"field {name} holds {len(content)} values; expected one")
         if kind == "text":
-            content = content.decode()
+            fields[name] = content[0].decode()
         elif kind == "array":
-            content = np.frombuffer(content, dtype).reshape(shape)
-        fields[name] = content
-    return fields
+            fields[name] = np.frombuffer(content[0], dtype).reshape(shape)
+    return StoredFields(fields, found)

@@ -99,7 +99,7 @@ def make_parser() -> argparse.ArgumentParser:
     add("--sampler", choices=tuple(SAMPLERS), help="the run's; all but ddim want fewer steps (docs/generate.md)")
     add("--steps", type=int, help="of the sampler (the run's)")
     add("--guidance", type=float, help="classifier-free guidance, 1: none (the run's)")
-    add("--guidance-interval", type=_interval, metavar="LOW:HIGH", help="guided shares of the schedule (the run's)")
+    add("--guidance-interval", type=interval, metavar="LOW:HIGH", help="guided shares of the schedule (the run's)")
     add("--seed", type=int, default=0, help="of the noise, which also depends on the pair's names (0)")
     add("--num", type=int, metavar="K", help="pictures of each pair, of --seed and those after it, OUT_SEED.png (1)")
     add("--dtype", choices=DTYPES, help="what the networks compute in (the run's)")
@@ -110,7 +110,7 @@ def make_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _interval(text: str) -> tuple[float, float]:
+def interval(text: str) -> tuple[float, float]:
     """'0.2:0.8' -> (0.2, 0.8)."""
     try:
         low, high = (float(part) for part in text.split(":"))

@@ -17,9 +17,9 @@ from truepose_jax.training.flops import flops_of
 from truepose_jax.training.init import batch_spec
 from truepose_jax.training.memory import GIB, peak_bytes
 
-SHARE = {"cpu": 0.5, "gpu": 0.4, "tpu": 0.4}
-"""Of the rate of a large product, what sampling is taken to reach. On CPU measured (the shipped model: docs/generate.md); the
-others are guesses."""
+SHARE = 0.4
+"""Of the rate of a large product, what sampling is taken to reach: 41 of 98 GFLOP a second on one CPU core (the shipped model,
+float32); anywhere else a guess."""
 
 SIDE = 1024
 """Of the square product that is timed."""
@@ -46,7 +46,7 @@ class Estimate:
                 f"{batch} pictures at once {self.working / GIB:.2f} (from shapes; the program and its libraries come on top)",
                 f"work     {self.flops / 1e9:.4g} GFLOP a picture",
                 f"time     about {describe(self.seconds)} a picture, {describe(self.seconds * pictures)} for {pictures} "
-                f"({count} x {kind}, by a product timed just now; within a factor of two), and compilation before the first",
+                f"({count} x {kind}, by a product timed just now: right to a factor of two on CPUs); compilation comes before",
             ]
         )
 
@@ -64,7 +64,7 @@ def estimate(run: Run, sampling: Sampling, *, batch: int, dtype: str | None = No
     sampler = Sampler(method, config.diffusion.schedule, config.diffusion.spacing, sampling)
     jaxpr = jax.make_jaxpr(sampler.sample)(held, frozen, spec, keys).jaxpr
     flops = flops_of(jaxpr) / batch
-    rate = SHARE.get(jax.default_backend(), min(SHARE.values())) * product_rate(model.dtype) * jax.local_device_count()
+    rate = SHARE * product_rate(model.dtype) * jax.local_device_count()
     return Estimate(_bytes(held), _bytes(frozen), peak_bytes(jaxpr), flops, flops / rate)
 
 
