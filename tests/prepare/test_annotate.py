@@ -119,13 +119,13 @@ def test_a_stopped_run_goes_on_and_says_nothing_before_it_is_done(models, tmp_pa
     assert prepare.main(["annotate", str(whole), *flags]) == 0
     replaced = []
 
-    def stop(*arguments, replace=annotate._replace):
+    def stop(path, *arguments, write=annotate.write_shard):
         if len(replaced) == 2:
             raise KeyboardInterrupt
-        replaced.append(arguments[2])
-        replace(*arguments)
+        replaced.append(path.name)
+        return write(path, *arguments)
 
-    monkeypatch.setattr(annotate, "_replace", stop)
+    monkeypatch.setattr(annotate, "write_shard", stop)
     assert prepare.main(["annotate", str(part), *flags]) == 130
     assert annotations(part) == {} and check_records(part)[0] == []
     first = {name: (part / name).stat().st_mtime_ns for name in replaced}
