@@ -75,6 +75,7 @@ ROOMS = {
         "inference kernels methods models pretrained pretrained.conversion runtime sampling training",
         torch="late",
     ),
+    "serve": Room(f"{INPUT} input_pipeline.synthetic detection inference runtime"),
     "flags": Room(
         f"{INPUT} pretrained.conversion runtime", never=frozenset({"jax", "flax", "optax", "orbax", "grain"})
     ),

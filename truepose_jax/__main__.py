@@ -20,6 +20,7 @@ COMMANDS = {
     "train": "train, or go on where a run has stopped",
     "generate": "pictures from a trained model",
     "prepare": "data: build, label, annotate, check and inspect",
+    "serve": "a page and POST /v1/repose, on this machine",
     "evaluate": "SSIM, PSNR, LPIPS and FID of generated pictures",
     "convert": "weights from PyTorch, and trained models to PyTorch",
     "study": "where attention falls; style transfer",
@@ -30,7 +31,7 @@ COMMANDS = {
 """Programs, truepose_jax.NAME each, and what they do."""
 
 FLAGS = {name: f"truepose_jax.flags.{name}" for name in ("train", "generate", "convert", "demo")} | {
-    name: f"truepose_jax.{name}.flags" for name in ("evaluate", "study", "scaling")
+    name: f"truepose_jax.{name}.flags" for name in ("evaluate", "study", "scaling", "serve")
 }
 """Where --help is found without the second or two that a program takes to import; the others take none."""
 

@@ -70,6 +70,8 @@ def test_what_is_in_the_wheel(wheel):
         "truepose_jax/py.typed",
         "truepose_jax/interop/torch_truepose.py",
         "truepose_jax/models/patch_codec.safetensors",
+        "truepose_jax/detection/weights/pose_landmark_full.tflite",
+        "truepose_jax/detection/weights/NOTICE",
         "truepose_jax/bundled/configs/demo.py",
         "truepose_jax/bundled/docs/models/synthetic_128x96/truepose.safetensors",
     }

@@ -1,0 +1,1 @@
+"""A page and a plain HTTP interface for pictures from photos, on this machine: `python -m truepose_jax.serve`."""
