@@ -17,8 +17,7 @@ from tests.shared_data import openpose_json, standing_joints
 from truepose_jax.config import Config, from_config_dict
 from truepose_jax.inference import pipeline
 from truepose_jax.inference.pipeline import Pipeline
-from truepose_jax.methods import make_method
-from truepose_jax.pretrained.frozen_networks import load_autoencoder
+from truepose_jax.pretrained.factory import assemble, region_encoder
 from truepose_jax.pretrained.region_tokens import make_encoder
 from truepose_jax.training.checkpoint import Checkpoints, parameter_table, write_metadata
 from truepose_jax.training.init import batch_spec
@@ -67,9 +66,9 @@ def random_like(params, seed: int):
 
 def make_run(workdir: pathlib.Path, config: Config) -> pathlib.Path:
     """Checkpoints at STEPS and metadata.json, as train.py leaves them."""
-    autoencoder, _, autoencoder_print = load_autoencoder(config.model)
-    encoder = make_encoder(config.model.clip, config.token_width)
-    method = make_method(config, autoencoder)
+    encoder = region_encoder(config)
+    method, _, _, prints = assemble(config, encoder)
+    clip = {} if encoder is None else {"clip": encoder.fingerprint}
     init = Trainer(config, method).init_state
     abstract = jax.eval_shape(lambda key: init(key, batch_spec(config)), jax.random.key(0))
     checkpoints = Checkpoints(workdir, keep=3, every=1)
@@ -86,7 +85,7 @@ def make_run(workdir: pathlib.Path, config: Config) -> pathlib.Path:
         config=config,
         parameter_table=parameter_table(abstract.params),
         mesh={},
-        extra={"frozen": {"autoencoder": autoencoder_print, "clip": encoder.fingerprint}},
+        extra={"frozen": {**prints, **clip}},
     )
     return workdir
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import math
 import pathlib
 import pickle
@@ -28,9 +29,16 @@ from truepose_jax.models.clip import CLIPVisionConfig, CLIPVisionModelWithProjec
 from truepose_jax.models.patch_codec import PatchAutoencoder
 from truepose_jax.models.unet import UNetConfig
 from truepose_jax.models.vae import AutoencoderKLConfig, KLAutoencoder, PixelAutoencoder
-from truepose_jax.pretrained.conversion import readers, report, weights_folder
+from truepose_jax.pretrained.conversion import animate_anyone, readers, report, weights_folder
 from truepose_jax.pretrained.conversion.plan import Plan, Shapes, Tree
-from truepose_jax.pretrained.conversion.safetensors_io import STEMS, ArraySource, ConversionError, open_source
+from truepose_jax.pretrained.conversion.safetensors_io import (
+    STEMS,
+    ArraySource,
+    ConversionError,
+    TensorSource,
+    open_source,
+)
+from truepose_jax.pretrained.factory import planned
 from truepose_jax.runtime.cli import install, run_program
 from truepose_jax.training.init import batch_spec
 
@@ -78,20 +86,43 @@ def to_torch(flags: argparse.Namespace) -> None:
 
 
 def make_plan(flags: argparse.Namespace) -> Plan:
-    shapes = Shapes(truepose_shapes, autoencoder_shapes, clip_shapes)
+    shapes = Shapes(truepose_shapes, autoencoder_shapes, clip_shapes, paper_shapes)
+    if flags.method != "truepose" and (flags.model != "sd15" or flags.clip):
+        given = "--clip" if flags.clip else f"--model={flags.model}"
+        raise ConversionError(f"--for={flags.method} starts from --model=sd15 alone; {given} is not for it")
+    if flags.model == "animate-anyone":
+        return _animate_anyone(flags, shapes)
     folders = ("unet", "vae") if flags.model == "sd15" else ("source_net", "target_net")
     src, name = _locate(flags.src, [f"{folder}/{STEMS[0]}" for folder in folders], flags.variant)
     if src.is_file():
         if flags.model != "sd15" or flags.variant:
             raise ConversionError(f"--src={src} is a file: --variant, and --model={MODELS[1]}, are for folders")
+        if flags.method != "truepose":
+            raise ConversionError(f"--src={src} is a file: --for={flags.method} takes a folder of diffusers")
         tensors, not_read = _open_ckpt(src) if src.suffix == ".ckpt" else (open_source(src), {})
         plan = readers.sd15_file(src, tensors, shapes, name=name, not_read=not_read)
     elif flags.model == "sd15":
-        plan = readers.sd15_folder(src, shapes, name=name, variant=flags.variant)
+        plan = readers.sd15_folder(src, shapes, name=name, variant=flags.variant, method=flags.method)
     else:
         if flags.variant:
             raise ConversionError("--variant is for --model=sd15: an export has one set of weights")
         plan = readers.truepose_export(src, shapes, name=name)
+    if flags.clip:
+        clip, name = _locate(flags.clip, [STEMS[1]], None)
+        plan = readers.with_clip(plan, clip, shapes, name=name)
+    return plan
+
+
+def _animate_anyone(flags: argparse.Namespace, shapes: Shapes) -> Plan:
+    src = pathlib.Path(flags.src)
+    if not src.is_dir() or flags.variant:
+        why = "--variant is for --model=sd15" if flags.variant else "no such folder; name the one that holds the files"
+        raise ConversionError(f"--src={src}: {why}")
+
+    def open_file(file: pathlib.Path) -> TensorSource:
+        return _open_ckpt(file)[0] if file.suffix == ".pth" else open_source(file)
+
+    plan = animate_anyone.plan_of(src, open_file, shapes, name=flags.src)
     if flags.clip:
         clip, name = _locate(flags.clip, [STEMS[1]], None)
         plan = readers.with_clip(plan, clip, shapes, name=name)
@@ -111,6 +142,9 @@ def truepose_shapes(unet: UNetConfig, settings: Mapping[str, Any]) -> Tree:
     elif model.autoencoder == "patches":
         model.patch_channels = channels // 4
     model.fusion.update({name: settings.get("fusion", {}).get(name, False) for name in OF_HPFA})
+    for name in ("texture", "alignment"):
+        model.fusion[name] = settings.get("fusion", {}).get(name, model.fusion[name])
+    model.pose_encoder = settings.get("pose_encoder", model.pose_encoder)
     model.carry.update(settings.get("carry", {}))
     if model.carry.head:
         values.diffusion.schedule.prediction = "x0"
@@ -124,6 +158,21 @@ def truepose_shapes(unet: UNetConfig, settings: Mapping[str, Any]) -> Tree:
     }
     method = make_method(config, made[config.model.autoencoder]())
     return jax.eval_shape(lambda: method.init(jax.random.key(0), batch_spec(config)))
+
+
+def paper_shapes(method: str, unet: UNetConfig) -> Tree:
+    """Another method's parameters as shapes, with this UNet but for the channels that the method adds."""
+    values = get_config(method)
+    model = values.model
+    if method == "imagpose":
+        unet = dataclasses.replace(unet, in_channels=values.model.unet.in_channels)
+        model.patch = 1
+    model.size = (64, 64)
+    with model.ignore_type():
+        model.unet = to_dict(unet)
+    config = from_config_dict(Config, values)
+    made, _ = planned(config)
+    return jax.eval_shape(lambda: made.init(jax.random.key(0), batch_spec(config)))
 
 
 def autoencoder_shapes(config: Mapping[str, Any]) -> Tree:
@@ -167,7 +216,7 @@ def _open_ckpt(file: pathlib.Path) -> tuple[ArraySource, dict[str, int]]:
     try:
         import torch
     except ImportError as error:
-        raise ConversionError(f"{file}: .ckpt needs PyTorch: {install('torch')}") from error
+        raise ConversionError(f"{file}: {file.suffix} needs PyTorch: {install('torch')}") from error
     try:
         # Only the newer format can be mapped instead of read into memory.
         loaded = torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))

@@ -28,6 +28,7 @@ from input_pipeline.schema import InputError
 from input_pipeline.shards import Shard
 from truepose_jax.config import to_dict
 from truepose_jax.flags.generate import BATCH, NAMING, SPLIT, make_parser
+from truepose_jax.inference.canvas_requests import canvas_row, read_canvases
 from truepose_jax.inference.csv_requests import COLUMNS, Row, of_seeds, read_rows, that_eat_inputs
 from truepose_jax.inference.estimate import estimate
 from truepose_jax.inference.found_sheet import found_sheet
@@ -36,7 +37,7 @@ from truepose_jax.inference.photo_requests import AUTO, GIVEN, PhotoOptions
 from truepose_jax.inference.pipeline import Fitted, Pipeline, Run
 from truepose_jax.inference.record_requests import RecordRow, pair_list, record_rows
 from truepose_jax.runtime.bundled import SHIPPED
-from truepose_jax.runtime.choices import OUTSIDE
+from truepose_jax.runtime.choices import FILLS, OUTSIDE
 from truepose_jax.runtime.cli import BAD_INPUT, enable_compilation_cache, reject_unused_flags, run_program
 from truepose_jax.runtime.files import atomic_write, check_apart, make_folder, writing
 from truepose_jax.runtime.shards import shard_of, signals_as_exits
@@ -54,18 +55,21 @@ HINTS = {
 }
 READ_FLAGS = ("source", "parsing", "pose", "source-pose", "reference", "edit-mask", "reference-parsing")
 """Of one picture, the files that are read."""
-ONE = "one picture"
+ONE, CANVAS = "one picture", "several sources or poses"
+REPEATED = ("source", "source_pose", "pose", "out")
+"""Flags that may be given several times, for a canvas."""
 OF_ONE = ("sheet", "source-pose", "show-found", "person", "pose-person")
 """Of one picture alone, beside its inputs."""
 FLAGS_USED_BY = {
     "labels": (ONE, "--pairs"),
-    "pose-frame": (ONE, "--pairs"),
-    "source-pose-frame": (ONE, "--pairs"),
+    "pose-frame": (ONE, "--pairs", CANVAS, "--requests"),
+    "source-pose-frame": (ONE, "--pairs", CANVAS, "--requests"),
+    "fill": (CANVAS, "--requests"),
     "crop": (ONE, "--pairs"),
     "align-pose": (ONE, "--pairs"),
     "split": ("--records",),
     "naming": ("--records",),
-    "out-dir": ("--pairs", "--records"),
+    "out-dir": ("--pairs", "--records", "--requests"),
     "batch-size": ("--pairs", "--records"),
     "num": (ONE, "--pairs"),
     "shard": ("--pairs", "--records"),
@@ -98,10 +102,17 @@ def _main(argv: Sequence[str]) -> int | None:
         )
     if flags.labels:
         label_set(flags.labels)
+    lists = [name for name in ("pairs", "records", "requests") if getattr(flags, name)]
+    if len(lists) > 1:
+        raise InputError(f"--{lists[0]} and --{lists[1]} are two lists; give one of them")
+    several = flags.fill or any(len(getattr(flags, name) or ()) > 1 for name in REPEATED)
+    if (several and not lists) or flags.requests:
+        generate_canvases(flags)
+        return None
+    for name in REPEATED:
+        setattr(flags, name, (getattr(flags, name) or [None])[0])
     single = {name: getattr(flags, name) for name in COLUMNS}
     many = "pairs" if flags.pairs else "records"
-    if flags.pairs and flags.records:
-        raise InputError("--pairs and --records are two lists; give one of them")
     edit = {name: getattr(flags, name.replace("-", "_")) for name in EDIT_FLAGS}
     if flags.pairs or flags.records:
         others = {name: getattr(flags, name.replace("-", "_")) for name in OF_ONE}
@@ -136,9 +147,11 @@ def _sampling(run: Run, flags: argparse.Namespace) -> Sampling:
 def generate_one(flags: argparse.Namespace) -> None:
     """One pair's pictures, and their sheet. Everything is checked before the weights are read."""
     run = Run.open(flags.workdir, weights=flags.weights, step=flags.step)
+    if flags.labels and not run.needs.tokens:
+        raise InputError(f"--labels={flags.labels} is unheeded: the method of {run.workdir} reads no parsing map")
     sampling = _sampling(run, flags)
     own = flags.source_pose, flags.source_pose_frame
-    parsing, out = flags.parsing or AUTO, pathlib.Path(flags.out)
+    parsing, out = flags.parsing or (AUTO if run.needs.tokens else "none"), pathlib.Path(flags.out)
     pair = Row(
         0, flags.source, parsing, flags.pose, flags.labels, flags.pose_frame, out, *own, options=photo_options(flags)
     )
@@ -201,6 +214,49 @@ def photo_options(flags: argparse.Namespace) -> PhotoOptions:
     return PhotoOptions(person, pose_person, crop, bool(flags.align_pose))
 
 
+def generate_canvases(flags: argparse.Namespace) -> None:
+    """The pictures of one canvas of several sources or poses, or of a list of canvases; those that are there are left as they
+    are. Everything that can be is checked before the weights are read."""
+    mode = "--requests" if flags.requests else CANVAS
+    reject_unused_flags(flags, FLAGS_USED_BY, mode)
+    of_one = [name for name in (*OF_ONE, *EDIT_FLAGS) if name not in ("sheet", "source-pose")]
+    alone = {"parsing": flags.parsing, **{name: getattr(flags, name.replace("-", "_")) for name in of_one}}
+    given = [name for name, value in alone.items() if value]
+    if flags.requests:
+        given += [name.replace("_", "-") for name in (*REPEATED, "sheet") if getattr(flags, name)]
+    if given:
+        raise InputError(f"--{given[0]} means nothing to {mode}")
+    run = Run.open(flags.workdir, weights=flags.weights, step=flags.step)
+    sampling = _sampling(run, flags)
+    frames = {"source_pose_frame": flags.source_pose_frame, "pose_frame": flags.pose_frame}
+    if flags.requests:
+        if not flags.out_dir:
+            raise InputError("--out-dir is missing: name the folder for the pictures of --requests")
+        rows = read_canvases(flags.requests, pathlib.Path(flags.out_dir), **frames)
+        done = [] if flags.overwrite else [row for row in rows if all(out.exists() for out in row.outs)]
+        todo = [row for row in rows if row not in done]
+    else:
+        lists = [getattr(flags, name) or [] for name in REPEATED]
+        todo = [canvas_row(*lists, **frames)]
+        for path in (*todo[0].outs, *([flags.sheet] if flags.sheet else [])):
+            _check_new_png(path, flags.overwrite)
+    fill = flags.fill or FILLS[0]
+    fitted = [row.read(run, flags.seed, fill) for row in todo]
+    pipeline = Pipeline.of_run(run, vae=flags.vae, clip=flags.clip) if todo else None
+    print(describe(run, sampling, flags.seed), flush=True)
+    for row, canvas in zip(tqdm.tqdm(todo, unit="canvas", disable=len(todo) < 2), fitted, strict=True):
+        pictures = pipeline.sample_canvas(canvas, sampling=sampling)
+        for picture, out in zip(pictures, row.outs, strict=True):
+            save_png(picture, out)
+        if flags.sheet:
+            shown = {f"source {i + 1}": [canvas.tiles[i].image] for i in range(len(row.sources))}
+            poses = {f"pose {i + 1}": [canvas.skeleton(tile)] for i, tile in enumerate(canvas.wanted)}
+            made = {f"picture {i + 1}": [picture] for i, picture in enumerate(pictures)}
+            cells = {name: [canvas.framing.crop(cell) for cell in column] for name, column in (shown | poses).items()}
+            save_png(sheet(cells | made), pathlib.Path(flags.sheet))
+    print(f"{sum(len(row.outs) for row in todo)} pictures of {len(todo)} canvases", flush=True)
+
+
 def describe(run: Run, sampling: Sampling, seed: int) -> str:
     """One line that says what the pictures are made with."""
     return f"{run.workdir}: step {run.step}, {run.weights} weights; {sampling}, seed {seed}"
@@ -255,7 +311,7 @@ def generate_list(flags: argparse.Namespace, share: Shard) -> int:
     else:
         source = flags.pairs
         frames = {"pose_frame": flags.pose_frame, "source_pose_frame": flags.source_pose_frame}
-        frames["options"], needed = photo_options(flags), run.config.model.carry.head
+        frames["options"], needed = photo_options(flags), run.needs.source_pose
         listed, problems = read_rows(flags.pairs, out_dir, labels=flags.labels, **frames, source_poses=needed)
         rows = [row for pair in listed for row in of_seeds(pair, flags.seed, num)]
         eating = that_eat_inputs(rows)

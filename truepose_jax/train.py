@@ -66,7 +66,7 @@ from truepose_jax.training.memory import memory_report
 from truepose_jax.training.run_log import CannotWrite, Monitor, NonFinite, Profiler
 from truepose_jax.training.step import Trainer, TrainState
 from truepose_jax.training.time_budget import TimeBudget, kept_steps
-from truepose_jax.training.validation import Evaluator
+from truepose_jax.training.validation import EmbeddingEvaluator, Evaluator, evaluator_of
 
 DIVERGED = 1
 """Exit code of a run that met config.optim.max_skips non-finite steps in a row: starting it again does not help."""
@@ -128,7 +128,7 @@ def train(config: Config, workdir: str, *, profile: bool = False, minutes: float
             try:
                 _loop(
                     config, workdir, mesh, trainer, state, frozen, train_set,
-                    Evaluator(config, method, eval_set, mesh) if evaluates else None,
+                    evaluator_of(config, method, eval_set, mesh) if evaluates else None,
                     checkpoints, metadata, preemption, profile, budget,
                 )  # fmt: skip
             except Stopped as stopped:
@@ -154,7 +154,7 @@ def _loop(
     state: TrainState,
     frozen: Any,
     data: Dataset,
-    evaluator: Evaluator | None,
+    evaluator: Evaluator | EmbeddingEvaluator | None,
     checkpoints: Checkpoints,
     metadata: dict[str, Any],
     preemption: Preemption,

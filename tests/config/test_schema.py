@@ -10,7 +10,18 @@ import pathlib
 
 import pytest
 
-from configs import demo, synthetic_ablation, synthetic_clip, truepose_deepfashion_256, truepose_deepfashion_512
+from configs import (
+    demo,
+    fpdm_deepfashion_512,
+    imagpose_deepfashion_512,
+    imagpose_market,
+    synthetic_ablation,
+    synthetic_clip,
+    synthetic_fpdm,
+    synthetic_imagpose,
+    truepose_deepfashion_256,
+    truepose_deepfashion_512,
+)
 from configs.base import get_config
 from configs.variants import RECIPE, VARIANTS, vary
 from tests import tiny
@@ -66,8 +77,25 @@ def test_every_config_loads(file):
     assert len(file.read_text().splitlines()) <= 120
     required = [p for p in inspect.signature(module.get_config).parameters.values() if p.default is p.empty]
     config = from_config_dict(Config, module.get_config(*["" for _ in required]))
-    assert config.token_width == config.model.unet.cross_attention_dim
     assert from_config_dict(Config, json.loads(json.dumps(to_dict(config)))) == config
+
+
+@pytest.mark.parametrize(
+    "module,variants",
+    [
+        (fpdm_deepfashion_512, fpdm_deepfashion_512.VARIANTS),
+        (imagpose_deepfashion_512, [*imagpose_deepfashion_512.STAGES, "B0", "B1", "B2", "B3"]),
+        (imagpose_market, ["stage1", "stage3"]),
+        (synthetic_fpdm, synthetic_fpdm.VARIANTS),
+        (synthetic_imagpose, ["full", "no_cva"]),
+    ],
+    ids=lambda x: getattr(x, "__name__", ""),
+)
+def test_every_variant_of_the_other_papers_loads(module, variants):
+    found = [to_dict(from_config_dict(Config, module.get_config(name))) for name in variants]
+    assert all(a != b for i, a in enumerate(found) for b in found[:i])
+    with pytest.raises(KeyError, match="unknown variant 'none'; known: "):
+        module.get_config("none")
 
 
 def flat(config):

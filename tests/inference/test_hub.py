@@ -45,7 +45,9 @@ class Hub(http.server.BaseHTTPRequestHandler):
         if self.path == "/api/repos/create":
             self._answer(json.dumps({"url": f"{self.server.url}/{self.server.repo}"}).encode())
         elif self.path.endswith("/preupload/main"):
-            asked = [{"path": f["path"], "uploadMode": "regular", "shouldIgnore": False} for f in json.loads(sent)["files"]]
+            asked = [
+                {"path": f["path"], "uploadMode": "regular", "shouldIgnore": False} for f in json.loads(sent)["files"]
+            ]
             self._answer(json.dumps({"files": asked}).encode())
         elif self.path.endswith("/commit/main"):
             for line in map(json.loads, sent.splitlines()):
@@ -85,7 +87,9 @@ def server(monkeypatch, tmp_path):
     found.url, found.repo = f"http://127.0.0.1:{found.server_port}", "me/poses"
     found.files, found.calls, found.said = {}, [], ""
     monkeypatch.setattr(constants, "ENDPOINT", found.url)
-    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", found.url + "/{repo_id}/resolve/{revision}/{filename}")
+    monkeypatch.setattr(
+        constants, "HUGGINGFACE_CO_URL_TEMPLATE", found.url + "/{repo_id}/resolve/{revision}/{filename}"
+    )
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
     thread = threading.Thread(target=found.serve_forever, daemon=True)
     thread.start()
@@ -102,7 +106,9 @@ def same_parameters(one: Pipeline, other: Pipeline) -> bool:
 
 def test_pushed_and_fetched(server, tmp_path):
     pipe = shared_pipeline()
-    assert pipe.push_to_hub(server.repo, private=True, token="hf_secret") == f"{server.url}/{server.repo}/commit/{COMMIT}"
+    assert (
+        pipe.push_to_hub(server.repo, private=True, token="hf_secret") == f"{server.url}/{server.repo}/commit/{COMMIT}"
+    )
     assert server.calls[0] == ("/api/repos/create", "Bearer hf_secret")
     assert server.said == "Step 7, ema weights"
     kinds = {name.rpartition(".")[2] for name in server.files}

@@ -162,7 +162,9 @@ def test_one_picture_and_a_list(inputs, tmp_path, capsys, pipe, monkeypatch):
         patch.setattr(Pipeline, "of_run", None)  # before any model is loaded
         assert generate.main(flags_of(inputs, out)) == 2
         error = capsys.readouterr().err
-        assert error.endswith("\n") and ("--source-pose" in error), "nobody is found in blobs, and where there is no [pose] ..."
+        assert error.endswith("\n") and ("--source-pose" in error), (
+            "nobody is found in blobs, and where there is no [pose] ..."
+        )
     monkeypatch.setattr(Pipeline, "of_run", lambda run, **_: pipe)
     titles = []
     monkeypatch.setattr(generate, "sheet", lambda columns: titles.extend(columns) or columns["carried"][0])

@@ -7,6 +7,7 @@ latents that do not serve are an error, for training on others would be another 
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 from collections.abc import Mapping
 from typing import Any
@@ -15,7 +16,7 @@ from input_pipeline.batches.readers import RecordTokens
 from input_pipeline.records.annotate import annotations
 from input_pipeline.records.reader import RecordImages
 from truepose_jax.config import Config, ConfigError
-from truepose_jax.methods import Trainable, make_method
+from truepose_jax.methods import Trainable
 from truepose_jax.models.vae import Autoencoder, MomentsAutoencoder
 from truepose_jax.pretrained.region_tokens import LazyEncoder, RegionEncoder
 
@@ -72,4 +73,4 @@ def training_method(
         )
     if found["fingerprint"] != prints["autoencoder"]:
         raise ConfigError(f"{setting} and those of {images.root} are of another VAE than {config.model.vae}; {advice}")
-    return make_method(config, MomentsAutoencoder(autoencoder))
+    return dataclasses.replace(method, autoencoder=MomentsAutoencoder(autoencoder))

@@ -6,6 +6,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from truepose_jax.diffusion.schedule import Schedule
+
 NUM_BINS = 10
 """Timestep bins of the logged loss: a total loss hides that only the noisy end learns from the source."""
 
@@ -18,6 +20,16 @@ def timesteps(u: Float[Array, " b"], total: int, power: float = 1.0) -> Int[Arra
 def squared_error(prediction: Float[Array, "b h w c"], target: Float[Array, "b h w c"]) -> Float[Array, " b"]:
     """Mean squared error per sample, float32."""
     return jnp.mean(jnp.square(prediction.astype(jnp.float32) - target.astype(jnp.float32)), axis=(1, 2, 3))
+
+
+def min_snr_weights(schedule: Schedule, t: Int[Array, " b"], gamma: float) -> Float[Array, " b"]:
+    """Hang et al. 2023: the weight of x0's error is min(SNR, gamma), in the terms of what is predicted. Of v as AnimateAnyone's
+    public code has it, with SNR + 1 in SNR's place, so that the noisy end keeps weight 1."""
+    snr = schedule.snr(t)
+    if schedule.prediction == "x0":
+        return jnp.minimum(snr, gamma)
+    snr = snr + 1.0 if schedule.prediction == "v" else snr
+    return jnp.minimum(snr, gamma) / snr
 
 
 def weighted_mean(values: Float[Array, " b"], weights: Float[Array, " b"]) -> Float[Array, ""]:

@@ -17,7 +17,8 @@ PREDICTIONS = ("eps", "v", "x0")
 class Schedule:
     """z_t = sqrt(abar_t) z_0 + sqrt(1 - abar_t) eps (Eq. 1), t int32 in [0, steps).
 
-    prediction: what the network's output means. clip_x0: bound on |z_0| while sampling; 0: none (a VAE latent has no
+    prediction: what the network's output means. zero_snr: the last abar is 0 (Lin et al. 2024; not with "eps"), the first stays:
+    sqrt(abar) shifted and scaled. clip_x0: bound on |z_0| while sampling; 0: none (a VAE latent has no
     bound, a pixel latent has 1).
     """
 
@@ -26,6 +27,7 @@ class Schedule:
     beta_end: float = 0.012
     steps: int = 1000
     prediction: str = "eps"
+    zero_snr: bool = False
     clip_x0: float = 0.0
 
     def __post_init__(self):
@@ -38,6 +40,10 @@ class Schedule:
         if not 0 < self.beta_start <= self.beta_end < 1:
             raise ValueError(
                 f"schedule.beta_start and beta_end are {self.beta_start} and {self.beta_end}; expected 0 < start <= end < 1"
+            )
+        if self.zero_snr and self.prediction == "eps":
+            raise ValueError(
+                "schedule.zero_snr leaves no signal at the last step, where 'eps' says nothing; predict 'v' or 'x0'"
             )
         if self.clip_x0 < 0:
             raise ValueError(f"schedule.clip_x0 is {self.clip_x0}; it must be 0 (none) or more")
@@ -53,7 +59,16 @@ class Schedule:
             betas = np.linspace(self.beta_start, self.beta_end, self.steps)
         else:
             betas = np.linspace(self.beta_start**0.5, self.beta_end**0.5, self.steps) ** 2
-        return np.cumprod(1.0 - betas).astype(np.float32)
+        abar = np.cumprod(1.0 - betas)
+        if self.zero_snr:
+            signal = np.sqrt(abar)
+            abar = ((signal - signal[-1]) * signal[0] / (signal[0] - signal[-1])) ** 2
+        return abar.astype(np.float32)
+
+    def snr(self, t: Int[Array, " b"]) -> Float[Array, " b"]:
+        """abar / (1 - abar)."""
+        abar = self.alphas_cumprod.astype(np.float64)
+        return jnp.asarray((abar / (1.0 - abar)).astype(np.float32))[t]
 
     def signal_and_noise(self, t: Int[Array, " b"]) -> tuple[Float[Array, "b 1 1 1"], Float[Array, "b 1 1 1"]]:
         """(sqrt(abar_t), sqrt(1 - abar_t)), shaped to multiply latents."""

@@ -28,7 +28,15 @@ from truepose_jax.metrics.psnr import LEAST_PIXELS
 from truepose_jax.metrics.regions import retrieval
 from truepose_jax.pretrained.region_tokens import RegionEncoder, token_table
 from truepose_jax.runtime.sharding import batch_parts, put_whole_batch
-from truepose_jax.training.validation import Pairs, Sample, make_sampler, region_scores, swap_costs, swap_scores
+from truepose_jax.training.validation import (
+    Pairs,
+    Sample,
+    make_sampler,
+    of_pairs,
+    region_scores,
+    swap_costs,
+    swap_scores,
+)
 
 KINDS: Mapping[str, str] = {"plain": "solid", "patterned": "all"}
 """Kind of clothes -> `patterns` of the synthetic people who wear them."""
@@ -119,7 +127,7 @@ def sampling(pipe: Pipeline) -> Sample:
     def sample(batch: Mapping[str, np.ndarray], keys: jax.Array) -> np.ndarray:
         with jax.set_mesh(pipe.mesh):
             images = sampler(pipe.params, pipe.frozen, put_whole_batch(pipe.mesh, batch), keys)
-        return np.clip(np.asarray(images), -1, 1)
+        return np.clip(of_pairs(np.asarray(images), pipe.method.needs), -1, 1)
 
     return sample
 

@@ -5,9 +5,11 @@
 
 from-torch makes a weights folder, which a run begins with: train --config.init_from=DIR. --model=sd15 reads a diffusers
 folder of Stable Diffusion 1.5 (unet/, vae/, scheduler/) or its original single file (.safetensors, .ckpt) and makes
-TruePose's starting point; --model=truepose reads what to-torch wrote. --clip is a transformers folder with CLIP's vision
-tower. A name such as openai/clip-vit-large-patch14 that is no path is fetched from the Hugging Face hub. Everything is
-checked before the first byte is written; --dry-run stops there and prints the table.
+TruePose's starting point, or that of the method that --for names (whose folder may be of SD2.x); --model=truepose reads what
+to-torch wrote. --model=animate-anyone reads reference_unet, denoising_unet and pose_guider, .pth or .safetensors, and what it
+writes is a whole model, which generate takes as --workdir. --clip is a transformers folder with CLIP's vision tower. A name
+such as openai/clip-vit-large-patch14 that is no path is fetched from the Hugging Face hub. Everything is checked before the
+first byte is written; --dry-run stops there and prints the table.
 
 to-torch exports a run's last checkpoint: SourceNet and TargetNet as folders that diffusers opens, HPFA and the pose encoder
 beside them, configs, the noise schedule and a model card. generate and study take the folder for a run's.
@@ -22,7 +24,9 @@ from truepose_jax.pretrained.conversion.to_torch import DTYPES
 from truepose_jax.runtime.choices import WEIGHTS
 from truepose_jax.runtime.cli import Parser
 
-MODELS = ("sd15", "truepose")
+MODELS = ("sd15", "truepose", "animate-anyone")
+METHODS = ("truepose", "fpdm", "imagpose")
+"""That have a starting point in a Stable Diffusion."""
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -34,6 +38,7 @@ def make_parser() -> argparse.ArgumentParser:
     add = add.add_argument
     add("--model", required=True, choices=MODELS, help="what --src is")
     add("--src", required=True, help="folder, single file, or hub name")
+    add("--for", dest="method", choices=METHODS, default=METHODS[0], help="the method that starts from it (truepose)")
     add("--clip", metavar="DIR", help="folder or hub name of CLIP")
     add("--dst", type=pathlib.Path, metavar="DIR", help="the weights folder, new or empty")
     add("--variant", help="of --src: fp16, non_ema, ...")

@@ -4,6 +4,8 @@
     python -m truepose_jax.generate --workdir=DIR --source=PHOTO --parsing=MAP.png --labels=atr18 --pose=FILE --out=OUT.png
     python -m truepose_jax.generate --workdir=DIR --source=STYLE --parsing=MAP.png --labels=atr18 \
         --reference=PHOTO --edit-mask=MASK --pose=FILE --out=OUT.png
+    python -m truepose_jax.generate --workdir=DIR --source=A --source-pose=A.json --source=B --source-pose=B.json \
+        --pose=FILE --out=OUT.png
     python -m truepose_jax.generate --workdir=DIR --pairs=LIST.csv --out-dir=D
     python -m truepose_jax.generate --workdir=DIR --records=RECORDS --split=test --out-dir=D
 
@@ -16,6 +18,10 @@ its limbs' lengths, in its place. --reference makes a region of that photo anew
 with the source's clothes, in the reference's own --pose (its frame is the reference unless the file or --pose-frame says
 otherwise). MASK is a picture of its size, white where it is made anew, or classes such as Upper-clothes,Dress of its
 --reference-parsing.
+
+A run of the method imagpose makes four tiles at once: --source and --source-pose up to three times, --pose and --out up to three
+times, four of both together. --requests=LIST.jsonl: one such canvas a line, {"sources": [{"photo": .., "pose": ..}], "poses":
+[..], "outs": [..]}.
 
 LIST.csv has columns source,parsing,pose,out and may have labels, pose_frame, source_pose (auto: find it), source_pose_frame,
 seed; its paths are relative to it, `out` (a .png) to D. --records makes all pairs of a split of what `prepare build` wrote, as
@@ -30,7 +36,7 @@ from __future__ import annotations
 import argparse
 
 from input_pipeline.annotations.parsing import LABEL_SETS
-from truepose_jax.runtime.choices import DTYPES, NAMINGS, OUTSIDE, SAMPLERS, WEIGHTS
+from truepose_jax.runtime.choices import DTYPES, FILLS, NAMINGS, OUTSIDE, SAMPLERS, WEIGHTS
 from truepose_jax.runtime.cli import Parser, parse_size
 from truepose_jax.runtime.shards import add_shard_flag
 
@@ -54,23 +60,29 @@ def make_parser() -> argparse.ArgumentParser:
     add("--vae", metavar="DIR", help="folder of the autoencoder (or file of the patch codec), in place of the config's")
     add("--clip", metavar="DIR", help="folder of CLIP, in place of the config's")
     add = parser.add_argument_group("one picture").add_argument
-    add("--source", metavar="PHOTO", help="photo of the person")
+    add("--source", action="append", metavar="PHOTO", help="photo of the person (imagpose: up to three times)")
     add(
         "--parsing",
         metavar="MAP",
         help="its parsing map, a PNG of label ids; a SegFormer's folder; none; auto: find it (auto)",
     )
     add("--labels", help=f"label set of the map: {', '.join(LABEL_SETS)}")
-    add("--source-pose", metavar="FILE", help="the pose of --source itself, in place of finding it")
+    add("--source-pose", action="append", metavar="FILE", help="the pose of --source itself, in place of finding it")
     add(
         "--source-pose-frame",
         type=parse_size,
         metavar="HxW",
         help="size of the picture that one was found in (the photo's)",
     )
-    add("--pose", metavar="FILE", help="the pose to draw the person in: another photo, or joints")
+    add(
+        "--pose",
+        action="append",
+        metavar="FILE",
+        help="the pose to draw: another photo, or joints (imagpose: up to three)",
+    )
     add("--pose-frame", type=parse_size, metavar="HxW", help="size of the picture the pose was found in")
-    add("--out", metavar="PNG", help="the picture")
+    add("--out", action="append", metavar="PNG", help="the picture, one for each --pose")
+    add("--fill", choices=FILLS, help="imagpose: what tiles hold that nothing was asked for (pose)")
     add("--sheet", metavar="PNG", help="also draw source, skeleton, what was carried and picture side by side")
     add = parser.add_argument_group("photos as they come").add_argument
     add("--show-found", metavar="PNG", help="draw skeleton, regions and crop over both photos")
@@ -91,6 +103,7 @@ def make_parser() -> argparse.ArgumentParser:
     add = parser.add_argument_group("a list in place of one picture").add_argument
     add("--pairs", metavar="CSV", help="a list in place of one picture")
     add("--records", metavar="DIR", help="all pairs of records in place of one picture")
+    add("--requests", metavar="JSONL", help="a list of canvases, for imagpose")
     add("--split", help=f"of --records ({SPLIT})")
     add("--naming", choices=tuple(NAMINGS), help=f"of the pictures of --records ({NAMING})")
     add("--out-dir", metavar="D", help="folder for the pictures of --pairs or --records")

@@ -50,7 +50,7 @@ class Row:
         seed alone then gives what Pipeline and the page give."""
         if not self.line and is_photo_file(self.pose):
             return ""
-        return f"{_short_name(self.source)} > {_short_name(self.pose)}"
+        return f"{short_name(self.source)} > {short_name(self.pose)}"
 
     def read(self, run: Run, seed: int, edit: Edit | None = None) -> Fitted:
         """Reads the files and fits them to the model's size. Raises InputError."""
@@ -89,7 +89,7 @@ class Row:
         options = self.options if parser is None else dataclasses.replace(self.options, parser=parser(self.parsing))
         model = run.config.model
         names = os.path.basename(self.source), os.path.basename(self.pose)
-        return resolve(request, model.size, head=model.carry.head, options=options, names=names)
+        return resolve(request, model.size, head=run.needs.source_pose, options=options, names=names)
 
 
 def is_photo_file(pose: str) -> bool:
@@ -111,7 +111,8 @@ def of_seeds(row: Row, seed: int, num: int) -> list[Row]:
     return [dataclasses.replace(row, seed=s, out=row.out.with_stem(f"{row.out.stem}_{s}")) for s in found]
 
 
-def _short_name(spec: str) -> str:
+def short_name(spec: str) -> str:
+    """Of FILE or FILE#NAME without folders; DeepFashion's photos, whose file names repeat, by the canonical name."""
     file, member = split_spec(spec)
     name = canonical_name(member or file)
     return name if name.startswith(("WOMEN/", "MEN/")) else pathlib.PurePosixPath(name).name

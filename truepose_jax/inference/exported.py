@@ -13,16 +13,17 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import Sharding
 
-from truepose_jax.config import Config, ConfigError, from_config_dict, with_defaults
+from truepose_jax.config import Config, ConfigError, from_config_dict, to_dict, with_defaults
 from truepose_jax.pretrained.conversion import key_maps
 from truepose_jax.pretrained.conversion.export import CONFIG_FILE
 from truepose_jax.pretrained.conversion.origins import read_json
 from truepose_jax.pretrained.conversion.plan import Shapes
 from truepose_jax.pretrained.conversion.readers import truepose_export
 from truepose_jax.pretrained.conversion.truepose_names import SETTINGS_FILE
-from truepose_jax.pretrained.conversion.weights_folder import CODEC_FILE, PARAMS_FILE
+from truepose_jax.pretrained.conversion.weights_folder import CODEC_FILE, PARAMS_FILE, WEIGHTS_FILE, open_weights
 from truepose_jax.pretrained.factory import planned
 from truepose_jax.pretrained.frozen_networks import KINDS
 from truepose_jax.training.checkpoint import CheckpointError
@@ -81,3 +82,63 @@ class Exported:
 
 def _none_here(config: Mapping[str, Any]) -> Any:
     raise AssertionError("an export holds no other network")
+
+
+@dataclasses.dataclass(frozen=True)
+class Converted:
+    """A weights folder in the place of a run's Checkpoints, where `convert from-torch` made it of a whole model that was trained
+    elsewhere. Its label set and the frozen networks that it was trained with are not known."""
+
+    folder: pathlib.Path
+    config: Config
+    step: int = 0
+    weights: str = "raw"
+    frozen: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    labels: str = ""
+
+    @classmethod
+    def is_one(cls, folder: pathlib.Path) -> bool:
+        return (folder / WEIGHTS_FILE).is_file()
+
+    @classmethod
+    def open(cls, folder: pathlib.Path) -> Converted:
+        """Reads headers. Raises CheckpointError for a starting point, and ConversionError."""
+        found = open_weights(folder)
+        told = found.settings
+        if found.fresh or "sampling" not in told:
+            raise CheckpointError(
+                f"{folder} is a starting point, not a trained model ({', '.join(found.fresh) or 'no sampling settings'}): train "
+                "from it by config.init_from"
+            )
+        values = to_dict(Config())
+        model, diffusion = values["model"], values["diffusion"]
+        model["unet"] |= found.unet
+        for group in ("fusion", "carry"):
+            model[group] |= told.get(group, {})
+        model |= {name: told[name] for name in ("positions", "source_parsing", "pose_encoder") if name in told}
+        model["size"] = tuple(told.get("image_size", model["size"]))
+        diffusion["schedule"] |= found.schedule or {}
+        diffusion |= {name: told["sampling"][name] for name in ("steps", "spacing", "guidance")}
+        values["eval"] |= {"steps": diffusion["steps"]}
+        if (folder / KINDS["clip"].inside / "config.json").is_file():
+            model["clip"]["path"] = str(folder)
+        try:
+            return cls(folder, from_config_dict(Config, values))
+        except ConfigError as error:
+            raise CheckpointError(f"{folder}: {error}") from error
+
+    def restore_part(self, name: str, step: int | None = None, *, place: Sharding | None = None) -> Any:
+        """As Checkpoints.restore_part, of the parameters that there are. Raises CheckpointError and ConversionError."""
+        del name, step
+        found = open_weights(self.folder)
+        method, _ = planned(self.config)
+        made = jax.eval_shape(lambda: method.init(jax.random.key(0), batch_spec(self.config)))
+        wanted = dict(key_maps.leaves(made))
+        if wrong := sorted(wanted.keys() ^ found.infos.keys()):
+            raise CheckpointError(f"{self.folder}: {wrong[0]} is of one and not of the other: its tensors, this model")
+        return key_maps.nest(
+            {
+                path: jax.device_put(jnp.asarray(np.asarray(found.read(path)), leaf.dtype), place)
+                for path, leaf in wanted.items()
+            }
+        )

@@ -7,7 +7,7 @@ import pathlib
 import re
 import shutil
 import tempfile
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import jax
 from jax.sharding import SingleDeviceSharding
@@ -15,9 +15,10 @@ from jax.sharding import SingleDeviceSharding
 from input_pipeline.schema import InputError
 from truepose_jax.config import Config
 from truepose_jax.data.datasets import about_records
-from truepose_jax.inference.exported import Exported
-from truepose_jax.pretrained.conversion import weights_folder
+from truepose_jax.inference.exported import Converted, Exported
+from truepose_jax.pretrained.conversion import animate_anyone, weights_folder
 from truepose_jax.pretrained.conversion.export import write_export
+from truepose_jax.pretrained.conversion.first_stage import write_first_stage
 from truepose_jax.pretrained.conversion.safetensors_io import ConversionError
 from truepose_jax.pretrained.frozen_networks import folder_of, load_autoencoder
 from truepose_jax.runtime.bundled import find_model
@@ -66,6 +67,25 @@ def save(run: Run, folder: str | os.PathLike[str], *, dtype: str | None = None, 
             raise ConversionError(f"{run.workdir} is an export and is copied as it is; dtype and with_clip are a run's")
         _copy(run.checkpoints.folder, folder)
         return f"{folder}: a copy of {run.workdir}"
+    if isinstance(run.checkpoints, Converted):
+        raise ConversionError(
+            f"{run.workdir} is a weights folder, which no run made; convert made it of what it would become"
+        )
+    model = run.config.model
+    if model.method not in ("truepose", "ipf"):
+        raise ConversionError(
+            f"{run.workdir} is of config.model.method {model.method!r}, which has no form in PyTorch here yet"
+        )
+    if model.method == "ipf" or animate_anyone.is_one(model):
+        if with_clip:
+            raise ConversionError(
+                "--with-clip: this network's files are their authors', and CLIP is in them or beside them"
+            )
+        params = _on_host(run)
+        if model.method != "ipf":
+            return animate_anyone.write(folder, params, dtype)
+        about = {"step": run.step, "weights": run.weights}
+        return write_first_stage(folder, params, model=model, run=about, dtype=dtype)
     metadata, clip = read_metadata(run.workdir), run.config.model.clip.path
     if with_clip and not clip:
         raise ConversionError(
@@ -73,14 +93,18 @@ def save(run: Run, folder: str | os.PathLike[str], *, dtype: str | None = None, 
         )
     codec = _codec_file(run.config, metadata.get("frozen", {}).get("autoencoder"))
     inside = folder_of(clip, "clip") if clip and with_clip is not False else None
-    on_host = SingleDeviceSharding(jax.local_devices(backend="cpu")[0])
-    params = run.checkpoints.restore_part(WEIGHTS[run.weights], run.step, place=on_host)
+    params = _on_host(run)
     about = {"step": run.step, "weights": run.weights, "frozen": metadata.get("frozen", {})}
     about["records"] = about_records(run.config)
     origin = metadata.get("origin")
     return str(
         write_export(folder, params, config=run.config, dtype=dtype, origin=origin, run=about, clip=inside, codec=codec)
     )
+
+
+def _on_host(run: Run) -> Any:
+    on_host = SingleDeviceSharding(jax.local_devices(backend="cpu")[0])
+    return run.checkpoints.restore_part(WEIGHTS[run.weights], run.step, place=on_host)
 
 
 def push(

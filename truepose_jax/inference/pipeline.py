@@ -27,17 +27,18 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from input_pipeline.batches.transforms import write_picture, write_source, write_target
+from input_pipeline.batches.transforms import write_picture, write_source, write_target, write_views
 from input_pipeline.fields import Layout
 from input_pipeline.schema import InputError
 from truepose_jax.config import Config, ConfigError
 from truepose_jax.data.datasets import about_records
 from truepose_jax.inference import hub
-from truepose_jax.inference.exported import Exported
+from truepose_jax.inference.canvas import FittedCanvas, Pose, Source, fit_canvas
+from truepose_jax.inference.exported import Converted, Exported
 from truepose_jax.inference.photo_requests import AUTO, PhotoOptions, resolve
 from truepose_jax.inference.request import SEEDS, Fitted, Request, fit_request
 from truepose_jax.kernels.attention.api import cannot_run
-from truepose_jax.methods import Denoiser, needs
+from truepose_jax.methods import Denoiser, Needs, needs
 from truepose_jax.pretrained.factory import assemble
 from truepose_jax.pretrained.frozen_networks import KINDS
 from truepose_jax.pretrained.region_tokens import RegionEncoder, make_encoder
@@ -49,6 +50,7 @@ from truepose_jax.sampling.image_grid import to_uint8
 from truepose_jax.sampling.inpainting import MASK_FIELD, Edit, EditSampler
 from truepose_jax.sampling.sampler import Progress, Sampler, Sampling, cast_kernels, compiler_options
 from truepose_jax.training.checkpoint import CheckpointError, Checkpoints, read_config, read_metadata
+from truepose_jax.training.validation import of_pairs
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,7 +62,7 @@ class Run:
 
     workdir: str
     config: Config
-    checkpoints: Checkpoints | Exported | None
+    checkpoints: Checkpoints | Exported | Converted | None
     step: int
     weights: str
 
@@ -81,6 +83,11 @@ class Run:
                     f"{workdir} holds the {export.weights} weights of step {export.step} and no others"
                 )
             return cls(os.fspath(workdir), export.config, export, export.step, export.weights)
+        if Converted.is_one(pathlib.Path(workdir)):
+            found = Converted.open(pathlib.Path(workdir))
+            if (weights or "raw", step or 0) != ("raw", 0):
+                raise CheckpointError(f"{workdir} holds one set of weights that no run made: neither ema nor steps")
+            return cls(os.fspath(workdir), found.config, found, 0, "raw")
         config = read_config(workdir)
         if weights == "ema" and not config.optim.ema_decay:
             raise CheckpointError(f"{workdir} keeps no EMA (config.optim.ema_decay is 0); take the raw weights")
@@ -96,21 +103,28 @@ class Run:
     @functools.cached_property
     def labels(self) -> str:
         """The label set that it was trained on; "" where that is not known (records that are gone)."""
-        if isinstance(self.checkpoints, Exported):
+        if isinstance(self.checkpoints, Exported | Converted):
             return self.checkpoints.labels
         return self.config.data.labels or about_records(self.config).get("labels", "")
 
     def fit(self, request: Request) -> Fitted:
         """The request as this run's model takes it. Raises InputError."""
-        model = self.config.model
-        if not model.carry.head:
-            return fit_request(request, model.size)
-        return fit_request(request, model.size, head=True, labels=self.labels)
+        size, wanted = self.config.model.size, self.needs
+        if not wanted.tokens:
+            return fit_request(request, size, source_pose=wanted.source_pose, mapped=False)
+        if not wanted.source_pose:
+            return fit_request(request, size)
+        return fit_request(request, size, head=True, labels=self.labels)
+
+    @property
+    def needs(self) -> Needs:
+        """What its method reads."""
+        return needs(self.config)
 
     @property
     def frozen(self) -> Mapping[str, str]:
         """Fingerprints of the frozen networks that it was trained with, where they are known."""
-        if isinstance(self.checkpoints, Exported):
+        if isinstance(self.checkpoints, Exported | Converted):
             return self.checkpoints.frozen
         return read_metadata(self.workdir).get("frozen", {})
 
@@ -194,14 +208,16 @@ class Pipeline:
         config, model = run.config, run.config.model
         if dtype not in (None, *DTYPES):
             raise ConfigError(f"dtype is {dtype!r}; choose one of {DTYPES}")
+        if "target_pose" not in run.needs.sample and run.needs.draw == "pairs":
+            raise ConfigError(f"{run.workdir} is of config.model.method {model.method!r}, which makes no pictures")
         if vae and model.autoencoder == "pixels":
             raise ConfigError(f"{run.workdir} uses the {model.autoencoder!r} codec; a VAE does not apply to it")
-        model = dataclasses.replace(
-            model,
-            vae=vae or model.vae,
-            clip=dataclasses.replace(model.clip, path=clip or model.clip.path),
-            dtype=dtype or model.dtype,
-        )
+        given = {name: folder for name, folder in (("vae", vae), ("clip", clip)) if folder}
+        for name in sorted(given.keys() - model.folders.keys()):
+            raise ConfigError(
+                f"--{name}={given[name]}: the method of {run.workdir}, {model.method}, has no such network"
+            )
+        model = dataclasses.replace(model.located(given, anew=True), dtype=dtype or model.dtype)
         if reason := cannot_run(model.attention):
             logging.warning("config.model.attention: %s; auto is taken", reason)
             model = dataclasses.replace(model, attention="auto")
@@ -209,6 +225,9 @@ class Pipeline:
         method, frozen, _, prints = assemble(dataclasses.replace(config, model=model), encoder)
         recorded = run.frozen
         _check_frozen("vae", recorded.get("autoencoder"), prints.get("autoencoder"), folder=model.vae, override=vae)
+        for role in ("dino", "ipf"):
+            if role in prints:
+                _check_frozen(role, recorded.get(role), prints[role], folder=model.folders[role], override=None)
         if encoder is not None:
             _check_frozen("clip", recorded.get("clip"), encoder.fingerprint, folder=model.clip.path, override=clip)
         mesh = make_mesh(data=-1, fsdp=1, tensor=1, devices=jax.local_devices())
@@ -246,9 +265,11 @@ class Pipeline:
             raise InputError("pose is missing: give joints [18 3], or a photo of somebody in the pose")
         if num is not None and not 1 <= num <= SEEDS - seed:
             raise InputError(f"num is {num}; it must be 1 or more, and seeds end at {SEEDS - 1}")
+        if not self.run.needs.tokens and isinstance(parsing, str):
+            parsing = None
         request = Request(source, pose, parsing, labels, frame_hw, name, seed, edit, source_joints, source_frame_hw)
         model, sampling = self.run.config.model, self.run.sampling(steps, guidance, sampler, guidance_interval)
-        request = resolve(request, model.size, head=model.carry.head, options=options).request
+        request = resolve(request, model.size, head=self.run.needs.source_pose, options=options).request
         fitted = self.run.fit(request)
         every = [dataclasses.replace(fitted, seed=seed + i) for i in range(num or 1)]
         pictures = self.sample(every, sampling=sampling, callback=callback)
@@ -286,11 +307,7 @@ class Pipeline:
         sampling. With it the pictures come from other programs, of the same numbers. Raises CheckpointError where the weights
         give values that are not finite.
         """
-        sampling, diffusion = sampling or self.run.sampling(), self.run.config.diffusion
         kind = EditSampler if any(f.edit for f in fitted) else Sampler
-        sampler = self._samplers.setdefault(
-            (sampling, kind), kind(self.method, diffusion.schedule, diffusion.spacing, sampling)
-        )
         size = batch_size or max(len(fitted), 1)
         found = []
         starts = range(0, len(fitted), size)
@@ -299,17 +316,61 @@ class Pipeline:
             batch, keys = self.batch_of(piece, size)
             if kind is EditSampler:
                 batch[MASK_FIELD] = _edit_masks(piece, batch["target"].shape[:3])
-            with jax.set_mesh(self.mesh):
-                inputs = self.params, self.frozen, put_whole_batch(self.mesh, batch), keys
-                images = np.asarray(sampler(*inputs, progress=_of_all(callback, i, len(starts))))
-            if not np.isfinite(images).all():
-                raise CheckpointError(
-                    f"{self.run.workdir}, step {self.run.step}: the {self.run.weights} weights give values that are "
-                    "not finite; try another step or other weights"
-                )
-            for f, image in zip(piece, to_uint8(images), strict=False):
+            images = self._sampled(kind, sampling, batch, keys, _of_all(callback, i, len(starts)))
+            for f, image in zip(piece, to_uint8(of_pairs(images, self.run.needs)), strict=False):
                 found.append(f.framing.crop(image if f.edit is None else f.edit.finish(image)))
         return found
+
+    def _sampled(
+        self,
+        kind: type[Sampler],
+        sampling: Sampling | None,
+        batch: Mapping[str, np.ndarray],
+        keys: jax.Array,
+        progress: Progress | None = None,
+    ) -> np.ndarray:
+        """What one batch gives, in [-1, 1]. Raises CheckpointError."""
+        sampling, diffusion = sampling or self.run.sampling(), self.run.config.diffusion
+        sampler = self._samplers.setdefault(
+            (sampling, kind), kind(self.method, diffusion.schedule, diffusion.spacing, sampling)
+        )
+        with jax.set_mesh(self.mesh):
+            inputs = self.params, self.frozen, put_whole_batch(self.mesh, batch), keys
+            images = np.asarray(sampler(*inputs, progress=progress))
+        if not np.isfinite(images).all():
+            raise CheckpointError(
+                f"{self.run.workdir}, step {self.run.step}: the {self.run.weights} weights give values that are "
+                "not finite; try another step or other weights"
+            )
+        return images
+
+    def canvas(
+        self,
+        sources: Sequence[Source],
+        poses: Sequence[Pose],
+        *,
+        fill: str = "pose",
+        steps: int | None = None,
+        guidance: float | None = None,
+        seed: int = 0,
+        name: str = "",
+    ) -> list[np.ndarray]:
+        """One picture for each pose of the person whom all sources show, uint8 [h w 3], framed as the first source's; of methods
+        that make canvases (IMAGPose). See fit_canvas. Raises InputError."""
+        fitted = fit_canvas(sources, poses, self.run, fill=fill, seed=seed, name=name)
+        return self.sample_canvas(fitted, sampling=self.run.sampling(steps, guidance))
+
+    def sample_canvas(self, fitted: FittedCanvas, *, sampling: Sampling | None = None) -> list[np.ndarray]:
+        """The same of a canvas that is fitted."""
+        wanted, hw = self.run.needs, self.run.config.model.size
+        batch = Layout(wanted.sample, "float32", wanted.letters).empty(batch_size=1, targets_per_source=1, size=hw)
+        write_views(batch, 0, fitted.tiles, shown=fitted.given, hw=hw)
+        batch["valid"][:] = 1
+        key = rng.key_of_name(jax.random.key(fitted.seed), fitted.name)
+        rows = batch_parts(self.mesh)
+        batch = {field: np.repeat(array, rows, axis=0) for field, array in batch.items()}
+        images = self._sampled(Sampler, sampling, batch, jnp.stack([key] * rows))
+        return [fitted.framing.crop(image) for image in to_uint8(images[0][list(fitted.wanted)])]
 
     def carried(self, fitted: Sequence[Fitted], pictures: Sequence[np.ndarray]) -> list[np.ndarray]:
         """The sources as the method's attention carried them, uint8 [h w 3] as the pictures, which `sample` made of requests
@@ -349,6 +410,8 @@ class Pipeline:
                 unknown = dataclasses.replace(source, image=target, joints=fitted[row].joints)
                 write_source(batch, row, source, tokens[i], hw=hw)
                 write_target(batch, row, unknown, labels, hw=hw)
+                if wanted.draw == "canvas":
+                    write_views(batch, row, [source, unknown], shown=1, hw=hw)
         parts = batch_parts(self.mesh)
         order = np.minimum(np.arange(-(-size // parts) * parts), len(fitted) - 1)
         keys = jnp.stack([rng.key_of_name(jax.random.key(f.seed), f.name) for f in fitted])

@@ -45,7 +45,7 @@ class RecordRow:
         h, w = pose["size"].tolist()
         parsing = None if self.images.labels == "whole" else record.parsing
         request = Request(record.image, pose["joints"], parsing, self.images.labels, (h, w), self.name, seed)
-        if run.config.model.carry.head:
+        if run.needs.source_pose:
             request = dataclasses.replace(request, source_joints=record.joints)
         return run.fit(request)
 

@@ -23,7 +23,8 @@ NO_MAP = "no parsing map: the whole photo counts as foreground, with the token o
 NO_MAP_OF_HEAD = (
     f"{NO_MAP}; the target's parsing, which this model predicts, finds nothing to match, and no empty studio"
 )
-UNREAD_POSE = "the source's own pose was given, and this model does not read it (config.model.carry.head is off)"
+UNREAD_POSE = "the source's own pose was given, and this model does not read it"
+UNREAD_MAP = "a parsing map was given, and this model reads none"
 UNKNOWN_LABELS = "this model's label set is not known (its records are gone); parsing maps are taken as they are"
 
 
@@ -34,7 +35,7 @@ class Request:
     source: uint8 [h w 3], RGB. joints: [18 3] (x, y in pixels of a frame of `frame_hw`, visible), OpenPose order;
     frame_hw None: the source's size. parsing: uint8 [h w], ids of the label set `labels`, which need not be the
     one of the training; None: all of the photo is person. source_joints: as joints, the source's own, in a frame of
-    source_frame_hw; only models with the half-cell head read them, and need them. name, seed: key the noise. edit: what is to
+    source_frame_hw; models that read them (the half-cell head's, IMAGPose) need them. name, seed: key the noise. edit: what is to
     be made is a region of this reference; frame_hw None is then the reference's size, and the picture is framed as it is. crop:
     of which photo the source is a part. What is to be found in photos first: photo_requests.resolve.
     """
@@ -77,9 +78,18 @@ class Fitted:
         return draw_skeleton_uint8(self.joints, joints_hw=hw, out_hw=hw)
 
 
-def fit_request(request: Request, size: tuple[int, int], *, head: bool = False, labels: str = "") -> Fitted:
+def fit_request(
+    request: Request,
+    size: tuple[int, int],
+    *,
+    head: bool = False,
+    labels: str = "",
+    source_pose: bool = False,
+    mapped: bool = True,
+) -> Fitted:
     """The request at the model's `size` (h, w). head: whether the model has the half-cell head; labels: its label set, into
-    which the map is then converted (""; it is not known). Raises InputError for arrays that do not fit one another, a map
+    which the map is then converted (""; it is not known). source_pose, mapped: whether it reads the source's own pose (as the
+    head does), and its map. Raises InputError for arrays that do not fit one another, a map
     with foreign labels and a pose without a joint in its frame."""
     photo, name = request.source, request.name or "source"
     if photo.dtype != np.uint8 or photo.ndim != 3 or photo.shape[2] != 3 or not photo.size:
@@ -87,14 +97,20 @@ def fit_request(request: Request, size: tuple[int, int], *, head: bool = False, 
     if not 0 <= request.seed < SEEDS:
         raise InputError(f"{name}: seed is {request.seed}; it must be from 0 to {SEEDS - 1}")
     hw = photo.shape[:2]
-    if head and request.source_joints is None:
+    source_pose = source_pose or head
+    if source_pose and request.source_joints is None:
+        why = "carries the source's pixels by its pose" if head else "lays the source out beside its pose"
         raise InputError(
-            f"{name}: this model carries the source's pixels by its pose, so it needs the photo's own pose too: give "
+            f"{name}: this model {why}, so it needs the photo's own pose too: give "
             "--source-pose=FILE (a list: the column source_pose; Python: source_joints)"
         )
-    if request.source_joints is not None and not head:
+    if request.source_joints is not None and not source_pose:
         _say_once(UNREAD_POSE)
-    if request.parsing is None:
+    if not mapped:
+        if request.parsing is not None:
+            _say_once(UNREAD_MAP)
+        own, parsing = label_set("whole"), whole_photo(hw)
+    elif request.parsing is None:
         _say_once(NO_MAP_OF_HEAD if head else NO_MAP)
         own, parsing = label_set("whole"), whole_photo(hw)
     else:
@@ -107,7 +123,7 @@ def fit_request(request: Request, size: tuple[int, int], *, head: bool = False, 
         elif head and labels != own.name:
             parsing, own = convert_parsing(parsing, own, label_set(labels), name=name), label_set(labels)
     image, parsing, source_joints, framing = fit_photo(photo, parsing, np.zeros((NUM_JOINTS, 3)), size)
-    if head:
+    if source_pose:
         frame = request.source_frame_hw or hw
         source_joints = _place_joints(request.source_joints, frame, framing, name, "the source's pose")
     edit = None if request.edit is None else FittedEdit.fit(request.edit, size, name)
@@ -116,7 +132,7 @@ def fit_request(request: Request, size: tuple[int, int], *, head: bool = False, 
     joints = _place_joints(request.joints, request.frame_hw or hw, framing, name)
     for line in _doubts(request, hw):
         logging.warning("%s: %s", name, line)
-    record = ImageRecord(image, parsing, source_joints, name, identity=name)
+    record = ImageRecord(image, parsing, source_joints, name, identity=name, photo=photo)
     return Fitted(record, own, joints, framing, request.name, request.seed, edit, request.crop)
 
 

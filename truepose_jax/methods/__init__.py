@@ -6,11 +6,11 @@ from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 from truepose_jax.config import Config, ModelConfig
-from truepose_jax.methods import truepose
+from truepose_jax.methods import fpdm, imagpose, ipf, truepose
 from truepose_jax.methods.base import Denoiser, Needs, Trainable
 from truepose_jax.models.vae import Autoencoder
 
-__all__ = ["PAPERS", "Denoiser", "Needs", "Trainable", "make_method", "needs"]
+__all__ = ["PAPERS", "Denoiser", "Needs", "Paper", "Trainable", "make_method", "needs"]
 
 
 class Paper(NamedTuple):
@@ -21,8 +21,11 @@ class Paper(NamedTuple):
     make: Callable[[Config, Autoencoder | None, Mapping[str, Any]], Trainable]
 
 
-PAPERS: Mapping[str, Paper] = {
+PAPERS: dict[str, Paper] = {
     "truepose": Paper(truepose.needs, truepose.make),
+    "ipf": Paper(ipf.needs, ipf.make),
+    "fpdm": Paper(fpdm.needs, fpdm.make),
+    "imagpose": Paper(imagpose.needs, imagpose.make),
 }
 
 

@@ -22,7 +22,7 @@ Frozen = Mapping[str, Any]
 Batch = Mapping[str, jax.Array]
 """Fields of input_pipeline/fields.py as device arrays: those that the method asks for by name."""
 
-OF_KEPT = ("hpfa_", "caa_", "carry_")
+OF_KEPT = ("hpfa_", "caa_", "carry_", "context_")
 """Beginnings of the names of metrics that are means over the samples whose source was not dropped."""
 
 BatchSpec = Mapping[str, jax.ShapeDtypeStruct]
@@ -37,8 +37,9 @@ class Needs:
 
     train, sample: names of fields (input_pipeline/fields.py) that `loss` and `condition` read, "valid" aside. letters: sizes of
     the fields' letters beside b, s, h and w. draw: rows are (source, target) "pairs", or a "canvas" of four photos of one
-    person. pictures: that one row makes. networks: roles in Frozen. tokens: whether region tokens are made.
-    separable: the loss is a mean over rows, so that a batch may be cut.
+    person. pictures: that one row makes. networks: roles in Frozen. tokens: whether region tokens are made, and so a source's
+    map is read. source_pose: whether a source's own pose is, when sampling. separable: the loss is a
+    mean over rows, so that a batch may be cut.
     """
 
     train: tuple[str, ...]
@@ -48,6 +49,7 @@ class Needs:
     pictures: int = 1
     networks: tuple[str, ...] = ("autoencoder",)
     tokens: bool = False
+    source_pose: bool = False
     separable: bool = True
 
 
@@ -81,6 +83,9 @@ class Trainable(Protocol):
 
     no_decay: str
     """Regex of parameters that weight decay must leave alone (those that never get a gradient)."""
+
+    fresh: str
+    """Regex of parameters that may begin random though the run that config.init_from names has none ("(?!)": none may)."""
 
 
 class Denoiser(Trainable, Protocol):

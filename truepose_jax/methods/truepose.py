@@ -13,11 +13,12 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from truepose_jax.config import Config, DiffusionConfig, ModelConfig
+from truepose_jax.config import Config, DiffusionConfig, TruePoseModel
 from truepose_jax.diffusion import losses
 from truepose_jax.diffusion.guidance import Branches, two_branches
 from truepose_jax.methods.base import BatchSpec, Needs, Swap, heeds_attention
-from truepose_jax.methods.truepose_source import SourceReader, positions
+from truepose_jax.methods.denoising import TENSOR_RULES, loss_metrics, noised, per_row, positions
+from truepose_jax.methods.truepose_source import SourceReader
 from truepose_jax.models.carry import (
     Carried,
     CarrySource,
@@ -32,7 +33,7 @@ from truepose_jax.models.clip import CLIPVisionConfig
 from truepose_jax.models.limbs import Limbs, limb_coordinates
 from truepose_jax.models.masks import coverage_levels
 from truepose_jax.models.patch_codec import PATCH
-from truepose_jax.models.pose_encoder import PoseEncoder
+from truepose_jax.models.pose_encoder import pose_encoder
 from truepose_jax.models.source_net import without_gradient
 from truepose_jax.models.target_net import Fusion, target_net
 from truepose_jax.models.unet import HIDDEN
@@ -46,25 +47,18 @@ HALF = -1
 CARRY_FLOW = 1.5
 """Weight of the half-cell head's flow beside one HPFA site's."""
 
-TENSOR_RULES = (
-    (r"/(to_[qkv]|source_to_[qkv])/kernel$", (None, "tensor")),
-    (r"/to_out_0/kernel$", ("tensor", None)),
-    (r"/net_0/proj/kernel$", (None, "tensor")),
-    (r"/net_2/kernel$", ("tensor", None)),
-)
-
 
 SOURCE = ("source", "source_joints", "source_parsing")
 TOKENS = ("region_tokens", "region_valid")
 READ = (*SOURCE, *TOKENS, "target_joints", "target_pose", "class_on")
 
 
-def needs(model: ModelConfig) -> Needs:
+def needs(model: TruePoseModel) -> Needs:
     """The target's map is read by the half-cell head's losses alone, and no photo of a target when sampling."""
     train = (*READ, "target", *(("target_parsing",) if model.carry.head else ()))
     networks = ("autoencoder", "clip") if model.uses_clip else ("autoencoder",)
     letters = {"e": model.unet.cross_attention_dim}
-    return Needs(train=train, sample=READ, letters=letters, networks=networks, tokens=True)
+    return Needs(train, READ, letters, networks=networks, tokens=True, source_pose=model.carry.head)
 
 
 def make(config: Config, autoencoder: Autoencoder, networks: Mapping[str, Any]) -> TruePose:
@@ -98,12 +92,13 @@ class TruePose:
     `clip` and frozen["clip"] are the network that sees the source; its `condition` needs photos, not latents.
     """
 
-    model: ModelConfig
+    model: TruePoseModel
     diffusion: DiffusionConfig
     autoencoder: Autoencoder
     clip: CLIPVisionConfig | None = None
 
     param_rules = TENSOR_RULES
+    fresh = "(?!)"
     swaps = {  # noqa: RUF012
         "image_swapped": Swap(SOURCE, meet=("region_valid",)),
         "tokens_swapped": Swap(TOKENS, meet=("region_valid",)),
@@ -137,7 +132,8 @@ class TruePose:
 
     @functools.cached_property
     def pose_encoder(self):
-        return PoseEncoder(self.model.unet.block_out_channels[0], stride=self.autoencoder.factor, dtype=self.dtype)
+        width, factor = self.model.unet.block_out_channels[0], self.autoencoder.factor
+        return pose_encoder(self.model.pose_encoder, width, stride=factor, dtype=self.dtype)
 
     @functools.cached_property
     def no_decay(self) -> str:
@@ -324,24 +320,17 @@ class TruePose:
         the effective number of tokens that a query looks at, hpfa_inside, its share inside the mask; of the half-cell head
         carry_tokens and carry_inside.
         """
-        schedule, weighs = self.diffusion.schedule, self.diffusion.losses
+        weighs = self.diffusion.losses
         batch = _zero_invalid(batch)
-
-        def per_sample(stream, sampler):
-            return jax.vmap(lambda key: sampler(rng.key(key, stream)))(keys)
 
         x0 = self.autoencoder.encode_sample(frozen.get("autoencoder"), batch["target"], keys)
         x0 = constrain(x0, "batch", "height", "width", "channels")
-        eps = per_sample("noise", lambda key: jax.random.normal(key, x0.shape[1:], x0.dtype))
-        t = losses.timesteps(per_sample("timesteps", jax.random.uniform), schedule.steps, self.diffusion.timestep_power)
-        keep = (per_sample("drop", jax.random.uniform) >= self.diffusion.drop_rate).astype(jnp.float32)
+        noisy = noised(self.diffusion, x0, keys)
+        keep = (per_row(keys, "drop", jax.random.uniform) >= self.diffusion.drop_rate).astype(jnp.float32)
 
         conditioning = self.condition(params, frozen, batch, keep=keep)
-        output, signs, carried = self._target(params, schedule.add_noise(x0, eps, t), t, conditioning)
-        errors = losses.squared_error(output, schedule.regression_target(x0, eps, t))
-        loss = losses.weighted_mean(errors, batch["valid"])
-        bin_sums, bin_counts = losses.timestep_bins(errors, batch["valid"], t, schedule.steps)
-        metrics = {"loss": loss, "bin_sums": bin_sums, "bin_counts": bin_counts}
+        output, signs, carried = self._target(params, noisy.x_t, noisy.t, conditioning)
+        metrics = loss_metrics(noisy, noisy.errors(output), batch["valid"], self.diffusion.schedule.steps)
         weights = keep * batch["valid"]
         metrics["kept"] = jnp.sum(weights)
 
@@ -360,7 +349,7 @@ class TruePose:
                 more["flow"] += CARRY_FLOW * of_head["flow"] * keep
             for name, value in carried.account.items():
                 metrics[f"carry_{name}"] = losses.weighted_mean(value, weights)
-        total = weighs.latents * loss
+        total = weighs.latents * metrics["loss"]
         for name, values in more.items():
             metrics[name] = losses.weighted_mean(values, batch["valid"])
             total += getattr(weighs, name) * metrics[name]

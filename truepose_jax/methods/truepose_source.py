@@ -11,25 +11,18 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from truepose_jax.config import ModelConfig
+from truepose_jax.config import TruePoseModel
 from truepose_jax.methods.base import Batch, Frozen, Params
+from truepose_jax.methods.denoising import positions
 from truepose_jax.models.clip import CLIPVisionConfig
 from truepose_jax.models.clip_source import ClipSource, clip_patches
 from truepose_jax.models.hpfa import SourceAttention
-from truepose_jax.models.layers import position_sinusoids
 from truepose_jax.models.limbs import Limbs
 from truepose_jax.models.masks import coverage_levels, mean_levels, parsing_mask
 from truepose_jax.models.source_net import ParsingEncoder, self_attention_of, source_features, source_net
 from truepose_jax.models.target_net import SourceSide
 from truepose_jax.models.unet import HIDDEN
 from truepose_jax.runtime import rng
-
-
-def positions(model: ModelConfig, cells: Float[Array, "b h w c"]) -> Float[Array, ...]:
-    """What a network without pretrained weights is told of place in latents or a coarser level; SD1.5's has learned it."""
-    if model.positions == "none":
-        return jnp.zeros(())
-    return position_sinusoids(*cells.shape[1:3], model.unet.block_out_channels[0])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,7 +32,7 @@ class SourceReader:
     factor: pixels per latent cell and side. clip: the network of frozen["clip"], where model.uses_clip.
     """
 
-    model: ModelConfig
+    model: TruePoseModel
     factor: int
     clip: CLIPVisionConfig | None
 

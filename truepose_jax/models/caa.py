@@ -7,8 +7,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from truepose_jax.kernels.attention import api, reference
-from truepose_jax.models.attention import Site, merge_heads, split_heads
+from truepose_jax.kernels.attention import reference
+from truepose_jax.models.attention import Site
+from truepose_jax.models.context import ContextAttention, context_projections
 from truepose_jax.models.hpfa import FusionConfig, KeysValues, SourceAttention
 
 
@@ -69,30 +70,8 @@ class CAASource(nn.Module):
         chosen = jnp.take_along_axis(tokens, index[..., None], axis=1)
         if keep is not None:
             chosen = chosen * keep[:, None, None].astype(chosen.dtype)
-        k, v = (
-            split_heads(
-                nn.Dense(self.site.channels, use_bias=False, dtype=self.dtype, name=name)(chosen), self.site.heads
-            )
-            for name in ("to_k", "to_v")
-        )
-        return KeysValues(k, v, valid)
+        return KeysValues(*context_projections(chosen, self.site, self.dtype), valid)
 
 
-class CAA(nn.Module):
-    """Eq. 9 in TargetNet, in the place (and under the name) of SD1.5's attn2. Takes the normed hidden state.
-
-    `source` None (dropped), or no region present: exactly the output projection's bias.
-    """
-
-    site: Site
-    dtype: jnp.dtype = jnp.float32
-
-    @nn.compact
-    def __call__(self, normed: Float[Array, "b n c"], source: KeysValues | None) -> Float[Array, "b n c"]:
-        width = normed.shape[-1]
-        out = nn.Dense(width, dtype=self.dtype, name="to_out_0")
-        if source is None:
-            return out(jnp.zeros((normed.shape[0], 1, width), normed.dtype))
-        q = nn.Dense(width, use_bias=False, dtype=self.dtype, name="to_q")(normed)
-        q = split_heads(q, self.site.heads)
-        return out(merge_heads(api.attention(q, source.k, source.v, key_mask=source.key_mask)))
+class CAA(ContextAttention):
+    """Eq. 9 in TargetNet, in the place (and under the name) of SD1.5's attn2. No region present: as dropped."""

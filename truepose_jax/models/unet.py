@@ -7,8 +7,8 @@ network come in (and go out as taps) as arguments.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax.numpy as jnp
@@ -197,11 +197,24 @@ class UNetConfig:
         return tuple(found)
 
 
+MakeAfter = Callable[..., nn.Module]
+"""make_after(site, name=...) -> module on [b h w c] -> [b h w c]."""
+
+
+class AfterSite(NamedTuple):
+    """Where a module stands after a layer: 'down_blocks_0_motion_modules_1'; level: halvings of the latent."""
+
+    name: str
+    level: int
+    channels: int
+
+
 class _UNetPart(nn.Module):
-    """What down, mid and up blocks share: the config, the factory, and resnets and transformers made from them."""
+    """What down, mid and up blocks share: the config, the factories, and resnets and transformers made from them."""
 
     config: UNetConfig
     make_block: MakeBlock
+    make_after: MakeAfter | None = None
     remat: bool = False
     dtype: jnp.dtype = jnp.float32
 
@@ -221,6 +234,14 @@ class _UNetPart(nn.Module):
             name=f"attentions_{index}",
         )
 
+    def after(self, x: Array, where: str, level: int, index: int) -> Array:
+        """x through the module that stands after layer `index`, where there is one."""
+        if self.make_after is None:
+            return x
+        name = f"motion_modules_{index}"
+        site = AfterSite(f"{where}_{name}", level, self.config.block_out_channels[level])
+        return self.make_after(site, name=name)(x)
+
 
 class DownBlock(_UNetPart):
     """layers_per_block x (resnet, transformer), then a stride-2 convolution except at the last level."""
@@ -236,6 +257,7 @@ class DownBlock(_UNetPart):
             if c.down_block_types[i] == "CrossAttnDownBlock2D":
                 x, new = self.transformer(f"down_blocks_{i}", i, j)(x, context, features)
                 taps |= new
+            x = self.after(x, f"down_blocks_{i}", i, j)
             skips.append(x)
         if i + 1 < len(c.block_out_channels):
             x = Downsample2D(c.block_out_channels[i], dtype=self.dtype, name="downsamplers_0")(x)
@@ -252,6 +274,7 @@ class MidBlock(_UNetPart):
         width = self.config.block_out_channels[level]
         x = self.resnet(width, 0)(x, temb)
         x, taps = self.transformer("mid_block", level, 0)(x, context, features)
+        x = self.after(x, "mid_block", level, 0)
         return self.resnet(width, 1)(x, temb), taps
 
 
@@ -270,6 +293,7 @@ class UpBlock(_UNetPart):
             if c.up_block_types[i] == "CrossAttnUpBlock2D":
                 x, new = self.transformer(f"up_blocks_{i}", level, j)(x, context, features)
                 taps |= new
+            x = self.after(x, f"up_blocks_{i}", level, j)
         if level > 0:
             up = Upsample2D(c.block_out_channels[level], dtype=self.dtype, name="upsamplers_0")
             x = up(x, size=skips[-1].shape[1:3])
@@ -286,12 +310,16 @@ class UNet2DCondition(nn.Module):
     context: passed as it is to every block (SD1.5: [b m 768]). features: {site name: anything} for blocks that read
     another network, or None. after_conv_in: [b h w block_out_channels[0]] or one for all rows, added to conv_in's
     output (pose features, positions).
+    after_time: [b 4 block_out_channels[0]], added to the time embedding (diffusers' class embedding of type "identity").
+    make_after: make_after(AfterSite, name=...) -> module on [b h w c] after every layer of every level and, in the middle,
+    after the transformer: 21 for SD1.5, where AnimateDiff has its motion modules.
     remat: recompute each resnet and transformer block in the backward pass. tap_hidden: what the last convolution reads
     [b h w block_out_channels[0]] is among the taps, as HIDDEN.
     """
 
     config: UNetConfig
     make_block: MakeBlock
+    make_after: MakeAfter | None = None
     remat: bool = False
     tap_hidden: bool = False
     dtype: jnp.dtype = jnp.float32
@@ -305,13 +333,17 @@ class UNet2DCondition(nn.Module):
         *,
         features: Mapping[str, Any] | None = None,
         after_conv_in: Float[Array, "*b h w e"] | None = None,
+        after_time: Float[Array, "b d"] | None = None,
     ) -> tuple[Float[Array, "b h w out"], dict[str, Array]]:
         c = self.config
         if x.shape[-1] != c.in_channels:
             raise ValueError(f"the UNet takes {c.in_channels} channels; got {x.shape[-1]}")
-        shared = {"config": c, "make_block": self.make_block, "remat": self.remat, "dtype": self.dtype}
+        shared = {"config": c, "make_block": self.make_block, "make_after": self.make_after, "remat": self.remat}
+        shared |= {"dtype": self.dtype}
         width = c.block_out_channels[0]
         temb = TimestepEmbedding(4 * width, dtype=self.dtype, name="time_embedding")(timestep_sinusoids(t, width))
+        if after_time is not None:
+            temb = temb + jnp.asarray(after_time, temb.dtype)
 
         x = conv3x3(width, self.dtype, "conv_in")(x)
         if after_conv_in is not None:

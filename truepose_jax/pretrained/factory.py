@@ -8,8 +8,12 @@ from typing import Any, NamedTuple
 from truepose_jax.config import Config
 from truepose_jax.methods import Trainable, make_method, needs
 from truepose_jax.models.vae import Autoencoder, MomentsAutoencoder
+from truepose_jax.pretrained import vision_networks
 from truepose_jax.pretrained.frozen_networks import autoencoder_shapes, load_autoencoder
 from truepose_jax.pretrained.region_tokens import LazyEncoder, RegionEncoder, vision_config, vision_shapes
+
+VISION = frozenset({"dino", "ipf"})
+"""Roles whose settings are config.model.ROLE."""
 
 
 class Assembly(NamedTuple):
@@ -36,6 +40,9 @@ def assemble(config: Config, encoder: RegionEncoder | LazyEncoder | None) -> Ass
         frozen = {"autoencoder": params} if params else {}
     if "clip" in roles:
         networks["clip"], frozen["clip"] = encoder.network.config, encoder.network.params
+    for role in (r for r in roles if r in VISION):
+        network = vision_networks.load(role, getattr(config.model, role))
+        networks[role], frozen[role], prints[role] = network
     return Assembly(make_method(config, autoencoder, networks), frozen, autoencoder, prints)
 
 
@@ -50,4 +57,6 @@ def planned(config: Config) -> tuple[Trainable, Mapping[str, Any]]:
     if "clip" in roles:
         networks["clip"] = vision_config(config.model.clip, config.token_width)
         frozen["clip"] = vision_shapes(networks["clip"])
+    for role in (r for r in roles if r in VISION):
+        networks[role], frozen[role], _ = vision_networks.plan(role, getattr(config.model, role))
     return make_method(config, reads, networks), frozen

@@ -21,7 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from input_pipeline import files
-from truepose_jax.config import ConfigError, ModelConfig
+from truepose_jax.config import ConfigError, DenoiserModel
 from truepose_jax.models.patch_codec import PatchAutoencoder
 from truepose_jax.models.vae import Autoencoder, AutoencoderKLConfig, KLAutoencoder, PixelAutoencoder
 from truepose_jax.pretrained.conversion import from_torch, key_maps
@@ -65,10 +65,22 @@ KINDS = {
         "give a transformers folder with CLIP's vision tower (config.json and safetensors), such as "
         "openai/clip-vit-large-patch14; generate: --clip=DIR",
     ),
+    "dino": Kind(
+        key_maps.DINOV2,
+        "config.model.dino.path",
+        "dino",
+        "give a transformers folder with DINOv2 (config.json and safetensors) such as facebook/dinov2-large",
+    ),
+    "ipf": Kind(
+        key_maps.CLIP_VISION,
+        "config.model.ipf.path",
+        CLIP_FOLDER,
+        "give what `convert to-torch` wrote of a run of config.model.method 'ipf'",
+    ),
 }
 
 
-def load_autoencoder(config: ModelConfig) -> tuple[Autoencoder, dict[str, Any], str]:
+def load_autoencoder(config: DenoiserModel) -> tuple[Autoencoder, dict[str, Any], str]:
     """(autoencoder, its parameters, fingerprint); the parameters belong into frozen["autoencoder"].
 
     "pixels" has no parameters ({}) and the fingerprint "pixels-FACTOR". The VAE computes in config.dtype.
@@ -85,7 +97,7 @@ def load_autoencoder(config: ModelConfig) -> tuple[Autoencoder, dict[str, Any], 
     kind = KINDS["vae"]
     if not config.vae:
         raise ConfigError(f"{kind.setting} is empty and autoencoder 'sd15' needs weights; {kind.advice}")
-    return load_vae(config.vae, channels=config.unet.in_channels, dtype=config.dtype)
+    return load_vae(config.vae, channels=config.latent_channels, dtype=config.dtype)
 
 
 def load_vae(folder: str, *, channels: int = 4, dtype: str = "float32") -> tuple[KLAutoencoder, dict[str, Any], str]:
@@ -103,7 +115,7 @@ def load_vae(folder: str, *, channels: int = 4, dtype: str = "float32") -> tuple
     return autoencoder, params, fingerprint
 
 
-def autoencoder_shapes(config: ModelConfig) -> tuple[Autoencoder, dict[str, Any]]:
+def autoencoder_shapes(config: DenoiserModel) -> tuple[Autoencoder, dict[str, Any]]:
     """(autoencoder, the shapes of its parameters) without any weights: SD1.5's where config.vae is empty."""
     if config.autoencoder == "pixels":
         return PixelAutoencoder(config.pixel_factor), {}
@@ -120,7 +132,7 @@ def read_torch_config(folder: str, parse: Callable[[Mapping[str, Any]], T], kind
     try:
         return parse(files.read_json(path))
     except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
-        raise _refusal(folder, kind, f"{path.name} does not serve ({_one_line(error)})") from error
+        raise refusal(folder, kind, f"{path.name} does not serve ({_one_line(error)})") from error
 
 
 def load_torch_folder(folder: str, abstract_params: Mapping[str, Any], kind: str) -> tuple[dict[str, Any], str]:
@@ -135,7 +147,7 @@ def load_torch_folder(folder: str, abstract_params: Mapping[str, Any], kind: str
         params = from_torch.load(source, abstract_params, keys)
         return jax.tree.map(jnp.asarray, params), source.fingerprint()
     except (OSError, ConversionError) as error:
-        raise _refusal(folder, kind, _one_line(error)) from error
+        raise refusal(folder, kind, _one_line(error)) from error
 
 
 def folder_fingerprint(folder: str, kind: str) -> str:
@@ -143,7 +155,7 @@ def folder_fingerprint(folder: str, kind: str) -> str:
     try:
         return _Hashed(open_source(folder_of(folder, kind)), KINDS[kind].keys).fingerprint()
     except (OSError, ConversionError) as error:
-        raise _refusal(folder, kind, _one_line(error)) from error
+        raise refusal(folder, kind, _one_line(error)) from error
 
 
 class _Hashed:
@@ -177,14 +189,15 @@ def folder_of(folder: str, kind: str) -> pathlib.Path:
     """Where config.json lies: `folder`, or its sub-folder where it is a whole Stable Diffusion's."""
     place = pathlib.Path(folder)
     if not place.is_dir():
-        raise _refusal(folder, kind, "no such folder")
+        raise refusal(folder, kind, "no such folder")
     for found in (place, place / KINDS[kind].inside):
         if (found / "config.json").is_file():
             return found
-    raise _refusal(folder, kind, "holds no config.json")
+    raise refusal(folder, kind, "holds no config.json")
 
 
-def _refusal(folder: str, kind: str, why: str) -> ConfigError:
+def refusal(folder: str, kind: str, why: str) -> ConfigError:
+    """The error of a folder that does not serve as KINDS[kind]."""
     return ConfigError(f"{KINDS[kind].setting}={folder}: {why}; {KINDS[kind].advice}")
 
 

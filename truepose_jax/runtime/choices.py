@@ -9,6 +9,9 @@ NAMINGS = {"cfld": "{source}_to_{target}.png", "pidm": "{source}_2_{target}_vis.
 OUTSIDE = ("decoded", "pasted")
 """What lies outside of the region of an edit (sampling/inpainting.py)."""
 
+FILLS = ("pose", "source")
+"""What tiles of a canvas hold that nothing was asked for: the last pose again (IMAGPose's T1), or the last source (its T2)."""
+
 SYNTHETIC = "synthetic"
 """In the place of a folder of photos: drawn people."""
 

@@ -123,8 +123,8 @@ def flops_of(jaxpr: core.Jaxpr) -> int:
 
 
 def is_counted(config: Config) -> bool:
-    """Whether `model_flops` knows the modules: not the ablations', whose modules are others, nor the half-cell head."""
-    return config.model.fusion.is_whole and not config.model.carry.head
+    """Whether `model_flops` knows the modules: TruePose's, but not the ablations', which are others, nor the half-cell head's."""
+    return config.model.method == "truepose" and config.model.fusion.is_whole and not config.model.carry.head
 
 
 def peak_flops(device_kind: str) -> float | None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import pathlib
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -17,12 +18,14 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from truepose_jax.config import Config, ConfigError, to_dict
+from truepose_jax.config import Config, ConfigError, FirstStageModel, ModelConfig, to_dict
 from truepose_jax.data.datasets import layout_of
+from truepose_jax.models.clip import CLIPVisionConfig
 from truepose_jax.pretrained.conversion.key_maps import leaves, nest
+from truepose_jax.pretrained.conversion.paper_start import fresh_of
 from truepose_jax.pretrained.conversion.safetensors_io import ConversionError, TensorInfo
 from truepose_jax.pretrained.conversion.weights_folder import CODEC_FILE, WEIGHTS_FILE, WeightsFolder, open_weights
-from truepose_jax.pretrained.frozen_networks import KINDS
+from truepose_jax.pretrained.frozen_networks import KINDS, folder_fingerprint, load_torch_folder, read_torch_config
 from truepose_jax.runtime.sharding import like_params, param_specs
 from truepose_jax.training.checkpoint import CheckpointError, Checkpoints, read_config, read_metadata
 from truepose_jax.training.step import Trainer, TrainState
@@ -33,7 +36,7 @@ SCRATCH = ("parsing_encoder", "clip_source")
 HPFA_OUT, COSINE_SCALE = "/hpfa/to_out_0/kernel", "/hpfa/cosine_scale"
 """Of ours, what a plain UNet's folder lacks: rows of the first that read carried latents, which are zero then, and the second."""
 
-SETTINGS = ("autoencoder", "positions", "source_parsing")
+SETTINGS = ("autoencoder", "positions", "source_parsing", "pose_encoder")
 FUSION_SETTINGS = ("reading", "mask_axis", "delta", "sigma", "regions", "carry_latents", "cosine", "residual")
 CARRY_SETTINGS = ("head",)
 """Of config.model, its fusion and its carry: what no tensor's shape tells well, and trained parameters depend on."""
@@ -49,7 +52,8 @@ def resolve_init_from(config: Config) -> Config:
     model = config.model
     if (folder / WEIGHTS_FILE).is_file():
         weights = _open(config)
-        _same_network(config, weights.unet, model.unet)
+        _same_method(config, weights.method)
+        _same_network(config, weights.unet)
         _same_settings(config, weights.settings)
         if weights.schedule is not None:
             ours = {name: getattr(config.diffusion.schedule, name) for name in weights.schedule}
@@ -59,24 +63,28 @@ def resolve_init_from(config: Config) -> Config:
                     folder, dict(weights.schedule), ours,
                 )  # fmt: skip
         inside = {kind: str(folder) for kind, of in KINDS.items() if (folder / of.inside / "config.json").is_file()}
-        if model.autoencoder == "patches":
+        if getattr(model, "autoencoder", "") == "patches":
             inside["vae"] = str(folder / CODEC_FILE) if (folder / CODEC_FILE).is_file() else ""
+    elif isinstance(model, FirstStageModel) and (folder / "config.json").is_file():
+        _same_network(config, to_dict(read_torch_config(config.init_from, CLIPVisionConfig.from_transformers, "clip")))
+        inside = {}
     elif (folder / "checkpoints").is_dir():
         try:
             other = read_config(folder)
         except CheckpointError as error:
             raise ConfigError(f"config.init_from: {error}") from error
-        _same_network(config, to_dict(other.model.unet), model.unet)
+        _same_method(config, other.model.method)
+        _same_network(config, to_dict(getattr(other.model, network_of(model))))
         _warn(config, _differences(config, to_dict(other.model)))
-        inside = {"vae": other.model.vae, "clip": other.model.clip.path}
+        inside = other.model.folders
     else:
         raise ConfigError(
             f"config.init_from={folder} is neither a folder that `python -m truepose_jax.convert from-torch` wrote "
             f"(no {WEIGHTS_FILE}) nor the workdir of a run (no checkpoints/)"
         )
-    vae = model.vae or ("" if model.autoencoder == "pixels" else inside.get("vae", ""))
-    clip = dataclasses.replace(model.clip, path=model.clip.path or inside.get("clip", ""))
-    return dataclasses.replace(config, model=dataclasses.replace(model, vae=vae, clip=clip))
+    if getattr(model, "autoencoder", "") == "pixels":
+        inside.pop("vae", None)
+    return dataclasses.replace(config, model=model.located(inside))
 
 
 def origin(config: Config) -> dict[str, Any] | None:
@@ -86,6 +94,8 @@ def origin(config: Config) -> dict[str, Any] | None:
         return None
     if (pathlib.Path(config.init_from) / WEIGHTS_FILE).is_file():
         return dict(_open(config).origin)
+    if (pathlib.Path(config.init_from) / "config.json").is_file():
+        return {"name": config.init_from, "fingerprint": folder_fingerprint(config.init_from, "clip")}
     return read_metadata(config.init_from).get("origin")
 
 
@@ -131,8 +141,10 @@ def first_state(config: Config, trainer: Trainer, checkpoints: Checkpoints, abst
         return init(key)
     if (pathlib.Path(config.init_from) / WEIGHTS_FILE).is_file():
         params = _converted(config, trainer, key, abstract.params)
+    elif (pathlib.Path(config.init_from) / "config.json").is_file():
+        params = _of_clip(config, trainer, key, abstract.params)
     else:
-        params = _of_run(config, abstract.params)
+        params = _of_run(config, trainer, key, abstract.params)
     # Donated: the parameters of the state are these very buffers, so that memory never holds them twice.
     return jax.jit(trainer.state_of, donate_argnums=0, out_shardings=shardings)(params)
 
@@ -144,28 +156,46 @@ def _converted(config: Config, trainer: Trainer, key: jax.Array, abstract: Mappi
     # A folder made of a plain UNet (it says so by what is fresh) has nothing for the networks that only we have.
     without = {*weights.fresh, *(SCRATCH if weights.fresh else ())}
     fresh = [name for name in abstract if name in without]
-    begun = {p for p in wanted if p.split("/", 1)[0] in without or (weights.fresh and p.endswith(COSINE_SCALE))}
+    begun = {p for p in wanted if fresh_of(without, p) or (weights.fresh and p.endswith(COSINE_SCALE))}
+    allowed = re.compile(trainer.method.fresh)
+    begun |= {p for p in wanted if p not in weights.infos and allowed.search(p)}
     # The ablations' networks are smaller than the method's own.
-    surplus = set() if config.model.fusion.is_whole else weights.infos.keys() - wanted.keys()
+    fusion = getattr(config.model, "fusion", None)
+    surplus = set() if fusion is None or fusion.is_whole else weights.infos.keys() - wanted.keys()
     taken = {path: info for path, info in weights.infos.items() if path not in surplus}
-    if weights.fresh and config.model.fusion.carry_latents:
+    if weights.fresh and fusion is not None and fusion.carry_latents:
         widened = {path for path in taken if path in wanted and path.endswith(HPFA_OUT)}
         taken |= {path: taken[path]._replace(shape=wanted[path].shape) for path in widened}
     _check_fits(config, taken, {p: leaf for p, leaf in wanted.items() if p not in begun})
     params: dict[str, jax.Array] = {}
     if begun:
-
-        def make(key):  # under jit nothing else is computed
-            whole = dict(leaves(trainer.method.init(key, batch_spec(config))))
-            return {path: whole[path] for path in begun}
-
-        params |= jax.jit(make, out_shardings={path: wanted[path].sharding for path in begun})(key)
+        params |= _random(config, trainer, key, {path: wanted[path] for path in begun})
     for path in taken:
         params[path] = _put(weights.read(path), wanted[path])
     origin = weights.origin.get("name", config.init_from)
     left = f"; left out, this variant has no use for them: {len(surplus)} tensors" if surplus else ""
     print(f"parameters of {config.init_from} ({origin}); random: {', '.join(fresh) or 'none'}{left}", flush=True)
     return nest({path: params[path] for path in wanted})
+
+
+def _of_clip(config: Config, trainer: Trainer, key: jax.Array, abstract: Mapping[str, Any]) -> dict[str, Any]:
+    """Of a first stage that begins with a transformers folder of CLIP's vision tower: all else is random."""
+    wanted = dict(leaves(abstract))
+    clip, _ = load_torch_folder(config.init_from, abstract["clip"], "clip")
+    params = {f"clip/{path}": _put(np.asarray(array), wanted[f"clip/{path}"]) for path, array in leaves(clip)}
+    params |= _random(config, trainer, key, {path: leaf for path, leaf in wanted.items() if path not in params})
+    print(f"parameters of {config.init_from}: clip; random: combiner", flush=True)
+    return nest({path: params[path] for path in wanted})
+
+
+def _random(config: Config, trainer: Trainer, key: jax.Array, wanted: Mapping[str, Any]) -> dict[str, jax.Array]:
+    """These parameters as they are at birth; under jit nothing else is computed. wanted: by path, with shardings."""
+
+    def make(key):
+        whole = dict(leaves(trainer.method.init(key, batch_spec(config))))
+        return {path: whole[path] for path in wanted}
+
+    return jax.jit(make, out_shardings={path: leaf.sharding for path, leaf in wanted.items()})(key)
 
 
 def _put(array: np.ndarray, leaf: jax.ShapeDtypeStruct) -> jax.Array:
@@ -179,13 +209,24 @@ def _put(array: np.ndarray, leaf: jax.ShapeDtypeStruct) -> jax.Array:
     return jax.block_until_ready(jnp.copy(placed))
 
 
-def _of_run(config: Config, abstract: Mapping[str, Any]) -> dict[str, Any]:
-    """The last checkpoint's EMA, or its raw weights where that run kept none."""
+def _of_run(config: Config, trainer: Trainer, key: jax.Array, abstract: Mapping[str, Any]) -> dict[str, Any]:
+    """The last checkpoint's EMA, or its raw weights where that run kept none. What it lacks, and the method's `fresh` lets
+    begin random, does."""
     other = read_config(config.init_from)
     checkpoints = Checkpoints(config.init_from, keep=1, every=1, read_only=True)
     part = "ema" if other.optim.ema_decay else "params"
-    params, step = checkpoints.restore_like(part, abstract)
-    print(f"parameters of {config.init_from}, step {step}, {'EMA' if part == 'ema' else 'raw'} weights", flush=True)
+    wanted = dict(leaves(abstract))
+    there = {row[0] for row in read_metadata(config.init_from)["parameters"]["table"]}
+    fresh = re.compile(trainer.method.fresh)
+    begun = {path: leaf for path, leaf in wanted.items() if path not in there and fresh.search(path)}
+    kept = nest({path: leaf for path, leaf in wanted.items() if path not in begun})
+    params, step = checkpoints.restore_like(part, kept)
+    if begun:
+        whole = dict(leaves(params)) | _random(config, trainer, key, begun)
+        params = nest({path: whole[path] for path in wanted})
+    random = f"; random: {len(begun)} parameters that it has not" if begun else ""
+    weights = "EMA" if part == "ema" else "raw"
+    print(f"parameters of {config.init_from}, step {step}, {weights} weights{random}", flush=True)
     return params
 
 
@@ -196,15 +237,31 @@ def _open(config: Config) -> WeightsFolder:
         raise ConfigError(f"config.init_from: {error}") from error
 
 
-def _same_network(config: Config, theirs: Mapping[str, Any], unet: Any) -> None:
-    ours = {name: _plain(value) for name, value in to_dict(unet).items()}
+def network_of(model: ModelConfig) -> str:
+    """The group of config.model that shapes the network that is trained."""
+    return "unet" if hasattr(model, "unet") else "clip"
+
+
+def _same_method(config: Config, theirs: str) -> None:
+    if theirs != config.model.method:
+        raise ConfigError(
+            f"config.init_from={config.init_from} holds weights of {theirs!r}; config.model.method is {config.model.method!r}"
+        )
+
+
+def _same_network(config: Config, theirs: Mapping[str, Any]) -> None:
+    group = network_of(config.model)
+    network = getattr(config.model, group)
+    ours = {name: _plain(value) for name, value in to_dict(network).items()}
     for name, value in theirs.items():
+        if name == "in_channels":  # what a method reads beside the latent begins random
+            ours[name] -= getattr(config.model, "extra_channels", 0) if value != ours[name] else 0
         if name == "attention_head_dim":  # one number, or one per level
-            value, ours[name] = (_per_level(x, len(unet.block_out_channels)) for x in (value, ours[name]))
+            value, ours[name] = (_per_level(x, len(network.block_out_channels)) for x in (value, ours[name]))
         if _plain(value) != ours[name]:
             raise ConfigError(
-                f"config.init_from={config.init_from} holds a UNet with {name} {value}; "
-                f"config.model.unet.{name} is {ours[name]}"
+                f"config.init_from={config.init_from} holds a {'UNet' if group == 'unet' else 'CLIP'} with {name} {value}; "
+                f"config.model.{group}.{name} is {ours[name]}"
             )
 
 
@@ -225,10 +282,12 @@ def _same_settings(config: Config, told: Mapping[str, Any]) -> None:
 
 def _differences(config: Config, told: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
     """{setting: (theirs, ours)} of those that `told` has and this configuration has otherwise."""
-    theirs = {name: told[name] for name in SETTINGS if name in told}
-    ours = {name: getattr(config.model, name) for name in SETTINGS}
+    theirs = {name: told[name] for name in SETTINGS if name in told and hasattr(config.model, name)}
+    ours = {name: getattr(config.model, name, None) for name in SETTINGS}
     for group, names in (("fusion", FUSION_SETTINGS), ("carry", CARRY_SETTINGS)):
         found = told.get(group, {})
+        if not hasattr(config.model, group):
+            continue
         theirs |= {f"{group}.{name}": found[name] for name in names if name in found}
         ours |= {f"{group}.{name}": getattr(getattr(config.model, group), name) for name in names}
     return {name: (value, ours[name]) for name, value in theirs.items() if value != ours[name]}

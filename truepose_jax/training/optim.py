@@ -17,7 +17,8 @@ from truepose_jax.runtime.sharding import path_of
 
 
 def learning_rate(config: OptimConfig, total_steps: int | jax.Array) -> optax.Schedule:
-    """Linear warm-up, then constant; "cosine": constant for `flat` of the run, then a half cosine to `final` x rate.
+    """Linear warm-up, then constant; "cosine": constant for `flat` of the run, then a half cosine to `final` x rate; "step": then
+    `final` x rate at once.
     total_steps: an array where one program is to serve any number."""
     peak = config.learning_rate
     parts = [optax.constant_schedule(peak)]
@@ -27,7 +28,7 @@ def learning_rate(config: OptimConfig, total_steps: int | jax.Array) -> optax.Sc
         start = peak / (config.warmup_steps + 1)
         parts.insert(0, optax.linear_schedule(start, peak, config.warmup_steps))
         boundaries.append(config.warmup_steps)
-    if config.schedule == "cosine":
+    if config.schedule != "constant":
         if isinstance(total_steps, int):
             flat_until = max(int(config.flat * total_steps), config.warmup_steps)
             decay_steps = float(max(total_steps - flat_until, 1))
@@ -39,7 +40,7 @@ def learning_rate(config: OptimConfig, total_steps: int | jax.Array) -> optax.Sc
             cosine = 0.5 * (1 + jnp.cos(jnp.pi * jnp.minimum(count, decay_steps) / decay_steps))
             return peak * ((1 - config.final) * cosine + config.final)
 
-        parts.append(decay)
+        parts.append(decay if config.schedule == "cosine" else optax.constant_schedule(peak * config.final))
         boundaries.append(flat_until)
     return optax.join_schedules(parts, boundaries)
 

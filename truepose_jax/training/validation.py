@@ -20,7 +20,7 @@ from input_pipeline.fields import Layout
 from input_pipeline.schema import ImageSet, InputError
 from truepose_jax.config import Config
 from truepose_jax.data.datasets import Dataset
-from truepose_jax.methods.base import OF_KEPT, Denoiser, Frozen, Needs, Params, Swap
+from truepose_jax.methods.base import OF_KEPT, Denoiser, Frozen, Needs, Params, Swap, Trainable
 from truepose_jax.metrics.regions import group_mask, mean_psnr
 from truepose_jax.runtime import rng
 from truepose_jax.runtime.sharding import batch_parts, put_whole_batch
@@ -30,7 +30,10 @@ from truepose_jax.sampling.sampler import Sampler, Sampling, compiler_options
 INTACT = "intact"
 """The scores beside the swaps'."""
 
-FOR_METRICS = ("source", "target", "target_pose", "target_parsing")
+FOR_METRICS = (
+    "source", "target", "source_joints", "target_joints", "target_pose", "source_parsing", "target_parsing",
+)  # fmt: skip
+"""Fields that evaluation reads, whatever the method does: some of the comparisons need no network but these."""
 
 Sample = Callable[[Mapping[str, np.ndarray], jax.Array], np.ndarray]
 """(host batch, keys [b]) -> images [b h w 3]."""
@@ -191,7 +194,11 @@ class Evaluator:
         return results | norms, shown
 
     def sample_with(self, params: Params, frozen: Frozen) -> Sample:
-        return lambda batch, keys: np.asarray(self._sample(params, frozen, put_whole_batch(self.mesh, batch), keys))
+        def sample(batch, keys):
+            images = np.asarray(self._sample(params, frozen, put_whole_batch(self.mesh, batch), keys))
+            return of_pairs(images, self.method.needs)
+
+        return sample
 
     def _carried_with(self, params: Params, frozen: Frozen) -> Sample | None:
         if self._carried is None:
@@ -233,6 +240,42 @@ class Evaluator:
         return sheet(
             columns | {"generated": to_uint8(images[:rows]), "truth": to_uint8(shown.batch["target"])},
         )
+
+
+class EmbeddingEvaluator:
+    """The evaluation of a method that makes no pictures: its loss and metrics on the same held-out pairs every time."""
+
+    def __init__(self, config: Config, method: Trainable, dataset: Dataset, mesh: Mesh):
+        self.config, self.dataset, self.mesh = config, dataset, mesh
+        self.pairs = Pairs.read(dataset, method.needs)
+        parts = batch_parts(mesh)
+        self.batch_size = -(-min(config.eval.batch_size, len(self.pairs)) // parts) * parts
+        self._loss = jax.jit(method.loss, out_shardings=NamedSharding(mesh, PartitionSpec()))
+
+    def run(
+        self, params: Params, frozen: Frozen, check_preemption: CheckPreemption = lambda: None
+    ) -> tuple[dict[str, float], None]:
+        """(every metric of the loss, a mean over the valid pairs of batches of eval.batch_size; no picture)."""
+        sums, weight = {}, 0.0
+        for piece, keys in self.pairs.pieces(self.config.seed, self.batch_size):
+            _, metrics = self._loss(params, frozen, put_whole_batch(self.mesh, piece), keys)
+            count = float(piece["valid"].sum())
+            weight += count
+            sums = {name: sums.get(name, 0.0) + float(value) * count for name, value in metrics.items()}
+            check_preemption()
+        name = "heldout" if self.dataset.heldout else "train"
+        return {f"{name}_{part}": value / max(weight, 1.0) for part, value in sums.items()}, None
+
+
+def evaluator_of(config: Config, method: Trainable, dataset: Dataset, mesh: Mesh) -> Evaluator | EmbeddingEvaluator:
+    """The evaluation that suits the method."""
+    kind = Evaluator if hasattr(method, "denoise") else EmbeddingEvaluator
+    return kind(config, method, dataset, mesh)
+
+
+def of_pairs(images: np.ndarray, needs: Needs) -> np.ndarray:
+    """The pictures [n h w 3] of a sample of pairs: of a canvas the first tile that is made."""
+    return images[:, 1] if needs.pictures > 1 else images
 
 
 def make_sampler(config: Config, method: Denoiser, sampling: Sampling) -> Sampler:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from truepose_jax.config import Config, DiffusionConfig, ModelConfig, to_dict
+from truepose_jax.config import Config, DiffusionConfig, TruePoseModel, to_dict
 
 # Fields of a diffusers UNet that are the same in every network of ours (SD1.5's).
 _FIXED = {
@@ -26,7 +26,7 @@ _BETAS = {"scaled_linear": "scaled_linear", "linear": "linear", "cosine": "squar
 _PREDICTIONS = {"eps": "epsilon", "v": "v_prediction", "x0": "sample"}
 
 
-def unet_config(model: ModelConfig) -> dict[str, Any]:
+def unet_config(model: TruePoseModel) -> dict[str, Any]:
     """config.json of a UNet2DConditionModel. attention_head_dim is the number of heads there too."""
     unet, factor = to_dict(model.unet), model.latent_factor
     return {

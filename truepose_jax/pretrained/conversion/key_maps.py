@@ -25,6 +25,12 @@ LISTS = frozenset(
         "to_out",
         "net",
         "layers",
+        "layer",
+        "blocks",
+        "motion_modules",
+        "attention_blocks",
+        "norms",
+        "dynamic_scalar",
     }
 )
 """Modules that are lists in PyTorch: `net_2` is `net.2`, while `linear_1` is a name."""
@@ -188,3 +194,22 @@ CLIP_VISION = ModelKeys(
         Stranger("an original OpenAI CLIP file", "visual.class_embedding"),
     ),
 )
+
+DINOV2 = ModelKeys(
+    title="Dinov2Model",
+    # transformers from 5 on; its gated layers have names of their own, which save_pretrained turns back.
+    aliases=(
+        (r"^(encoder\.layer\.\d+\.attention)\.q_proj\.", r"\1.attention.query."),
+        (r"^(encoder\.layer\.\d+\.attention)\.k_proj\.", r"\1.attention.key."),
+        (r"^(encoder\.layer\.\d+\.attention)\.v_proj\.", r"\1.attention.value."),
+        (r"^(encoder\.layer\.\d+\.attention)\.o_proj\.", r"\1.output.dense."),
+    ),
+    ignored=((r"embeddings\.mask_token", "the token of masked training"),),
+    strangers=(
+        Stranger("a DINOv2 with registers", "embeddings.register_tokens"),
+        Stranger("a CLIP model", "vision_model.embeddings.class_embedding"),
+        Stranger("a state_dict that has to be saved by save_pretrained", "encoder.layer.0.mlp.gate_proj.weight"),
+    ),
+)
+
+COMBINER = ModelKeys(title="combiner of FPDM's first stage")

@@ -7,7 +7,7 @@ import re
 from collections.abc import Container, Mapping
 from typing import Any
 
-from truepose_jax.config import Config, ModelConfig, to_dict
+from truepose_jax.config import Config, TruePoseModel, to_dict
 from truepose_jax.pretrained.conversion.export_configs import labels_of
 from truepose_jax.pretrained.conversion.origins import UNKNOWN_LICENCE
 from truepose_jax.pretrained.conversion.weights_folder import CLIP_FOLDER, CODEC_FILE
@@ -72,7 +72,7 @@ _NO_TWIN = (
 )
 
 
-def _ours(model: ModelConfig) -> list[str]:
+def _ours(model: TruePoseModel) -> list[str]:
     """What of the network is not the paper's."""
     fusion = model.fusion
     used = {

@@ -68,7 +68,7 @@ def schedule_of(config: Mapping[str, Any], place: Path | str) -> dict[str, Any]:
 
 def check_schedule(schedule: Mapping[str, Any], place: Path | str) -> None:
     """Raises ConversionError where these are not the fields of a Schedule, with sensible numbers."""
-    if schedule.keys() != set(SCHEDULE_FIELDS):
+    if schedule.keys() - {"zero_snr"} != set(SCHEDULE_FIELDS):
         raise ConversionError(f"{place}: schedule has {sorted(schedule)}; expected {sorted(SCHEDULE_FIELDS)}")
     start, end, steps = schedule["beta_start"], schedule["beta_end"], schedule["steps"]
     numbers = all(isinstance(x, int | float) and not isinstance(x, bool) for x in (start, end, steps))

@@ -31,12 +31,13 @@ class Shapes(NamedTuple):
     configurations of other models.
 
     truepose(unet, settings): the Method's parameters, by an export's truepose.json as far as it is there. autoencoder: of a
-    diffusers config. clip: of a transformers config.
+    diffusers config. clip: of a transformers config. paper(method, unet): the parameters of another method (None: not wanted).
     """
 
     truepose: Callable[[UNetConfig, Mapping[str, Any]], Tree]
     autoencoder: Callable[[Mapping[str, Any]], Tree]
     clip: Callable[[Mapping[str, Any]], Tree]
+    paper: Callable[[str, UNetConfig], Tree] | None = None
 
 
 @dataclasses.dataclass(frozen=True)

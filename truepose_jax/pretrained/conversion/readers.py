@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from truepose_jax.config import UNetConfig, to_dict
-from truepose_jax.pretrained.conversion import key_maps, ldm, starting_point, truepose_names
+from truepose_jax.pretrained.conversion import key_maps, ldm, paper_start, starting_point, truepose_names
 from truepose_jax.pretrained.conversion.key_maps import ModelKeys
 from truepose_jax.pretrained.conversion.origins import (
     UNKNOWN_LICENCE,
@@ -53,8 +53,9 @@ _STRANGE_CONFIGS = (
 )
 
 
-def sd15_folder(src: Path, shapes: Shapes, *, name: str, variant: str | None = None) -> Plan:
-    """A diffusers folder with unet/, vae/ and scheduler/. name: what weights.json calls the origin. variant: "fp16" takes
+def sd15_folder(src: Path, shapes: Shapes, *, name: str, variant: str | None = None, method: str = "truepose") -> Plan:
+    """A diffusers folder with unet/, vae/ and scheduler/. method: whose starting point it becomes; SD2.x serves all but TruePose.
+    name: what weights.json calls the origin. variant: "fp16" takes
     the files of that name (the autoencoder's plain ones where it has no such variant). Raises ConversionError."""
     for folder in SD15_FOLDERS:
         if not (src / folder).is_dir():
@@ -66,7 +67,7 @@ def sd15_folder(src: Path, shapes: Shapes, *, name: str, variant: str | None = N
     config_file = src / "unet" / "config.json"
     config = read_json(config_file)
     for field, value, what in _STRANGE_CONFIGS:
-        if config.get(field) == value:
+        if config.get(field) == value and (method == "truepose" or field != "cross_attention_dim"):
             raise ConversionError(f"{config_file}: this is {what}; TruePose starts from SD1.5's UNet")
     unet_config = parsed(config_file, config, UNetConfig.from_diffusers)
     vae_config_file = src / "vae" / "config.json"
@@ -82,18 +83,26 @@ def sd15_folder(src: Path, shapes: Shapes, *, name: str, variant: str | None = N
         raise ConversionError(f"{vae_config_file}: this autoencoder shrinks by {factor}; SD1.5's by {SD15_FACTOR}")
     vae_tree = parsed(vae_config_file, vae_config, shapes.autoencoder)
     schedule = schedule_of(read_json(src / SCHEDULER_FILE), src / SCHEDULER_FILE)
-    tree = parsed(config_file, unet_config, lambda unet: shapes.truepose(unet, {}))
+    make = (
+        (lambda unet: shapes.truepose(unet, {})) if method == "truepose" else (lambda unet: shapes.paper(method, unet))
+    )
+    tree = parsed(config_file, unet_config, make)
 
     unet = _open(src / "unet", key_maps.UNET, variant)
     vae = _open(src / "vae", key_maps.VAE, variant if variant and _has_variant(src / "vae", variant) else None)
     others = sorted(p.name for p in src.iterdir() if p.is_dir() and p.name not in SD15_FOLDERS and p.name[0] != ".")
+    if method == "truepose":
+        items, fresh = _starting_point(tree, unet), starting_point.FRESH
+    else:
+        items, fresh = paper_start.of_unet(tree, unet)
+    details = _details("sd15", name, licence_of(src), unet_config, schedule, fresh, method)
     return Plan(
-        items={PARAMS_FILE: _starting_point(tree, unet), VAE_FILE: copies(vae_tree, vae)},
+        items={PARAMS_FILE: items, VAE_FILE: copies(vae_tree, vae)},
         texts={
             "vae/config.json": read_text(vae_config_file),
             SCHEDULER_FILE: read_text(src / SCHEDULER_FILE),
         },
-        details=_details("sd15", name, licence_of(src), unet_config, schedule, starting_point.FRESH),
+        details=details,
         notes=(f"folders not read: {', '.join(others)}",) if others else (),
     )
 
@@ -228,10 +237,16 @@ def _has_variant(folder: Path, variant: str) -> bool:
 
 
 def _details(
-    model: str, name: str, licence: str, unet: UNetConfig, schedule: Mapping[str, Any], fresh: Sequence[str]
+    model: str,
+    name: str,
+    licence: str,
+    unet: UNetConfig,
+    schedule: Mapping[str, Any],
+    fresh: Sequence[str],
+    method: str = "truepose",
 ) -> dict[str, Any]:
     return {
-        "method": "truepose",
+        "method": method,
         "unet": to_dict(unet),
         "fresh": list(fresh),
         "schedule": dict(schedule),
