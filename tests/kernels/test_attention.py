@@ -374,7 +374,9 @@ def test_default_implementation(said):
         assert "xla (asked for)" in said.text
         with api.default_implementation(None):
             api.attention(*arrays_of(7))
+        api.attention(*arrays_of(48, 2))
     assert "reference (suits 7 x 7 on cpu)" in said.text
+    assert "48 queries, 2 keys" in said.text and "reference (suits 48 x 2 on cpu)" in said.text
 
 
 def test_unknown_names():

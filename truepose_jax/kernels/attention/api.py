@@ -31,6 +31,9 @@ READINGS = ("printed", "prose")
 IMPLEMENTATIONS = ("reference", "xla", "per_image", "pallas_tpu", "pallas_gpu", "cudnn")
 """Modules of this folder. All but the first have attend(q, k, v, rows) with the rows of key_params.py and refuses(...), which
 says what of a call they cannot take."""
+FEW_KEYS = 4
+"""Up to so many keys no named default is taken but what suits: SourceNet's attn2 meets one token and CAA two, of which a
+blockwise kernel would make whole tiles."""
 OF_ANY_WIDTHS = ("reference", "per_image")
 """Those that take values of another width than the keys'."""
 UNVERIFIED = ("pallas_tpu", "pallas_gpu", "cudnn")
@@ -163,7 +166,7 @@ def _choose(operation: str, name: str | None, q: Array, k: Array, v: Array, has_
     suited, why, refused = _suited(platform(), n, m), "asked for", False
     then = ["xla", "reference"]
     if name is None:
-        name, then = _default.get(), [suited, *then]
+        name, then = _default.get() if m > FEW_KEYS else None, [suited, *then]
         if name is not None and (reason := cannot_run(name)):
             name, why, refused = suited, reason, True
     if name is None:
