@@ -284,6 +284,7 @@ def test_words_of_the_system_are_one_line_and_bugs_keep_their_tracebacks(tmp_pat
 
     assert run_program(opens, []) == 2
     assert capsys.readouterr().err.count("\n") == 1
+    assert fails(OSError(5, "Input/output error", 3))() == 2 and capsys.readouterr().err.startswith("error: 3: Input/output")
     assert fails(MemoryError("3 EiB"))() == 2 and "not enough memory" in capsys.readouterr().err
     for bug in (OSError("of nothing"), KeyError("a"), RuntimeError("b")):
         with pytest.raises(type(bug)):

@@ -70,7 +70,8 @@ def _of_the_system(error: OSError | MemoryError) -> str | None:
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             return f"cannot write to the standard output ({cause.strerror})"
         return None
-    return printable(f"{os.fsdecode(error.filename)}: {error.strerror}; see whether it is there and may be used")
+    name = os.fsdecode(error.filename) if isinstance(error.filename, bytes) else error.filename  # or an open file's number
+    return printable(f"{name}: {error.strerror}; see whether it is there and may be used")
 
 
 def run_with_config(main: Callable[[Sequence[str]], int | None], told: ModuleType | None = None) -> NoReturn:
