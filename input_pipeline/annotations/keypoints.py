@@ -196,10 +196,11 @@ def read_annotations(path: str | pathlib.Path) -> dict[str, str]:
     """
     path = pathlib.Path(path)
     try:
-        return _annotation_rows(path, path.stat().st_mtime_ns)
+        modified = path.stat().st_mtime_ns
     except (OSError, ValueError) as error:
         why = getattr(error, "strerror", None) or error
         raise InputError(f"{path}: cannot read the annotations ({why}); check the path") from error
+    return _annotation_rows(path, modified)
 
 
 @functools.lru_cache(maxsize=4)

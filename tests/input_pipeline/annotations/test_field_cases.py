@@ -8,6 +8,7 @@ import pytest
 from PIL import Image
 
 from input_pipeline.annotations.keypoints import MIN_SCORE, load_pose, name_key, read_annotations, read_pose, split_spec
+from input_pipeline.annotations.parsing import label_set, read_parsing
 from input_pipeline.schema import InputError
 from input_pipeline.sources.folder import FolderImages
 from tests.shared_data import shared_data, standing_joints, write_folder
@@ -228,8 +229,23 @@ def test_two_rows_of_one_name_are_refused(tmp_path):
     path.write_text("\n".join(["name:keypoints_y:keypoints_x", *rows]))
     assert list(read_annotations(path)) == ["a", "b"]
     path.write_text("\n".join(["name:keypoints_y:keypoints_x", *rows, rows[0].replace("[0,", "[7,")]))
-    with pytest.raises(InputError, match=r"lines 3 and 5 give a.jpg different joints"):
+    with pytest.raises(InputError, match=r"a\.csv: lines 3 and 5 give a\.jpg different joints"):
         read_annotations(path)
+
+
+def test_maps_of_other_kinds_say_what_helps(tmp_path):
+    """255 as void, a picture in colours, and a map of the photo as it was before its EXIF tag turned it."""
+    path = tmp_path / "map.png"
+    ids = np.zeros((8, 6), np.uint8)
+    for pixels, hw, words in (
+        (ids + 255, (8, 6), "255 often means void: make it 0"),
+        (np.zeros((8, 6, 3), np.uint8), (8, 6), "a picture of the map in colours"),
+        (ids, (6, 8), "turn the map"),
+        (ids, (9, 9), "make them one size"),
+    ):
+        Image.fromarray(pixels).save(path)
+        with pytest.raises(InputError, match=words):
+            read_parsing(path, label_set("atr18"), hw)
 
 
 CASES = {
