@@ -11,6 +11,7 @@ import dataclasses
 
 import cv2
 import numpy as np
+from scipy.ndimage import distance_transform_edt
 
 from input_pipeline.annotations.parsing import LABEL_SETS, convert_parsing
 
@@ -61,8 +62,9 @@ def parse_person(photo: np.ndarray, joints: np.ndarray, mask: np.ndarray, *, lab
     found = np.zeros(inside.shape, np.uint8)
     if inside.any():
         found = _Figure.of(small, joints * (size[0] / w, size[1] / h, 1), inside).parse()
+        # Slivers that the small mask lacks get their neighbours' class.
+        found = found[tuple(distance_transform_edt(found == 0, return_distances=False, return_indices=True))]
     full = np.where(mask, cv2.resize(found, (w, h), interpolation=cv2.INTER_NEAREST), 0).astype(np.uint8)
-    full[mask & (full == 0)] = UPPER  # slivers that the small mask lacks
     return full if labels == LABELS.name else convert_parsing(full, LABELS, LABEL_SETS[labels], name="the found map")
 
 

@@ -127,6 +127,7 @@ def resolve(
     resolved = dataclasses.replace(
         request,
         parsing=parsing,
+        parsing_found=auto and options.parser is None,
         labels=labels,
         joints=target,
         frame_hw=frame_hw,

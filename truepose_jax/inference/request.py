@@ -37,7 +37,8 @@ class Request:
     one of the training; None: all of the photo is person. source_joints: as joints, the source's own, in a frame of
     source_frame_hw; models that read them (the half-cell head's, IMAGPose) need them. name, seed: key the noise. edit: what is to
     be made is a region of this reference; frame_hw None is then the reference's size, and the picture is framed as it is. crop:
-    of which photo the source is a part. What is to be found in photos first: photo_requests.resolve.
+    of which photo the source is a part. parsing_found: this program made the map, so it is not doubted. What is to be found in
+    photos first: photo_requests.resolve.
     """
 
     source: np.ndarray
@@ -51,6 +52,7 @@ class Request:
     source_joints: np.ndarray | None = None
     source_frame_hw: tuple[int, int] | None = None
     crop: Crop | None = None
+    parsing_found: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -139,7 +141,7 @@ def fit_request(
 def _doubts(request: Request, hw: tuple[int, int]) -> list[str]:
     """What looks wrong about the pose in its frame and about the map on its photo. hw: of the picture to make."""
     found = doubts(judge(np.asarray(request.joints), None, label_set("whole"), request.frame_hw or hw))
-    if request.parsing is not None:
+    if request.parsing is not None and not request.parsing_found:
         size, none = request.source.shape[:2], np.zeros((NUM_JOINTS, 3), np.float32)
         in_photo = request.source_joints is not None and request.source_frame_hw in (None, size)
         own = np.asarray(request.source_joints) if in_photo else none
