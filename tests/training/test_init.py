@@ -105,7 +105,7 @@ def test_an_ablation_takes_what_it_has_use_for(tmp_path, given, capsys):
 
 
 def test_carried_latents_leave_a_plain_unets_start_untouched(tmp_path, given):
-    """HPFA's update is exactly 0 at birth, so the network predicts to the bit what it does without carrying."""
+    """HPFA's update is exactly 0 at birth, so the network predicts what it does without carrying, as two programs round."""
     zeros = {p: np.zeros_like(a) if "/hpfa/to_out_0/" in p else a for p, a in given.items()}
     folder = write_folder(tmp_path / "weights", zeros, tiny_config())
     flow = {f"model__fusion__{name}": True for name in ("carry_latents", "cosine", "residual")}
@@ -131,7 +131,8 @@ def test_carried_latents_leave_a_plain_unets_start_untouched(tmp_path, given):
 
     carrying, updates = tiny.jit(lambda params: predict(config, params))(nest(flat))
     plain, _ = tiny.jit(lambda params: predict(tiny_config(), params))(nest(paper))
-    assert not np.any(updates) and np.array_equal(plain, carrying) and np.std(plain) > 0.1
+    assert not np.any(updates) and np.std(plain) > 0.1
+    np.testing.assert_allclose(carrying, plain, atol=1e-6)
 
 
 def test_another_run(tmp_path):
