@@ -48,7 +48,7 @@ RECIPE = {
     "no_flow": {"diffusion.losses.flow": 0.0},
     "no_pixels": {"diffusion.losses.pixels": 0.0},
     "no_head": WITHOUT_HEAD,
-    "no_head_no_cosine": WITHOUT_HEAD | {"model.fusion.cosine": False},  # the head's limb coordinates need cosines
+    "no_cosine": WITHOUT_HEAD | {"model.fusion.cosine": False},  # whose limb coordinates need cosines
     "paper": WITHOUT_HEAD
     | {f"model.fusion.{name}": False for name in ("carry_latents", "cosine", "residual")}
     | {"diffusion.losses.latents": 1.0, "diffusion.losses.flow": 0.0, "diffusion.losses.pixels": 0.0},
