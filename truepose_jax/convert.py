@@ -144,7 +144,7 @@ def truepose_shapes(unet: UNetConfig, settings: Mapping[str, Any]) -> Tree:
     model.fusion.update({name: settings.get("fusion", {}).get(name, False) for name in OF_HPFA})
     for name in ("texture", "alignment"):
         model.fusion[name] = settings.get("fusion", {}).get(name, model.fusion[name])
-    model.pose_encoder = settings.get("pose_encoder", model.pose_encoder)
+    model.pose_encoder = settings.get("pose_encoder", {}).get("kind", model.pose_encoder)
     model.carry.update(settings.get("carry", {}))
     if model.carry.head:
         values.diffusion.schedule.prediction = "x0"

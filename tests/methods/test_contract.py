@@ -69,7 +69,7 @@ def test_micro_batches_add_up(method):
     cfg = tiny_methods.config(method, {"optim": {"accumulation": 2}})
     cut = tiny.jit(Trainer(cfg, tiny_methods.one(method)[1]).gradients)
     found, cut_metrics = cut(params, frozen, batch, keys)
-    tiny.check_gradients(found, want)
+    tiny.check_gradients(found, want, whole=1e-4)  # of two cores, sums come in other orders
     for name, value in metrics.items():
         np.testing.assert_allclose(cut_metrics[name], value, rtol=2e-4, atol=1e-6, err_msg=name)
 

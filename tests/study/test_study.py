@@ -306,7 +306,7 @@ def test_bad_input_is_one_line_and_exit_code_2(encoders, tmp_path, capsys, monke
         ([workdir, f"--data={photos}"], "--labels=atr18|"),
         ([workdir, f"--data={photos}", "--labels=pascal7"], "heads and garments"),
         ([workdir, f"--data={photos}", "--labels=atr"], "unknown label set"),
-        ([workdir, "--clip=/absent"], "--clip=/absent: its config.json"),
+        ([workdir, "--clip=/absent"], "/absent/config.json: cannot read"),
         ([workdir, f"--clip={encoders / 'dino'}"], "holds a model of type 'dinov2'; give one of CLIP"),
     ]
     for flags, words in cases:

@@ -115,7 +115,8 @@ class Converted:
         model["unet"] |= found.unet
         for group in ("fusion", "carry"):
             model[group] |= told.get(group, {})
-        model |= {name: told[name] for name in ("positions", "source_parsing", "pose_encoder") if name in told}
+        model |= {name: told[name] for name in ("positions", "source_parsing") if name in told}
+        model["pose_encoder"] = told.get("pose_encoder", {}).get("kind", model["pose_encoder"])
         model["size"] = tuple(told.get("image_size", model["size"]))
         diffusion["schedule"] |= found.schedule or {}
         diffusion |= {name: told["sampling"][name] for name in ("steps", "spacing", "guidance")}

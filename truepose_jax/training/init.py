@@ -267,8 +267,11 @@ def _same_network(config: Config, theirs: Mapping[str, Any]) -> None:
 
 def _same_settings(config: Config, told: Mapping[str, Any]) -> None:
     """told: truepose.json of the export that the weights came from, or {}. Raises ConfigError."""
-    codec = told.get("autoencoder", {})
-    found = _differences(config, dict(told) | ({"autoencoder": codec["kind"]} if "kind" in codec else {}))
+    told = dict(told)
+    for name in ("autoencoder", "pose_encoder"):
+        group = told.pop(name, {})
+        told |= {name: group["kind"]} if "kind" in group else {}
+    found = _differences(config, told)
     wrong = {name: value for name, value in found.items() if name not in HARMLESS}
     if wrong:
         what = ", ".join(f"model.{name} {theirs}" for name, (theirs, _) in wrong.items())

@@ -37,7 +37,7 @@ STRANGE = ".to_k_ip."
 SETTINGS = {
     "method": "truepose",
     "fusion": {"texture": "concat", "alignment": "global"},
-    "pose_encoder": "controlnet",
+    "pose_encoder": {"kind": "controlnet"},
     "positions": "none",
     "source_parsing": "none",
     "sampling": {"steps": 30, "spacing": "trailing", "guidance": 3.5},
