@@ -261,6 +261,7 @@ def test_ill_typed_element(path, value, wrong):
     "path,value,mentions",
     [
         ("model.method", "fpdm9", "model.method"),
+        ("model.method", [1, -1], "model.method"),
         ("model.autoencoder", "vq", "model.autoencoder"),
         ("model.dtype", "float16", "model.dtype"),
         ("model.size", (512, 350), "divisible by 8"),
@@ -408,3 +409,9 @@ def test_json_round_trip():
 def test_configs_are_frozen():
     with pytest.raises(dataclasses.FrozenInstanceError):
         tiny.config().seed = 1
+
+
+def test_a_group_in_a_numbers_place_is_refused():
+    saved = to_dict(Config()) | {"batch_size": {"a": None}}
+    with pytest.raises(ConfigError, match="batch_size"):
+        from_config_dict(Config, with_defaults(Config, saved))

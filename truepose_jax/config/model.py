@@ -92,7 +92,7 @@ class ModelConfig:
     def variant(cls, values: Mapping[str, Any], where: str) -> type[ModelConfig]:
         """The class of the method that `values` name. Raises ConfigError for an unknown one, and for another's settings."""
         method = values.get("method", TruePoseModel.method)
-        if method not in MODELS:
+        if not isinstance(method, str) or method not in MODELS:
             raise ConfigError(f"{where}.method is {method!r}; choose one of {tuple(MODELS)}")
         chosen = MODELS[method]
         own = {field.name for field in dataclasses.fields(chosen)}

@@ -109,7 +109,7 @@ def with_defaults(cls: type, values: Mapping[str, Any]) -> dict[str, Any]:
     defaults = to_dict(cls())
     for field in dataclasses.fields(cls):
         group = values.get(field.name)
-        if isinstance(group, Mapping):
+        if isinstance(group, Mapping) and dataclasses.is_dataclass(field.default):
             chosen = _variant(type(field.default), group, f"config.{field.name}")
             defaults[field.name] = to_dict(chosen())
     return _filled(values, defaults)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import logging
 import os
 import pathlib
 import re
@@ -39,6 +40,7 @@ def run_program(main: Callable[[Sequence[str]], int | None], argv: Sequence[str]
     # Pillow's warning about large pictures: check_size of photo.py is stricter, and its one line says what to do.
     warnings.filterwarnings("ignore", message="Image size .* decompression bomb")
     warnings.filterwarnings("ignore", category=UserWarning, module=r"PIL\.")  # of odd tags in photos
+    logging.getLogger("PIL").setLevel(logging.CRITICAL)  # what it cannot read is told in our own line
     with contextlib.suppress(AttributeError):  # names of files need not be text; another's stdout need not be a file
         sys.stdout.reconfigure(errors="backslashreplace")
     try:
