@@ -26,7 +26,7 @@ from truepose_jax.methods.denoising import (
 )
 from truepose_jax.models.context import ContextKeys, ContextSide, context_block
 from truepose_jax.models.dinov2 import IMAGENET_MEAN, IMAGENET_STD, Dinov2
-from truepose_jax.models.fpdm import FusionEmbedding, ImagePoseFusion, SourceProjection
+from truepose_jax.models.fpdm import ImagePoseFusion, Projection
 from truepose_jax.models.pose_encoder import pose_encoder
 from truepose_jax.models.unet import UNet2DCondition
 from truepose_jax.models.vae import Autoencoder
@@ -109,14 +109,14 @@ class FPDM:
         return pose_encoder(self.model.pose_encoder, width, stride=self.autoencoder.factor, dtype=self.dtype)
 
     @functools.cached_property
-    def source_projection(self) -> SourceProjection:
+    def source_projection(self) -> Projection:
         m = self.model
-        return SourceProjection(m.unet.cross_attention_dim, m.projection, m.dropout, dtype=self.dtype)
+        return Projection(m.unet.cross_attention_dim, m.projection, m.dropout, norm=True, dtype=self.dtype)
 
     @functools.cached_property
-    def fusion_embedding(self) -> FusionEmbedding:
+    def fusion_embedding(self) -> Projection:
         m = self.model
-        return FusionEmbedding(4 * m.unet.block_out_channels[0], m.projection, m.dropout, dtype=self.dtype)
+        return Projection(4 * m.unet.block_out_channels[0], m.projection, m.dropout, dtype=self.dtype)
 
     def sample_spec(self, batch):
         h, w = batch["target_pose"].shape[1:3]

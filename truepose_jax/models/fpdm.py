@@ -70,35 +70,21 @@ class ImagePoseFusion(nn.Module):
         return self.combine(self.embed(pose), image)
 
 
-class SourceProjection(nn.Module):
-    """DINOv2's tokens [s n d] -> attn2's context [s n e], e = features."""
+class Projection(nn.Module):
+    """Two layers to `features`: with norm, of DINOv2's tokens to attn2's context; without, of the fused embedding to what is
+    added to the time embedding."""
 
     features: int
     hidden: int = 768
     dropout: float = 0.2
+    norm: bool = False
     dtype: jnp.dtype = jnp.float32
 
     @nn.compact
-    def __call__(self, tokens: Float[Array, "s n d"], keys: jax.Array | None = None) -> Float[Array, "s n e"]:
-        x = nn.gelu(nn.Dense(self.hidden, dtype=self.dtype, name="fc1")(tokens), approximate=False)
-        x = layer_norm(self.dtype, "norm")(KeyedDropout(self.dropout, name="dropout1")(x, keys))
-        return KeyedDropout(self.dropout, name="dropout2")(
-            nn.Dense(self.features, dtype=self.dtype, name="fc2")(x), keys
-        )
-
-
-class FusionEmbedding(nn.Module):
-    """The fused embedding [b e] -> what is added to the time embedding [b f], f = features."""
-
-    features: int
-    hidden: int = 768
-    dropout: float = 0.2
-    dtype: jnp.dtype = jnp.float32
-
-    @nn.compact
-    def __call__(self, fused: Float[Array, "b e"], keys: jax.Array | None = None) -> Float[Array, "b f"]:
-        x = nn.gelu(nn.Dense(self.hidden, dtype=self.dtype, name="fc1")(fused), approximate=False)
+    def __call__(self, x: Float[Array, "b *n d"], keys: jax.Array | None = None) -> Float[Array, "b *n e"]:
+        x = nn.gelu(nn.Dense(self.hidden, dtype=self.dtype, name="fc1")(x), approximate=False)
         x = KeyedDropout(self.dropout, name="dropout1")(x, keys)
+        x = layer_norm(self.dtype, "norm")(x) if self.norm else x
         return KeyedDropout(self.dropout, name="dropout2")(
             nn.Dense(self.features, dtype=self.dtype, name="fc2")(x), keys
         )
