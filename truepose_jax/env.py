@@ -5,7 +5,6 @@ python -m truepose_jax.env
 
 from __future__ import annotations
 
-import argparse
 import importlib.metadata
 import os
 import pathlib
@@ -32,9 +31,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _main(argv: Sequence[str]) -> None:
-    summary, details = __doc__.split("\n\n", 1)
-    style = {"formatter_class": argparse.RawDescriptionHelpFormatter, "allow_abbrev": False}
-    Parser(prog="python -m truepose_jax.env", description=summary, epilog=details, **style).parse_args(argv)
+    Parser.of_program("env", __doc__).parse_args(argv)
     for name, value in facts():
         print(f"{name + ':':26}{value}", flush=True)
 

@@ -23,14 +23,7 @@ from truepose_jax.runtime.shards import add_shard_flag
 
 
 def make_parser() -> argparse.ArgumentParser:
-    usage, details = __doc__.split("\n\n", 1)
-    parser = Parser(
-        prog="python -m truepose_jax.evaluate",
-        description=usage,
-        epilog=details,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    parser = Parser.of_program("evaluate", __doc__)
     add = parser.add_argument_group("images").add_argument
     add("--generated", required=True, metavar="DIR", help="folder of generated images")
     add("--reference", required=True, metavar="DIR", help="folder of true images, or one with image/ beside parsing/")

@@ -45,14 +45,7 @@ SPLIT, NAMING, BATCH = "test", "cfld", 8
 
 
 def make_parser() -> argparse.ArgumentParser:
-    usage, details = __doc__.split("\n\n", 1)
-    parser = Parser(
-        prog="python -m truepose_jax.generate",
-        description=usage,
-        epilog=details,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    parser = Parser.of_program("generate", __doc__)
     add = parser.add_argument_group("the model").add_argument
     add("--workdir", help="the run: its last checkpoint is read, it may still be training (the model that comes along)")
     add("--weights", choices=tuple(WEIGHTS), help="ema where the run keeps one, else raw")

@@ -27,6 +27,14 @@ CACHE_BYTES = 8 << 30
 class Parser(argparse.ArgumentParser):
     """ArgumentParser whose errors are one line (argparse's own prints the usage first); exits with 2."""
 
+    @classmethod
+    def of_program(cls, name: str, docstring: str) -> Parser:
+        """Of truepose_jax.NAME. Its help is the docstring: the first paragraph, the flags, the others."""
+        summary, details = docstring.split("\n\n", 1)
+        style = argparse.RawDescriptionHelpFormatter
+        prog = f"python -m truepose_jax.{name}"
+        return cls(prog=prog, description=summary, epilog=details, formatter_class=style, allow_abbrev=False)
+
     def error(self, message: str) -> NoReturn:
         self.exit(BAD_INPUT, f"error: {message}; see --help\n")
 
@@ -72,7 +80,9 @@ def _of_the_system(error: OSError | MemoryError) -> str | None:
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             return f"cannot write to the standard output ({cause.strerror})"
         return None
-    name = os.fsdecode(error.filename) if isinstance(error.filename, bytes) else error.filename  # or an open file's number
+    name = (
+        os.fsdecode(error.filename) if isinstance(error.filename, bytes) else error.filename
+    )  # or an open file's number
     return printable(f"{name}: {error.strerror}; see whether it is there and may be used")
 
 

@@ -19,14 +19,7 @@ from truepose_jax.runtime.cli import Parser
 
 
 def make_parser() -> argparse.ArgumentParser:
-    usage, details = __doc__.split("\n\n", 1)
-    parser = Parser(
-        prog="python -m truepose_jax.serve",
-        description=usage,
-        epilog=details,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    parser = Parser.of_program("serve", __doc__)
     add = parser.add_argument_group("what is served").add_argument
     add("--workdir", action="append", help="a run, an export, OWNER/NAME on the hub; several times for several models")
     add("--waiting", type=int, default=8, help="requests that may wait for the one under way (8)")
