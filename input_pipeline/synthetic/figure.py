@@ -30,6 +30,7 @@ from input_pipeline.synthetic.clothes import (
     draw_shoulder_bag,
     draw_torso,
 )  # fmt: skip
+from input_pipeline.synthetic.garments import TWO_SIDED
 from input_pipeline.synthetic.head import draw_back_hair, draw_front_strand, draw_head, draw_neck
 from input_pipeline.synthetic.identity import Identity
 from input_pipeline.synthetic.poses import FOREARM, SHIN, THIGH, TORSO, UPPER_ARM
@@ -126,6 +127,8 @@ def _arm(canvas: Canvas, body: Anatomy, who: Identity, side: int) -> None:
     slot = "top" if "top" in who.garments else "dress"
     kind, cloth = who.garments[slot].kind, who.materials[slot]
     label = UPPER if slot == "top" else DRESS
+    if who.garments[slot].pattern == TWO_SIDED:  # sleeves would show the back's colour in front
+        cloth = cloth.shaded(1.0)
     reach, ease = SLEEVES[kind], EASE.get(kind, 0.03)
     root = dict(edge=(0.05, EDGE))  # above the armpit the arm is one with the body: no dark rims there
     skin = dict(material=who.skin, label=ARM[side], radius=0.15)

@@ -32,6 +32,8 @@ PALETTE: tuple[tuple[int, int, int], ...] = (
 PATTERNS = ("solid", "rings", "bars", "diagonal", "gingham", "plaid", "dots", "text", "emblem", "gradient",
             "blocks",
             "flowers", "camouflage", "chest band")  # fmt: skip
+TWO_SIDED = "two-sided"
+"""One colour in front and another behind, which no photo of the front tells; only where it is asked for, on the trunk."""
 MOTIF_PATTERNS = ("text", "emblem")
 LEAST_CONTRAST = 190
 """Between the two colours of a pattern: sum over the channels."""
@@ -68,13 +70,13 @@ class Design:
 
 def is_held_out(design: Design) -> bool:
     """Whether a design is for held-out people only: a quarter of the space, of every kind and pattern."""
-    kind, pattern = KINDS.index(design.kind), PATTERNS.index(design.pattern)
+    kind, pattern = KINDS.index(design.kind), (*PATTERNS, TWO_SIDED).index(design.pattern)
     return (3 * kind + pattern + design.colour + 2 * design.second + design.scale + design.motif) % 4 == 0
 
 
 def canonical(design: Design) -> Design:
     """Zeroes the fields that the design's pattern does not show."""
-    scaled = design.pattern not in ("solid", "gradient", "blocks", "chest band", *MOTIF_PATTERNS)
+    scaled = design.pattern not in ("solid", "gradient", "blocks", "chest band", TWO_SIDED, *MOTIF_PATTERNS)
     return dataclasses.replace(
         design,
         second=0 if design.pattern == "solid" else design.second,
@@ -174,6 +176,11 @@ class _Cloth:
     def chest_band(self, x, y, step):
         return np.clip(0.5 + (0.24 - np.abs(y - 0.85)) / step, 0, 1)
 
+    def two_sided(self, x, y, step):
+        half = np.pi * self.radius
+        around = np.abs((x + half) % (2 * half) - half)  # 0 in front, half at the back
+        return np.clip(0.5 + (around - half / 2) / step, 0, 1)
+
     def flowers(self, x, y, step):
         tile = _blossoms(_halvings(FLOWER_TILE / (2 * self.repeat) * step))
         cells = tile.shape[0] / (2 * self.repeat)
@@ -199,7 +206,7 @@ _WEIGHTS = {
     "rings": _Cloth.rings, "bars": _Cloth.bars, "diagonal": _Cloth.diagonal, "gingham": _Cloth.gingham,
     "plaid": _Cloth.plaid, "dots": _Cloth.dots, "gradient": _Cloth.gradient, "blocks": _Cloth.blocks,
     "flowers": _Cloth.flowers, "camouflage": _Cloth.camouflage, "chest band": _Cloth.chest_band,
-    "text": _Cloth.motif, "emblem": _Cloth.motif,
+    "text": _Cloth.motif, "emblem": _Cloth.motif, TWO_SIDED: _Cloth.two_sided,
 }  # fmt: skip
 
 

@@ -15,6 +15,7 @@ from input_pipeline.synthetic.garments import (
     PATTERNS,
     SHOES,
     TOPS,
+    TWO_SIDED,
     Design,
     cloth,
     draw_design,
@@ -41,6 +42,9 @@ HAIRS = ((28, 24, 24), (58, 38, 28), (92, 60, 38), (138, 92, 52), (196, 150, 88)
          (150, 150, 152), (222, 220, 216), (70, 90, 150), (190, 90, 140))  # fmt: skip
 HAIR_ODDS = np.array([5, 5, 4, 3, 3, 2, 2, 1, 0.7, 0.5, 0.5])
 EYES = ((70, 44, 30), (96, 66, 40), (70, 110, 150), (84, 120, 80), (110, 116, 120))
+
+WARDROBES = {"all": PATTERNS, "solid": ("solid",), "two_sided": (TWO_SIDED,)}
+"""Patterns of clothes, by what is asked for."""
 
 SHORT_STYLES = ("bald", "buzz", "short", "side part", "curls", "afro")
 LONG_STYLES = ("bob", "long", "long, centre part", "ponytail", "bun", "long curls")
@@ -124,7 +128,7 @@ def _material_of(design: Design) -> Material:
 
 def _wardrobe(rng: np.random.Generator, patterns: tuple[str, ...], split: str, feminine: bool) -> dict[str, Design]:
     """Designs by the slot they fill: top and bottom, or dress; shoes; and extras now and then."""
-    plain = tuple(p for p in patterns if p in ("solid", "plaid", "gingham", "bars", "dots", "camouflage"))
+    plain = tuple(p for p in patterns if p in ("solid", "plaid", "gingham", "bars", "dots", "camouflage")) or ("solid",)
 
     def choose(kinds, allowed):
         return draw_design(rng, kinds[rng.integers(len(kinds))], allowed, split=split)
@@ -202,9 +206,9 @@ def _in_another_pattern(who: Identity, number: int) -> Identity:
 def draw_identity(
     *, seed: int, split: str, identity: int, patterns: str = "all", background: str = "all", same_colours: int = 0
 ) -> Identity:
-    """The person with this number. patterns: "all" | "solid" | "mixed" (odd numbers solid, even ones all); background:
-    "all" | "plain". same_colours: where it is not 0, so many numbers in a row are one person whose top (or dress) differs in
-    its pattern alone."""
+    """The person with this number. patterns: "all" | "solid" | "mixed" (odd numbers solid, even ones all) | "two_sided" (the
+    trunk's cloth has one colour in front and another behind); background: "all" | "plain". same_colours: where it is not 0, so
+    many numbers in a row are one person whose top (or dress) differs in its pattern alone."""
     if same_colours:
         one = draw_identity(
             seed=seed, split=split, identity=identity // same_colours, patterns=patterns, background=background
@@ -214,8 +218,9 @@ def draw_identity(
         raise InputError(f"split '{split}' is neither 'train' nor 'heldout'")
     if patterns == "mixed":
         patterns = "solid" if identity % 2 else "all"
-    if patterns not in ("all", "solid") or background not in ("all", "plain"):
-        raise InputError(f"patterns '{patterns}' must be all, solid or mixed, background '{background}' all or plain")
+    if patterns not in WARDROBES or background not in ("all", "plain"):
+        kinds = ", ".join(WARDROBES)
+        raise InputError(f"patterns '{patterns}' must be {kinds} or mixed, background '{background}' all or plain")
     if seed < 0 or not 0 <= identity < HELD_OUT_OFFSET:
         raise InputError(f"seed {seed} and identity {identity} must not be negative (identity below 2^40)")
     number = identity + HELD_OUT_OFFSET * SPLITS.index(split)
@@ -231,8 +236,7 @@ def draw_identity(
     style = styles[body.integers(len(styles))]
     curl = 1.0 if "cur" in style or style == "afro" else 0.25
 
-    allowed = PATTERNS if patterns == "all" else ("solid",)
-    garments = _wardrobe(clothes, allowed, split, feminine)
+    garments = _wardrobe(clothes, WARDROBES[patterns], split, feminine)
     busy = scene.random() < 0.45
     return Identity(
         key=(seed, number),

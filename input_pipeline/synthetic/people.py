@@ -59,9 +59,8 @@ def render(
 ) -> ImageRecord:
     """One picture of one person, with its parsing map and joints.
 
-    pose: a number of the built-in generator, or a Pose. size: (h, w) pixels, at least 32 high. patterns:
-    "all" | "solid" | "mixed" (of odd identities solid) clothes. background: "all" | "plain" (a studio for everybody).
-    same_colours: see draw_identity.
+    pose: a number of the built-in generator, or a Pose. size: (h, w) pixels, at least 32 high. patterns, same_colours: see
+    draw_identity. background: "all" | "plain" (a studio for everybody).
     """
     who = draw_identity(
         seed=seed, split=split, identity=identity, patterns=patterns, background=background, same_colours=same_colours

@@ -80,7 +80,7 @@ class SyntheticConfig:
 
     identities: Positive = 4096
     poses_per_identity: Several = 4
-    patterns: Literal["all", "solid", "mixed"] = "all"
+    patterns: Literal["all", "solid", "mixed", "two_sided"] = "all"
     background: Literal["all", "plain"] = "all"
     framing: Literal["all", "close"] = "all"
     poses: str = ""

@@ -67,7 +67,7 @@ def add_build(commands) -> None:
     add = parser.add_argument_group("drawn people (--dataset=synthetic)").add_argument
     add("--seed", type=int, help="synthetic: of the people (0)")
     add("--poses-per-identity", type=int, metavar="N", help="synthetic: pictures of a person (4)")
-    add("--patterns", choices=("all", "solid", "mixed"), help="synthetic: clothes (all)")
+    add("--patterns", choices=("all", "solid", "mixed", "two_sided"), help="synthetic: clothes (all)")
     add("--background", choices=("all", "plain"), help="synthetic: scenes (all)")
     add("--framing", choices=("all", "close"), help="synthetic: how near (all)")
     parser.set_defaults(run=build)

@@ -161,6 +161,22 @@ def test_sizes_show_the_same_picture():
     assert scale == 64 and offset[0] == pytest.approx((48 - 44) / 2 - 0.5)
 
 
+def test_two_sided_clothes_hide_the_colour_behind():
+    """The front, with its sleeves, has the first colour nearly everywhere, the back the second but for sleeves."""
+    for split, identity in itertools.product(("train", "heldout"), range(6)):
+        who = draw_identity(seed=0, split=split, identity=identity, patterns="two_sided")
+        slot, label = ("dress", DRESS) if "dress" in who.garments else ("top", UPPER)
+        design = who.garments[slot]
+        assert is_held_out(design) == (split == "heldout") and design.pattern == "two-sided"
+        share = {}
+        for pose in (STAND, BACK):
+            record = render(seed=0, split=split, identity=identity, pose=pose, size=SIZE, patterns="two_sided")
+            cloth = record.image[record.parsing == label].astype(float)
+            first, second = (np.abs(cloth - PALETTE[i]).sum(1) for i in (design.colour, design.second))
+            share[pose] = (second < first).mean()
+        assert share[STAND] < 0.15 and share[BACK] > 0.4, (split, identity, share)
+
+
 def test_patterns_move_with_the_body():
     """The chest keeps its cloth when it moves: sampled in its own coordinates it is the same in two poses; in image
     coordinates it is not."""
