@@ -28,6 +28,7 @@ from input_pipeline.schema import InputError
 from input_pipeline.shards import Shard
 from truepose_jax.config import to_dict
 from truepose_jax.flags.generate import BATCH, NAMING, SPLIT, make_parser
+from truepose_jax.inference.canvas import FittedCanvas
 from truepose_jax.inference.canvas_requests import canvas_row, read_canvases
 from truepose_jax.inference.csv_requests import COLUMNS, Row, of_seeds, read_rows, that_eat_inputs
 from truepose_jax.inference.estimate import estimate
@@ -35,9 +36,9 @@ from truepose_jax.inference.found_sheet import found_sheet
 from truepose_jax.inference.old_pictures import OLD_FILE, check_ours, is_done, note_old, read_old
 from truepose_jax.inference.photo_requests import AUTO, GIVEN, PhotoOptions
 from truepose_jax.inference.pipeline import Fitted, Pipeline, Run
-from truepose_jax.inference.record_requests import RecordRow, pair_list, record_rows
+from truepose_jax.inference.record_requests import CanvasRow, RecordRow, canvas_rows, pair_list, record_rows
 from truepose_jax.runtime.bundled import SHIPPED
-from truepose_jax.runtime.choices import FILLS, OUTSIDE
+from truepose_jax.runtime.choices import FILLS, OUTSIDE, SCENARIOS
 from truepose_jax.runtime.cli import BAD_INPUT, enable_compilation_cache, reject_unused_flags, run_program
 from truepose_jax.runtime.files import atomic_write, check_apart, make_folder, writing
 from truepose_jax.runtime.shards import shard_of, signals_as_exits
@@ -69,6 +70,7 @@ FLAGS_USED_BY = {
     "align-pose": (ONE, "--pairs"),
     "split": ("--records",),
     "naming": ("--records",),
+    "scenario": ("--records",),
     "out-dir": ("--pairs", "--records", "--requests"),
     "batch-size": ("--pairs", "--records"),
     "num": (ONE, "--pairs"),
@@ -245,7 +247,7 @@ def generate_canvases(flags: argparse.Namespace) -> None:
     pipeline = Pipeline.of_run(run, vae=flags.vae, clip=flags.clip) if todo else None
     print(describe(run, sampling, flags.seed), flush=True)
     for row, canvas in zip(tqdm.tqdm(todo, unit="canvas", disable=len(todo) < 2), fitted, strict=True):
-        pictures = pipeline.sample_canvas(canvas, sampling=sampling)
+        (pictures,) = pipeline.sample_canvases([canvas], sampling=sampling)
         for picture, out in zip(pictures, row.outs, strict=True):
             save_png(picture, out)
         if flags.sheet:
@@ -268,7 +270,7 @@ def _print_estimate(run: Run, sampling: Sampling, flags: argparse.Namespace, pic
     print(found.report(pictures=pictures, batch=batch), flush=True)
 
 
-AnyRow = Row | RecordRow
+AnyRow = Row | RecordRow | CanvasRow
 
 
 def _check_new_png(path: str | pathlib.Path, overwrite: bool) -> None:
@@ -306,8 +308,16 @@ def generate_list(flags: argparse.Namespace, share: Shard) -> int:
     if flags.records:
         images = RecordImages(flags.records, flags.split or SPLIT)
         source, problems = str(images.root / f"pairs-{images.split}.csv"), []
-        rows = record_rows(images, out_dir, flags.naming or NAMING)
+        rows = listed = record_rows(images, out_dir, flags.naming or NAMING)
         settings |= {"records": images.digest, "split": images.split}
+        if run.needs.draw == "canvas":
+            scenario = flags.scenario or SCENARIOS[0]
+            rows, repeated = canvas_rows(listed, scenario)
+            settings |= {"scenario": scenario, "repeated_sources": repeated}
+        elif flags.scenario:
+            raise InputError(
+                f"--scenario={flags.scenario} is of methods that make canvases; {run.workdir} is of {run.config.model.method}"
+            )
     else:
         source = flags.pairs
         frames = {"pose_frame": flags.pose_frame, "source_pose_frame": flags.source_pose_frame}
@@ -317,7 +327,7 @@ def generate_list(flags: argparse.Namespace, share: Shard) -> int:
         eating = that_eat_inputs(rows)
         problems += eating
         rows = [row for row in rows if row.line not in dict(eating)]
-    outs = [row.out for row in rows]
+    outs = [out for row in rows for out in row.outs]
     if not flags.overwrite:
         check_settings(out_dir, settings)
         check_ours(out_dir, out_dir / SETTINGS_FILE, outs)
@@ -329,14 +339,14 @@ def generate_list(flags: argparse.Namespace, share: Shard) -> int:
         note_old(out_dir, outs)
     old = read_old(out_dir)
     mine = share.mine(rows)
-    todo = [row for row in mine if anew or not is_done(row.out, old)]
-    ours = rows if share.merge else mine
-    left = sum(anew or not is_done(row.out, old) for row in ours)
-    pairs = len(rows) // num
+    todo = [row for row in mine if anew or not all(is_done(out, old) for out in row.outs)]
+    ours = [out for row in (rows if share.merge else mine) for out in row.outs]
+    left = sum(anew or not is_done(out, old) for out in ours)
+    pairs = len(outs) // num
     count = pairs + len(problems)
     if not flags.estimate:
         print(describe(run, sampling, flags.seed), flush=True)
-    part = "" if share.finishes else f", {len(mine)} pictures of {share}"
+    part = "" if share.finishes else f", {len(ours)} pictures of {share}"
     many = f", {num} pictures each, {len(ours) - left}" if num > 1 else f", {len(ours) - left} of them"
     print(f"{source}: {pairs} pairs{part}{many} done before", flush=True)
     failed = []
@@ -361,26 +371,31 @@ def generate_list(flags: argparse.Namespace, share: Shard) -> int:
             partial.write_text(json.dumps(settings, indent=1) + "\n")
         if flags.records:
             with atomic_write(out_dir / PAIRS_FILE) as partial:
-                partial.write_text(pair_list(rows, out_dir))
-        made = len(mine) - len(todo)
-        bar = tqdm.tqdm(total=len(mine), initial=made, unit="image", smoothing=0.1, disable=not share.first)
+                partial.write_text(pair_list(listed, out_dir))
+        made = len(ours) - sum(len(row.outs) for row in todo)
+        bar = tqdm.tqdm(total=len(ours), initial=made, unit="image", smoothing=0.1, disable=not share.first)
         compiled = False  # Until the first batch is sampled there is nothing to save.
         with bar, Preemption(safe_to_exit=lambda: not compiled) as preemption:
             for batch in _batches(todo, run, flags.seed, size, report):
                 fitted = [fitted for _, fitted in batch]
-                pictures = pipeline.sample(fitted, sampling=sampling, batch_size=size)
+                if isinstance(fitted[0], FittedCanvas):
+                    pictures = pipeline.sample_canvases(fitted, sampling=sampling, batch_size=size)
+                else:
+                    sampled = pipeline.sample(fitted, sampling=sampling, batch_size=size)
+                    pictures = [[one.finish(picture)] for one, picture in zip(fitted, sampled, strict=True)]
                 compiled = True
-                for (row, one), picture in zip(batch, pictures, strict=True):
-                    save_png(one.finish(picture), row.out)
-                made += len(batch)
-                bar.update(len(batch))
+                for (row, _), several in zip(batch, pictures, strict=True):
+                    for picture, out in zip(several, row.outs, strict=True):
+                        save_png(picture, out)
+                    made += len(several)
+                    bar.update(len(several))
                 stopped = preemption.stop(made)
                 if stopped:
                     break
-    pictures = sum(is_done(row.out, old) for row in ours)
+    pictures = sum(is_done(out, old) for out in ours)
     if share.merge and not problems:
         share.require(len(ours) - pictures, len(ours), "pictures")
-    if share.finishes and pictures == len(rows):
+    if share.finishes and pictures == len(outs):
         (out_dir / OLD_FILE).unlink(missing_ok=True)
     if stopped:
         print(f"asked to stop: {pictures} of {len(ours)} pictures done; run the same command again to go on")
@@ -397,12 +412,12 @@ def generate_list(flags: argparse.Namespace, share: Shard) -> int:
 
 def _batches(
     rows: Sequence[AnyRow], run: Run, seed: int, size: int, report: Report
-) -> Iterator[list[tuple[AnyRow, Fitted]]]:
+) -> Iterator[list[tuple[AnyRow, Fitted | FittedCanvas]]]:
     """Batches of `size` readable rows, in order; the last may be smaller. Reads one batch ahead."""
     batch, later = [], iter(rows)
     with ThreadPoolExecutor(READERS) as pool:
 
-        def reading(count: int) -> list[tuple[AnyRow, Future[Fitted]]]:
+        def reading(count: int) -> list[tuple[AnyRow, Future[Fitted | FittedCanvas]]]:
             return [(row, pool.submit(row.read, run, seed)) for row in itertools.islice(later, count)]
 
         waiting = collections.deque(reading(2 * size))

@@ -1,4 +1,5 @@
-"""`generate` with several sources and poses: what comes out, lists of canvases, and every bad request in one line."""
+"""`generate` with several sources and poses: what comes out, lists of canvases, scenarios of records, and every bad request in
+one line."""
 
 import json
 import pathlib
@@ -7,9 +8,15 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from input_pipeline.records.reader import RecordImages
+from input_pipeline.records.writer import build_records
 from tests import tiny_methods
+from tests.records import NoiseItem, RawSet, RawSplit, all_pairs
 from tests.tiny_run import SIZE, make_run, shared_run, write_inputs
 from truepose_jax import generate
+from truepose_jax.evaluate.pairing import Folder, pair_folders, read_pair_list
+from truepose_jax.inference.canvas import Pose, Source
+from truepose_jax.inference.pipeline import Pipeline
 
 CHANGES = {"model": {"size": SIZE}, "diffusion": {"steps": 1, "guidance": 2.0}}
 
@@ -103,3 +110,96 @@ def test_bad_lists(line, want, inputs, run, tmp_path, capsys):
     listed.write_text(line)
     command = [f"--workdir={run}", f"--requests={listed}", f"--out-dir={tmp_path / 'out'}"]
     assert generate.main(command) == 2 and want in capsys.readouterr().err
+
+
+# ------------------------------------------------------------------------------------------------- of records
+
+
+@pytest.fixture(scope="module")
+def records(tmp_path_factory):
+    """Test: four photos of one person and two of another, so 14 pairs, two of them without a third photo. Train: two photos."""
+    root = tmp_path_factory.mktemp("records") / "r"
+    splits = {name: RawSplit([NoiseItem(i) for i in range(n)], all_pairs(n)) for name, n in (("test", 6), ("train", 2))}
+    build_records(RawSet("noise", "atr18", splits, "Noise."), root)
+    return root
+
+
+@pytest.fixture(scope="module")
+def loaded(run):
+    return Pipeline.load(str(run))
+
+
+CANVASES = {
+    "T1": (["p000"], ["p003"], "pose"),
+    "T2": (["p000"], ["p003"], "source"),
+    "T3": (["p000", "p001", "p002"], ["p003"], "pose"),
+    "star": (["p000"], ["p001", "p002", "p003"], "pose"),
+}
+"""Scenario -> (sources, poses, fill) of the canvas that holds the pair of p000 and p003."""
+
+
+@pytest.mark.parametrize("scenario", CANVASES)
+def test_scenarios_of_records(scenario, records, run, loaded, tmp_path, monkeypatch, capsys):
+    """Every pair has its picture, that of the canvas made by hand; evaluate finds them; what is there is not made again."""
+    monkeypatch.setattr(Pipeline, "of_run", lambda run, **_: loaded)
+    command = [f"--workdir={run}", f"--records={records}", f"--scenario={scenario}", f"--out-dir={tmp_path / 'out'}"]
+    command.append("--batch-size=3")
+    assert generate.main(command) == 0
+    assert "14 pictures of 14 pairs" in capsys.readouterr().out
+    noted = json.loads((tmp_path / "out" / "generate.json").read_text())
+    assert (noted["scenario"], noted["repeated_sources"]) == (scenario, 2 if scenario == "T3" else 0)
+
+    images = RecordImages(records, "test")
+    photos = {name: images.image(i) for i, name in enumerate(images.names)}
+    sources, poses, fill = CANVASES[scenario]
+    made = loaded.canvas(
+        [Source(photos[name].image, photos[name].joints) for name in sources],
+        [Pose(photos[name].joints, photos[name].image.shape[:2]) for name in poses],
+        fill=fill,
+        name=" > ".join(" + ".join(names) for names in (sources, poses)),
+    )[-1]
+    assert np.abs(picture(tmp_path / "out" / "p000_to_p003.png").astype(int) - made).max() <= 1
+    for name in images.names:
+        (tmp_path / "truth").mkdir(exist_ok=True)
+        Image.new("RGB", SIZE[::-1]).save(tmp_path / "truth" / f"{name}.png")
+    folders = (Folder.read(str(tmp_path / name), flag=name) for name in ("out", "truth"))
+    pairing = pair_folders(*folders, read_pair_list(str(tmp_path / "out" / "pairs.csv")))
+    assert len(pairing.pairs) == 14 and not pairing.unmatched and not pairing.missing
+
+    stamps = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").glob("*.png")}
+    gone = tmp_path / "out" / "p005_to_p004.png"
+    gone.unlink()
+    assert generate.main(command) == 0 and gone.is_file()
+    assert all(path.stat().st_mtime_ns == when for path, when in stamps.items() if path != gone)
+    other = "T1" if scenario != "T1" else "T2"
+    assert generate.main([*command, f"--scenario={other}"]) == 2
+    assert f"other settings: scenario was {scenario} and is {other}" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("method", "flags", "words"),
+    [
+        ("imagpose", ["--scenario=T4"], "invalid choice: 'T4'"),
+        (
+            "imagpose",
+            ["--scenario=T3", "--split=train"],
+            "nobody in its split 'train' has a photo besides source and target",
+        ),
+        ("truepose", ["--scenario=T3"], "--scenario=T3 is of methods that make canvases"),
+    ],
+)
+def test_bad_scenarios(method, flags, words, records, run, tmp_path, capsys):
+    workdir = run if method == "imagpose" else shared_run()
+    try:
+        code = generate.main([f"--workdir={workdir}", f"--records={records}", f"--out-dir={tmp_path / 'out'}", *flags])
+    except SystemExit as ended:
+        code = ended.code
+    error = capsys.readouterr().err
+    assert code == 2 and words in error.strip().splitlines()[-1] and not (tmp_path / "out").exists()
+
+
+def test_a_scenario_is_of_records(inputs, run, tmp_path, capsys):
+    found = words(inputs, run, ["0.png", "1.png"], ["2.json"], [tmp_path / "out.png"], "--scenario=T3")
+    assert (
+        generate.main(found) == 2 and "--scenario means nothing to several sources or poses" in capsys.readouterr().err
+    )

@@ -21,7 +21,8 @@ otherwise). MASK is a picture of its size, white where it is made anew, or class
 
 A run of the method imagpose makes four tiles at once: --source and --source-pose up to three times, --pose and --out up to three
 times, four of both together. --requests=LIST.jsonl: one such canvas a line, {"sources": [{"photo": .., "pose": ..}], "poses":
-[..], "outs": [..]}.
+[..], "outs": [..]}. --records with --scenario: T1, a pair a canvas; T2, its source in three tiles; T3, with two other photos of
+the person; star, three poses of a source at once.
 
 LIST.csv has columns source,parsing,pose,out and may have labels, pose_frame, source_pose (auto: find it), source_pose_frame,
 seed; its paths are relative to it, `out` (a .png) to D. --records makes all pairs of a split of what `prepare build` wrote, as
@@ -36,7 +37,7 @@ from __future__ import annotations
 import argparse
 
 from input_pipeline.annotations.parsing import LABEL_SETS
-from truepose_jax.runtime.choices import DTYPES, FILLS, NAMINGS, OUTSIDE, SAMPLERS, WEIGHTS
+from truepose_jax.runtime.choices import DTYPES, FILLS, NAMINGS, OUTSIDE, SAMPLERS, SCENARIOS, WEIGHTS
 from truepose_jax.runtime.cli import Parser, parse_size
 from truepose_jax.runtime.shards import add_shard_flag
 
@@ -99,6 +100,7 @@ def make_parser() -> argparse.ArgumentParser:
     add("--requests", metavar="JSONL", help="a list of canvases, for imagpose")
     add("--split", help=f"of --records ({SPLIT})")
     add("--naming", choices=tuple(NAMINGS), help=f"of the pictures of --records ({NAMING})")
+    add("--scenario", choices=SCENARIOS, help="imagpose: what a canvas of --records holds (T1)")
     add("--out-dir", metavar="D", help="folder for the pictures of --pairs or --records")
     add("--batch-size", type=int, help=f"of a list ({BATCH}); no picture depends on it")
     add = parser.add_argument_group("sampling").add_argument

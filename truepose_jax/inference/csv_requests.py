@@ -52,6 +52,10 @@ class Row:
             return ""
         return f"{short_name(self.source)} > {short_name(self.pose)}"
 
+    @property
+    def outs(self) -> tuple[pathlib.Path, ...]:
+        return (self.out,)
+
     def read(self, run: Run, seed: int, edit: Edit | None = None) -> Fitted:
         """Reads the files and fits them to the model's size. Raises InputError."""
         return run.fit(self.resolve(run, seed, edit).request)

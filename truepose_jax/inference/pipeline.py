@@ -358,19 +358,29 @@ class Pipeline:
         """One picture for each pose of the person whom all sources show, uint8 [h w 3], framed as the first source's; of methods
         that make canvases (IMAGPose). See fit_canvas. Raises InputError."""
         fitted = fit_canvas(sources, poses, self.run, fill=fill, seed=seed, name=name)
-        return self.sample_canvas(fitted, sampling=self.run.sampling(steps, guidance))
+        return self.sample_canvases([fitted], sampling=self.run.sampling(steps, guidance))[0]
 
-    def sample_canvas(self, fitted: FittedCanvas, *, sampling: Sampling | None = None) -> list[np.ndarray]:
-        """The same of a canvas that is fitted."""
+    def sample_canvases(
+        self, fitted: Sequence[FittedCanvas], *, sampling: Sampling | None = None, batch_size: int | None = None
+    ) -> list[list[np.ndarray]]:
+        """The same of each canvas that is fitted, in batches as `sample` has them."""
         wanted, hw = self.run.needs, self.run.config.model.size
-        batch = Layout(wanted.sample, "float32", wanted.letters).empty(batch_size=1, targets_per_source=1, size=hw)
-        write_views(batch, 0, fitted.tiles, shown=fitted.given, hw=hw)
-        batch["valid"][:] = 1
-        key = rng.key_of_name(jax.random.key(fitted.seed), fitted.name)
-        rows = batch_parts(self.mesh)
-        batch = {field: np.repeat(array, rows, axis=0) for field, array in batch.items()}
-        images = self._sampled(Sampler, sampling, batch, jnp.stack([key] * rows))
-        return [fitted.framing.crop(image) for image in to_uint8(images[0][list(fitted.wanted)])]
+        size, parts, found = batch_size or max(len(fitted), 1), batch_parts(self.mesh), []
+        for start in range(0, len(fitted), size):
+            piece = fitted[start : start + size]
+            layout = Layout(wanted.sample, "float32", wanted.letters)
+            batch = layout.empty(batch_size=len(piece), targets_per_source=1, size=hw)
+            for row, one in enumerate(piece):
+                write_views(batch, row, one.tiles, shown=one.given, hw=hw)
+            batch["valid"][:] = 1
+            order = np.minimum(np.arange(-(-size // parts) * parts), len(piece) - 1)
+            keys = jnp.stack([rng.key_of_name(jax.random.key(one.seed), one.name) for one in piece])
+            images = self._sampled(
+                Sampler, sampling, {name: array[order] for name, array in batch.items()}, keys[order]
+            )
+            for one, tiles in zip(piece, images, strict=False):
+                found.append([one.framing.crop(image) for image in to_uint8(tiles[list(one.wanted)])])
+        return found
 
     def carried(self, fitted: Sequence[Fitted], pictures: Sequence[np.ndarray]) -> list[np.ndarray]:
         """The sources as the method's attention carried them, uint8 [h w 3] as the pictures, which `sample` made of requests

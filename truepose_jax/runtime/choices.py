@@ -12,6 +12,10 @@ OUTSIDE = ("decoded", "pasted")
 FILLS = ("pose", "source")
 """What tiles of a canvas hold that nothing was asked for: the last pose again (IMAGPose's T1), or the last source (its T2)."""
 
+SCENARIOS = ("T1", "T2", "T3", "star")
+"""Of IMAGPose, for the pairs of records: one source, and its pose in all other tiles; one source in three tiles; three photos of
+the person; three poses at once."""
+
 SYNTHETIC = "synthetic"
 """In the place of a folder of photos: drawn people."""
 
