@@ -57,7 +57,7 @@ def drawn(config) -> None:
     config.data.synthetic.update(
         identities=1_500, patterns="mixed", background="plain", framing="close", heldout_identities=64
     )
-    config.checkpoint.update(every=500, keep=2)
+    config.checkpoint.update(every=100, keep=2)
 
 
 def on_cpu_cores(config) -> None:
@@ -94,6 +94,6 @@ def on_cpu_cores(config) -> None:
     config.optim.schedule = "cosine"
     config.optim.b2 = 0.99
     config.optim.weight_decay = 0.0
-    config.optim.ema_decay = 0.998
+    config.optim.ema_decay = 0.99
     config.optim.layout = "flat"
     config.eval.update(every=1_000, pairs=32, batch_size=32)

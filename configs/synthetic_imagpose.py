@@ -16,10 +16,12 @@ def get_config(variant: str = "full"):
     config = base.get_config("imagpose")
     on_cpu_cores(config)
     config.model.size = (64, 48)
+    config.data.synthetic.patterns = "two_sided"  # what no front tells, so that a second source is worth something
     config.model.unet.in_channels = 97
     config.model.dino.update(image_size=64, patch_size=8, hidden_size=96, heads=3)
     config.model.patch = 4
     config.model.cva = variant == "full"
-    config.batch_size = 6
+    config.batch_size = 3
+    config.eval.pairs = config.eval.batch_size = 16
     config.diffusion.drop_rate = 0.05
     return config

@@ -1,28 +1,32 @@
-"""The other papers' methods on drawn people, from nothing: trains the stages one after the other and judges them. Writes JSON.
+"""The other papers' methods on drawn people, from nothing: trains the stages one after the other and judges them.
 
     python experiments/methods.py --scratch=runs/methods [--only=ipf,fpdm] [--steps=N] [--out=experiments/results/methods.json]
 
 ipf, then fpdm on what it exports, stage2_only (fpdm without it), imagpose, no_cva (imagpose without attention among its tiles).
-Stopped anywhere, the same command goes on where it was. --steps: another number of steps for all, to try the program out; figures
-of so few say nothing, and the file says so. Each run takes one core: hours in all; not run at full length yet.
+Writes JSON, and beside it a table and sheets. Stopped anywhere, the same command goes on where it was. --steps: another number
+of steps for all, which the file says. It ends with 1 where a threshold is missed.
 """
 
 from __future__ import annotations
 
 import argparse
-import dataclasses
+import datetime
 import json
 import pathlib
 import subprocess
 import sys
 from typing import Any
 
+from PIL import Image
+
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
 
-from truepose_jax.evaluate.judge import judge
-from truepose_jax.inference.pipeline import Pipeline
+from benchmarks.side_by_side import machine
+from experiments.methods_judge import canvases, first_stage, pictures, thresholds
+from truepose_jax.inference.pipeline import Pipeline, Run
 from truepose_jax.runtime.atomic import write_text
 from truepose_jax.runtime.cli import Parser, enable_compilation_cache
+from truepose_jax.runtime.markdown import narrow
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 RUNS = {
@@ -56,15 +60,14 @@ def train(name: str, flags: argparse.Namespace) -> pathlib.Path:
     workdir = (flags.scratch / name).resolve()
     words = [f"--config={RUNS[name]}", f"--workdir={workdir}"]
     if flags.steps:
-        words += [f"--config.total_steps={flags.steps}", f"--config.checkpoint.every={flags.steps}"]
-        words += [f"--config.eval.every={flags.steps}"]
+        words += [f"--config.total_steps={flags.steps}", f"--config.eval.every={flags.steps}"]
     if name == "fpdm":
-        words.append(f"--config.model.ipf.path={first_stage(flags)}")
+        words.append(f"--config.model.ipf.path={exported(flags)}")
     call("truepose_jax.train", *words)
     return workdir
 
 
-def first_stage(flags: argparse.Namespace) -> pathlib.Path:
+def exported(flags: argparse.Namespace) -> pathlib.Path:
     """What the second stage reads of the first, exported where it is not there yet."""
     folder = (flags.scratch / "ipf_export").resolve()
     if not folder.exists():
@@ -72,27 +75,69 @@ def first_stage(flags: argparse.Namespace) -> pathlib.Path:
     return folder
 
 
-def found(name: str, workdir: pathlib.Path) -> dict[str, Any]:
-    """The last evaluation of the run and, where it makes pictures, the judge's verdict by kind of clothes."""
-    last = (workdir / "eval.jsonl").read_text().splitlines()[-1]
-    row = {"steps": json.loads(last)["step"], "eval": json.loads(last)["eval"]}
-    if name != "ipf":
-        judged = judge(Pipeline.load(workdir))
-        row["judged"] = {kind: dataclasses.asdict(each.verdict) for kind, each in judged.items()}
-    return row
+def found(name: str, workdir: pathlib.Path, sheet: pathlib.Path) -> dict[str, Any]:
+    """The last evaluation of the run, what is measured of it, and whether thresholds are met. Draws the sheet of pictures."""
+    last = json.loads((workdir / "eval.jsonl").read_text().splitlines()[-1])
+    row = {"date": datetime.date.today().isoformat(), "machine": machine(), "steps": last["step"], "eval": last["eval"]}
+    if name == "ipf":
+        row["galleries"] = first_stage(Run.open(workdir))
+    else:
+        kind, measure = ("canvases", canvases) if "imagpose" in RUNS[name] else ("judged", pictures)
+        row[kind], drawn = measure(Pipeline.load(workdir))
+        Image.fromarray(drawn).save(sheet)
+    return row | {"thresholds": thresholds(name, row)}
+
+
+def table(report: dict[str, Any]) -> str:
+    """The report as a page."""
+    lines = [
+        "# Methods of the other papers on drawn people",
+        "",
+        "`python experiments/methods.py --scratch=runs/methods`",
+        "",
+    ]
+    for name, row in report.items():
+        lines += [f"## {name}", ""]
+        note = f" {row['note']}." if "note" in row else ""
+        lines += [f"{RUNS[name]}, {row['steps']} steps, {row['date']}, {row['machine']['cpu']}.{note}", ""]
+        lines += [f"- {'met' if met else 'MISSED'}: {text}" for text, met in row["thresholds"].items()]
+        if "galleries" not in row:
+            costs = [
+                f"{key.removeprefix('swap_cost_')} {cost:.2f}"
+                for key, cost in row["eval"].items()
+                if "swap_cost" in key
+            ]
+            lines += ["- swaps, dB lost inside the person of the run's own evaluation: " + ", ".join(costs), ""]
+        for kind, each in row.get("judged", {}).items():
+            regions = ("face", "clothes", "person", "whole")
+            lines += [f"| PSNR, {kind} clothes | " + " | ".join(regions) + " |", "|---" * (1 + len(regions)) + "|"]
+            for which, psnr in each["psnr"].items():
+                lines.append(f"| {which} | " + " | ".join(f"{psnr[region]:.2f}" for region in regions) + " |")
+            lines.append("")
+        if "canvases" in row:
+            lines += [
+                "| PSNR | clothes, back | person, back | clothes, front | person, front |",
+                "|---|---|---|---|---|",
+            ]
+            for which, sides in row["canvases"]["scenarios"].items():
+                cells = [sides[side][region] for side in ("back", "front") for region in ("clothes", "person")]
+                lines.append(f"| {which} | " + " | ".join(f"{cell:.2f}" for cell in cells) + " |")
+        lines.append("")
+    return narrow("\n".join(lines).rstrip() + "\n")
 
 
 def main(argv: list[str]) -> int:
     flags = parse(argv)
     enable_compilation_cache()
     report = json.loads(flags.out.read_text()) if flags.out.exists() else {}
+    flags.out.parent.mkdir(parents=True, exist_ok=True)
     for name in flags.wanted:
-        row = found(name, train(name, flags))
-        report[name] = row | ({"note": f"a trial of {flags.steps} steps"} if flags.steps else {})
-        flags.out.parent.mkdir(parents=True, exist_ok=True)
+        row = found(name, train(name, flags), flags.out.with_name(f"{flags.out.stem}_{name}.png"))
+        report[name] = row | ({"note": f"{flags.steps} steps in place of the configuration's"} if flags.steps else {})
         write_text(flags.out, json.dumps(report, indent=1) + "\n")
+        write_text(flags.out.with_suffix(".md"), table(report))
         print(f"{name}: written to {flags.out}", flush=True)
-    return 0
+    return 0 if all(met for row in report.values() for met in row["thresholds"].values()) else 1
 
 
 if __name__ == "__main__":
