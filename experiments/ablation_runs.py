@@ -184,7 +184,7 @@ def attention(workdir: str, full_size: Sequence[bool]) -> dict[str, np.ndarray]:
     last = [line for line in lines if line["step"] > (1 - LAST_STEPS) * lines[-1]["step"]]
     found = {}
     for name in ATTENTION:
-        values = np.array([line.get(name, np.nan) for line in last], np.float64)
+        values = np.array([line[name] for line in last if name in line] or [np.nan], np.float64)  # lists are not in every line
         found[name] = np.mean(values[:, list(full_size)] if values.ndim == 2 else values)
     return found
 

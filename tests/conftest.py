@@ -1,5 +1,6 @@
 """Settings of every test process, made before JAX starts."""
 
+import gc
 import mmap
 import os
 import pathlib
@@ -8,19 +9,25 @@ import tempfile
 import jaxlib
 import pytest
 
-SLOW_EMITTERS = "xla_cpu_use_fusion_emitters"
+QUICK = {
+    "xla_backend_optimization_level": "0",
+    "xla_cpu_use_fusion_emitters": "false",
+    "xla_cpu_parallel_codegen_split_count": "1",
+}
 
 
 def quick_flags() -> str:
-    """Most of the suite's time is compilation. Without optimisation and fusion emitters XLA needs a third of it."""
+    """Most of the suite's time is compilation, and with these XLA needs a third of it."""
     libraries = pathlib.Path(jaxlib.__file__).parent.glob("libjax_common*")
-    words = (mmap.mmap(os.open(library, os.O_RDONLY), 0, access=mmap.ACCESS_READ) for library in libraries)
-    known = any(each.find(SLOW_EMITTERS.encode()) >= 0 for each in words)  # XLA ends where a flag is unknown to it
-    return "--xla_backend_optimization_level=0" + f" --{SLOW_EMITTERS}=false" * known
+    words = [mmap.mmap(os.open(library, os.O_RDONLY), 0, access=mmap.ACCESS_READ) for library in libraries]
+    known = [flag for flag in QUICK if any(each.find(flag.encode()) >= 0 for each in words)]  # XLA ends at unknown ones
+    return " ".join(f"--{flag}={QUICK[flag]}" for flag in known)
 
 
 os.environ.setdefault("XLA_FLAGS", quick_flags())
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ.setdefault("JAX_TRACEBACK_IN_LOCATIONS_LIMIT", "0")
+gc.set_threshold(100_000, 50, 100)  # tracing makes many small objects that stay; looking for dead ones was 1/8
 # Nothing is kept between runs of the tests, nor in anybody's home. Tests that start programs let them share the folder of
 # this run (tests/process.py).
 os.environ.setdefault("JAX_ENABLE_COMPILATION_CACHE", "false")
@@ -38,6 +45,10 @@ has nothing left to do."""
 
 def pytest_collection_modifyitems(items):
     items.sort(key=lambda item: LONGEST.index(item.path.stem) if item.path.stem in LONGEST else len(LONGEST))
+
+
+def pytest_collection_finish():
+    gc.freeze()  # what was imported stays
 
 
 @pytest.fixture(scope="module")

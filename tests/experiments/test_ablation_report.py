@@ -100,6 +100,7 @@ def test_report(tmp_path: pathlib.Path, cost: float, word: str):
 def test_attention_of_the_last_steps(tmp_path: pathlib.Path):
     """The mean of the last tenth, at the sites of the latent's own size; without HPFA there is none."""
     lines = [{"step": step, "hpfa_tokens": [9.0, step, 1.0], "carry_tokens": 2.0 * step} for step in range(10, 210, 10)]
+    lines[-1:-1] = [{"step": 195, "carry_tokens": 390.0}]  # lists are in the lines of log steps alone
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     found = attention(str(tmp_path), [False, True, True])
     assert found["hpfa_tokens"] == (190 + 200 + 2) / 4 and found["carry_tokens"] == 390.0
