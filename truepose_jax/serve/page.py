@@ -24,7 +24,7 @@ from truepose_jax.serve.api import joints_of
 from truepose_jax.serve.editor import ON_LOAD, TEMPLATE, editor_value
 from truepose_jax.serve.engine import MOST_PICTURES, MOST_STEPS, Ask, Busy, Engine, png
 
-EXAMPLES = ((5, 3), (2, 4), (3, 5))
+EXAMPLES = ((2, 3), (0, 3), (3, 5))
 """Pairs of drawn people to begin with."""
 BUTTONS = ["download", "fullscreen"]
 """Of pictures; Gradio's others share them with its hub."""
