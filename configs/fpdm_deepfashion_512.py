@@ -43,8 +43,10 @@ def get_config(variant: str = "sd21"):
     config.diffusion.schedule.prediction = "eps" if variant == "sd15" else "v"
     config.diffusion.drop_rate = 0.2
     config.diffusion.noise_offset = 0.1
+    config.diffusion.sampler = "ddpm"
     config.diffusion.steps = 20
     config.diffusion.guidance = 2.0
+    config.eval.sampler = "ddpm"
     config.eval.steps = 20
     config.eval.guidance = 2.0
 

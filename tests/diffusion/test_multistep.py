@@ -69,7 +69,7 @@ def test_timesteps(spacing):
 
 
 def test_names():
-    assert set(choices.SAMPLERS) == set(SAMPLERS) == {"ddim", *PEERS}
+    assert set(choices.SAMPLERS) == set(SAMPLERS) == {"ddim", "ddpm", *PEERS}
     for config in (DiffusionConfig, EvalConfig):
         for name in SAMPLERS:
             assert from_config_dict(config, to_dict(config()) | {"sampler": name}).sampler == name
@@ -102,10 +102,12 @@ def test_a_way_in_parts_is_the_same_way(sampler):
     """With traced bounds: one program for all parts."""
     solver = Solver(SD15, sampler, 7, "leading")
     part = jax.jit(lambda state, start, stop: solver.advance(network, state, start, stop))
-    state = solver.begin(jnp.asarray(normal(8, *SHAPE)))
+    keys = jax.random.split(jax.random.key(1), SHAPE[0])
+    state = solver.begin(jnp.asarray(normal(8, *SHAPE)), keys=keys)
     for start, stop in ((0, 1), (1, 4), (4, 4), (4, 7)):
         state = part(state, start, stop)
-    at_once = jax.jit(lambda x: sample_latents(network, x, SD15, steps=7, sampler=sampler))(normal(8, *SHAPE))
+    whole = jax.jit(lambda x: sample_latents(network, x, SD15, steps=7, sampler=sampler, keys=keys))
+    at_once = whole(normal(8, *SHAPE))
     np.testing.assert_array_equal(state.x, at_once)
     assert part._cache_size() == 1
 

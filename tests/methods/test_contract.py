@@ -110,7 +110,7 @@ def test_a_dropped_row_is_the_null_branch(method):
 def test_pictures_do_not_depend_on_their_batch(method):
     cfg, made, frozen, params = tiny_methods.one(method)
     # Of x0: where eps is predicted a random network's pictures are clipped everywhere.
-    sample = tiny.jit(Sampler(made, Schedule(prediction="x0"), "trailing", Sampling(2, 2.0)).sample)
+    sample = tiny.jit(Sampler(made, Schedule(prediction="x0"), "trailing", Sampling(2, 2.0, "ddpm")).sample)
     batch, keys = tiny_methods.batch(cfg, 1, ROWS), tiny.keys(3, ROWS)
     images = sample(params, frozen, batch, keys)
     assert images.shape == (ROWS, *((4,) if needs(cfg).pictures == 4 else ()), *cfg.model.size, 3)

@@ -53,7 +53,7 @@ class DiffusionConfig:
     noise_offset: FloatFrom0 = 0.0
     min_snr: FloatFrom0 = 0.0
     steps: Positive = 35
-    sampler: Literal["ddim", "dpmpp_2m", "unipc"] = "ddim"
+    sampler: Literal["ddim", "ddpm", "dpmpp_2m", "unipc"] = "ddim"
     spacing: Literal["leading", "trailing"] = "leading"
     guidance: float = 3.5
     guidance_interval: tuple[Share, Share] = (0.0, 1.0)
@@ -65,8 +65,9 @@ class DiffusionConfig:
         require(not needed or predicted == "x0", f"diffusion.schedule.prediction is {said}")
         starts = not self.schedule.zero_snr or self.spacing == "trailing"
         require(starts, "diffusion.schedule.zero_snr needs spacing 'trailing', which starts where there is no signal")
-        finite = not self.schedule.zero_snr or self.sampler == "ddim"
-        require(finite, f"diffusion.sampler is {self.sampler!r}, whose time is log SNR; schedule.zero_snr needs 'ddim'")
+        finite = not self.schedule.zero_snr or self.sampler in ("ddim", "ddpm")
+        said = "whose time is log SNR; schedule.zero_snr needs 'ddim' or 'ddpm'"
+        require(finite, f"diffusion.sampler is {self.sampler!r}, {said}")
         low, high = self.guidance_interval
         require(
             low <= high,
@@ -198,7 +199,7 @@ class EvalConfig:
     pairs: Positive = 64
     batch_size: Positive = 16
     sheet_rows: Count = 8
-    sampler: Literal["ddim", "dpmpp_2m", "unipc"] = "ddim"
+    sampler: Literal["ddim", "ddpm", "dpmpp_2m", "unipc"] = "ddim"
     steps: Positive = 35
     guidance: float = 3.5
 

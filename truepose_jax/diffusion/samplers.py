@@ -1,5 +1,8 @@
-"""Deterministic samplers as one scan: DDIM (eta 0), DPM-Solver++ 2M and UniPC. The network is a function of (x, t); guidance
-happens inside it.
+"""Samplers as one scan: DDIM (eta 0), DDPM, DPM-Solver++ 2M and UniPC. The network is a function of (x, t); guidance happens
+inside it.
+
+DDPM (Ho et al. 2020, equations 6 and 7) draws from the posterior between two timesteps of the list, with its variance
+("fixed_small"): step i with noise of (row's key, i), the last step, to abar = 1, with none.
 
 The last two are linear in x and in the predictions of x_0 at this step and at those before, so that a step is one row of a
 table made beforehand in float64. Both take lambda = log(sqrt(abar) / sqrt(1 - abar)) as time, start with a step of first order,
@@ -21,7 +24,7 @@ from jaxtyping import Array, Float, Int
 
 from truepose_jax.diffusion.schedule import Schedule
 
-SAMPLERS = {"ddim": 0, "dpmpp_2m": 1, "unipc": 2}
+SAMPLERS = {"ddim": 0, "ddpm": 0, "dpmpp_2m": 1, "unipc": 2}
 """Name -> to how many former steps it looks back."""
 SPACINGS = ("leading", "trailing")
 
@@ -34,11 +37,13 @@ StepCallback = Callable[[Float[Array, "b h w c"], Array], Float[Array, "b h w c"
 
 class State(NamedTuple):
     """Of a sampler between two steps. x: at the noise level of the next. For samplers that look back: last, the x that the step
-    before started from, and former, the x_0 predicted at the steps before, newest first (0 where there was none)."""
+    before started from, and former, the x_0 predicted at the steps before, newest first (0 where there was none). keys [b]: of
+    the noise that DDPM adds."""
 
     x: Float[Array, "b h w c"]
     last: tuple[Float[Array, "b h w c"], ...] = ()
     former: tuple[Float[Array, "b h w c"], ...] = ()
+    keys: Array | None = None
 
 
 def ddim_timesteps(steps: int, *, total: int = 1000, spacing: str = "leading", offset: int = 1) -> np.ndarray:
@@ -105,14 +110,18 @@ class Solver:
         """(timesteps int32 [steps], abar float32 [steps + 1] of every x on the way)."""
         if self.sampler == "ddim":
             return ddim_levels(self.schedule, steps=self.steps, spacing=self.spacing)
-        timesteps = multistep_timesteps(self.steps, total=self.schedule.steps, spacing=self.spacing)
+        listed = ddim_timesteps if self.sampler == "ddpm" else multistep_timesteps
+        timesteps = listed(self.steps, total=self.schedule.steps, spacing=self.spacing)
         return timesteps, np.append(self.schedule.alphas_cumprod[timesteps], np.float32(1.0))
 
-    def begin(self, noise: Float[Array, "b h w c"], step_callback: StepCallback | None = None) -> State:
-        """Before the first step."""
+    def begin(
+        self, noise: Float[Array, "b h w c"], step_callback: StepCallback | None = None, keys: Array | None = None
+    ) -> State:
+        """Before the first step. keys [b]: one per row, which DDPM alone reads."""
         x = noise if step_callback is None else step_callback(noise, jnp.asarray(self.levels[1][0]))
         looks_back = SAMPLERS[self.sampler]
-        return State(x, (x,) * (looks_back > 1), (jnp.zeros_like(x),) * looks_back)
+        keys = keys if self.sampler == "ddpm" else None
+        return State(x, (x,) * (looks_back > 1), (jnp.zeros_like(x),) * looks_back, keys)
 
     def advance(
         self,
@@ -131,6 +140,10 @@ class Solver:
             x, output = state.x, predict(state.x, _everywhere(timesteps[i], state.x))
             if predictor is None:
                 after = State(ddim_step(x, output, t, abar_next, self.schedule))
+            elif self.sampler == "ddpm":
+                x0, _ = self.schedule.split(x, output, _everywhere(t, x))
+                drawn = jax.vmap(lambda key: jax.random.normal(jax.random.fold_in(key, i), x.shape[1:], x.dtype))
+                after = state._replace(x=_combined(predictor[i], (x, x0, drawn(state.keys))))
             else:
                 x0, _ = self.schedule.split(x, output, _everywhere(t, x))
                 if corrector is not None:
@@ -144,8 +157,8 @@ class Solver:
 
     @functools.cached_property
     def _tables(self) -> tuple[np.ndarray | None, np.ndarray | None]:
-        """Factors, float32, of (x, x_0, the x_0 before) for the next x [steps 3], and of (x, the last x, x_0, the two before) for
-        x itself [steps 5], where a sampler has them.
+        """Factors, float32, of (x, x_0, the x_0 before; of DDPM the noise) for the next x [steps 3], and of (x, the last x, x_0,
+        the two before) for x itself [steps 5], where a sampler has them.
 
         The first is DPM-Solver++'s 2M (Lu et al. 2022, algorithm 2), which UniP-2 with B2(h) equals; the second is UniC-2 with
         B2(h) (Zhao et al. 2023, equations 9 and 12), at the second step UniC-1.
@@ -153,6 +166,10 @@ class Solver:
         if self.sampler == "ddim":
             return None, None
         abar = self.levels[1].astype(np.float64)
+        if self.sampler == "ddpm":
+            alpha, left = abar[:-1] / abar[1:], (1.0 - abar[1:]) / (1.0 - abar[:-1])
+            rows = [np.sqrt(alpha) * left, np.sqrt(abar[1:]) * (1.0 - alpha) / (1.0 - abar[:-1])]
+            return np.stack([*rows, np.sqrt(left * (1.0 - alpha))], axis=1).astype(np.float32), None
         signal, noise = np.sqrt(abar), np.sqrt(1.0 - abar)
         with np.errstate(divide="ignore"):
             time = np.log(signal) - np.log(noise)  # infinite at the end
@@ -189,13 +206,14 @@ def sample_latents(
     spacing: str = "leading",
     sampler: str = "ddim",
     step_callback: StepCallback | None = None,
+    keys: Array | None = None,
 ) -> Float[Array, "b h w c"]:
-    """From `noise` to z_0. predict(x_t, t [b]) -> network output.
+    """From `noise` to z_0. predict(x_t, t [b]) -> network output. keys [b]: for DDPM.
 
     step_callback: replaces every x_t on the way, the noise it begins with and the result included (sampling/inpainting.py).
     """
     solver = Solver(schedule, sampler, steps, spacing)
-    return solver.advance(predict, solver.begin(noise, step_callback), 0, steps, step_callback).x
+    return solver.advance(predict, solver.begin(noise, step_callback, keys), 0, steps, step_callback).x
 
 
 def _combined(factors: Float[Array, " n"], arrays: tuple[Array, ...]) -> Array:

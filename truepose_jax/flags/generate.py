@@ -104,7 +104,7 @@ def make_parser() -> argparse.ArgumentParser:
     add("--out-dir", metavar="D", help="folder for the pictures of --pairs or --records")
     add("--batch-size", type=int, help=f"of a list ({BATCH}); no picture depends on it")
     add = parser.add_argument_group("sampling").add_argument
-    add("--sampler", choices=tuple(SAMPLERS), help="the run's; all but ddim want fewer steps (docs/generate.md)")
+    add("--sampler", choices=tuple(SAMPLERS), help="the run's; dpmpp_2m and unipc want fewer steps (docs/generate.md)")
     add("--steps", type=int, help="of the sampler (the run's)")
     add("--guidance", type=float, help="classifier-free guidance, 1: none (the run's)")
     add("--guidance-interval", type=interval, metavar="LOW:HIGH", help="guided shares of the schedule (the run's)")

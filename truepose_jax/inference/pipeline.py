@@ -148,6 +148,8 @@ class Run:
         sampler = diffusion.sampler if sampler is None else sampler
         if sampler not in SAMPLERS:
             raise InputError(f"sampler is {sampler!r}; choose one of {tuple(SAMPLERS)}")
+        if diffusion.schedule.zero_snr and sampler not in ("ddim", "ddpm"):
+            raise InputError(f"sampler is {sampler!r}, whose time is log SNR; this run's noise begins at 0: take ddim or ddpm")
         low, high = diffusion.guidance_interval if guidance_interval is None else guidance_interval
         if not 0 <= low <= high <= 1:
             raise InputError(

@@ -19,7 +19,7 @@ the person; three poses at once."""
 SYNTHETIC = "synthetic"
 """In the place of a folder of photos: drawn people."""
 
-SAMPLERS = {"ddim": "DDIM", "dpmpp_2m": "DPM-Solver++ 2M", "unipc": "UniPC"}
+SAMPLERS = {"ddim": "DDIM", "ddpm": "DDPM", "dpmpp_2m": "DPM-Solver++ 2M", "unipc": "UniPC"}
 """Of the diffusion (diffusion/samplers.py) -> as people write them."""
 
 DTYPES = ("float32", "bfloat16")

@@ -130,7 +130,7 @@ class Sampler:
         noise = jax.vmap(lambda key: jax.random.normal(key, shape))(keys)
         edit = self.edit(frozen, batch, noise)
         fixed = self.method.condition(params, frozen, batch), edit
-        return fixed, self.solver.begin(noise, self.step_callback(edit))
+        return fixed, self.solver.begin(noise, self.step_callback(edit), keys)
 
     def go(self, params: Params, fixed: tuple[Any, Any], state: State, start: int | Array, stop: int | Array) -> State:
         """Steps start to stop - 1."""
