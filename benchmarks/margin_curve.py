@@ -9,6 +9,7 @@ error, by steps and by hours of training (steps alone; compiling, judging and pa
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import pathlib
 import sys
@@ -19,7 +20,7 @@ import tqdm
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
 
 from truepose_jax.evaluate import judge
-from truepose_jax.inference.pipeline import WEIGHTS, Pipeline
+from truepose_jax.inference.pipeline import Pipeline
 from truepose_jax.metrics.outlines import outline_error, sharpness
 from truepose_jax.runtime.cli import Parser
 from truepose_jax.training.validation import region_scores
@@ -43,7 +44,7 @@ def rows(workdir: pathlib.Path, eval_seed: int | None) -> list[dict]:
     size = judge.batch_size(pipe, judge.PEOPLE * judge.POSES)
     checkpoints, sample = pipe.run.checkpoints, None
     for step in tqdm.tqdm(checkpoints.steps(), desc="checkpoints"):
-        params = checkpoints.restore_part(WEIGHTS[pipe.run.weights], step)
+        params = dataclasses.replace(pipe.run, step=step).params()
         pipe.params.clear()
         pipe.params.update(params)
         sample = sample or judge.sampling(pipe)

@@ -75,7 +75,7 @@ def make_run(workdir: pathlib.Path, config: Config) -> pathlib.Path:
     for step in STEPS:
         parts = {
             "params": random_like(abstract.params, step),
-            "ema": random_like(abstract.params, 10 * step) if config.optim.ema_decay else None,
+            "ema": random_like(abstract.ema, 10 * step) if config.optim.ema_decay else None,
             "rest": {"step": jax.numpy.int32(step)},
         }
         checkpoints.save(step, parts, extra={"step": step})

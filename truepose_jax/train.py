@@ -45,6 +45,7 @@ from truepose_jax.runtime.sharding import (
     put_global_batch,
     replicate,
 )
+from truepose_jax.training import lora
 from truepose_jax.training.checkpoint import (
     STOPPED,
     CheckpointError,
@@ -63,6 +64,7 @@ from truepose_jax.training.checkpoint import (
 from truepose_jax.training.flops import mfu_per_image_rate
 from truepose_jax.training.init import abstract_state, first_state, origin, resolve_init_from
 from truepose_jax.training.memory import memory_report
+from truepose_jax.training.optim import put_trained
 from truepose_jax.training.run_log import CannotWrite, Monitor, NonFinite, Profiler
 from truepose_jax.training.step import Trainer, TrainState
 from truepose_jax.training.time_budget import TimeBudget, kept_steps
@@ -218,9 +220,9 @@ def _loop(
 
         def evaluate(step: int) -> None:
             with monitor.paused():
-                results, picture = evaluator.run(
-                    state.params if state.ema is None else state.ema, frozen, check_preemption
-                )
+                weights = state.params if state.ema is None else put_trained(state.params, state.ema)
+                weights = lora.merged(weights, config.optim.lora)
+                results, picture = evaluator.run(weights, frozen, check_preemption)
             monitor.evaluation(step, results)
             if picture is not None:
                 monitor.image(step, "sheet", picture)

@@ -21,6 +21,7 @@ class Toy:
 
     noise: float = 1.0
     no_decay = "^unused/"
+    fresh = "(?!)"
     param_rules = ()
 
     def init(self, key, batch_spec):

@@ -126,6 +126,26 @@ class DataConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class LoraConfig:
+    """Low-rank adapters (training/lora.py). rank 0: none; else they alone train. alpha: as in PEFT, alpha / rank scales them.
+    targets: regex over parameter paths, of the matrices that get one: attention projections, HPFA's among them."""
+
+    rank: Count = 0
+    alpha: PositiveFloat = 8.0
+    targets: str = r"/(attn\d|hpfa|attention_blocks_\d)/(source_)?to_(q|k|v|out_0)/kernel$"
+
+    def __post_init__(self):
+        _check_regex("optim.lora.targets", self.targets)
+
+
+def _check_regex(name: str, pattern: str) -> None:
+    try:
+        re.compile(pattern)
+    except re.error as error:
+        raise ConfigError(f"config.{name} {pattern!r} is no regular expression: {error}") from error
+
+
+@dataclasses.dataclass(frozen=True)
 class OptimConfig:
     """name "adamw", or "lamb" (You et al. 2020: AdamW's update, each parameter's scaled to the parameter's own norm).
     trainable: regex over parameter paths ('target_net/mid_block/.../kernel'); what it does not find stays as it
@@ -152,6 +172,7 @@ class OptimConfig:
     max_skips: Positive = 10
     layout: Literal["tree", "flat"] = "tree"
     noise_scale: Literal["off", "on"] = "off"
+    lora: LoraConfig = LoraConfig()
 
     def __post_init__(self):
         require(
@@ -159,10 +180,10 @@ class OptimConfig:
             "optim.layout 'flat' makes one vector of all parameters, and LAMB needs the norm of each: "
             "set optim.layout to 'tree', or optim.name to 'adamw'",
         )
-        try:
-            re.compile(self.trainable)
-        except re.error as error:
-            raise ConfigError(f"config.optim.trainable {self.trainable!r} is no regular expression: {error}") from error
+        _check_regex("optim.trainable", self.trainable)
+        alone = not self.lora.rank or self.trainable == ".*"
+        said = "optim.lora.rank above 0 trains the adapters alone; choose them by optim.lora.targets"
+        require(alone, f"optim.trainable is {self.trainable!r}, and {said}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -227,6 +248,8 @@ class Config:
         for name, steps in (("diffusion", self.diffusion.steps), ("eval", self.eval.steps)):
             require(steps <= most, f"{name}.steps is {steps}; it must be at most diffusion.schedule.steps ({most})")
         self.model.check(self)
+        base = not self.optim.lora.rank or bool(self.init_from)
+        require(base, "optim.lora trains adapters of weights that stay as they are: name these by init_from")
         whole = self.optim.layout != "flat" or (self.mesh.fsdp, self.mesh.tensor) == (1, 1)
         require(whole, "optim.layout 'flat' cannot be sharded: mesh.fsdp and mesh.tensor must be 1")
         micro = self.optim.accumulation * self.data.targets_per_source

@@ -25,7 +25,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding
 
 from input_pipeline.batches.transforms import write_picture, write_source, write_target, write_views
 from input_pipeline.fields import Layout
@@ -39,6 +39,7 @@ from truepose_jax.inference.photo_requests import AUTO, PhotoOptions, resolve
 from truepose_jax.inference.request import SEEDS, Fitted, Request, fit_request
 from truepose_jax.kernels.attention.api import cannot_run
 from truepose_jax.methods import Denoiser, Needs, needs
+from truepose_jax.methods.base import Params
 from truepose_jax.pretrained.factory import assemble
 from truepose_jax.pretrained.frozen_networks import KINDS
 from truepose_jax.pretrained.region_tokens import RegionEncoder, make_encoder
@@ -49,7 +50,9 @@ from truepose_jax.runtime.sharding import batch_parts, make_mesh, put_whole_batc
 from truepose_jax.sampling.image_grid import to_uint8
 from truepose_jax.sampling.inpainting import MASK_FIELD, Edit, EditSampler
 from truepose_jax.sampling.sampler import Progress, Sampler, Sampling, cast_kernels, compiler_options
+from truepose_jax.training import lora
 from truepose_jax.training.checkpoint import CheckpointError, Checkpoints, read_config, read_metadata
+from truepose_jax.training.optim import put_trained
 from truepose_jax.training.validation import of_pairs
 
 
@@ -127,6 +130,17 @@ class Run:
         if isinstance(self.checkpoints, Exported | Converted):
             return self.checkpoints.frozen
         return read_metadata(self.workdir).get("frozen", {})
+
+    def params(self, place: Sharding | None = None) -> Params:
+        """The weights that are meant, whole: adapters are added to the matrices that they adapt."""
+        return lora.merged(self.unmerged(place), self.config.optim.lora)
+
+    def unmerged(self, place: Sharding | None = None) -> Params:
+        """The same with adapters beside the networks, where the run trains any."""
+        part = WEIGHTS[self.weights]
+        read = functools.partial(self.checkpoints.restore_part, step=self.step, place=place)
+        found = read(part)
+        return put_trained(read("params"), found) if lora.LORA in found and part == "ema" else found
 
     def sampling(
         self,
@@ -234,8 +248,7 @@ class Pipeline:
             _check_frozen("clip", recorded.get("clip"), encoder.fingerprint, folder=model.clip.path, override=clip)
         mesh = make_mesh(data=-1, fsdp=1, tensor=1, devices=jax.local_devices())
         place = NamedSharding(mesh, PartitionSpec())
-        params = run.checkpoints.restore_part(WEIGHTS[run.weights], run.step, place=place)
-        params = cast_kernels(params, model.dtype)
+        params = cast_kernels(run.params(place), model.dtype)
         return cls(run, method, params, replicate(mesh, frozen), encoder, mesh)
 
     def __call__(

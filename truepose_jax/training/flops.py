@@ -142,9 +142,10 @@ def mfu_per_image_rate(config: Config, device_kind: str, devices: int) -> float 
     """What a training run's images a second are multiplied by to give its MFU on `devices` chips.
 
     None where it is not known: a chip without a peak in the table (a CPU), a network that is not counted, or an
-    optim.trainable other than ".*", with which some gradients are not computed.
+    optim.trainable other than ".*" or adapters, with which some gradients are not computed.
     """
-    if config.optim.trainable != ".*" or not is_counted(config) or peak_flops(device_kind) is None:
+    whole = config.optim.trainable == ".*" and not config.optim.lora.rank
+    if not whole or not is_counted(config) or peak_flops(device_kind) is None:
         return None
     return utilisation(model_flops(config).train, 1.0, device_kind, devices=devices)
 

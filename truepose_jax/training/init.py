@@ -10,13 +10,13 @@ import dataclasses
 import logging
 import pathlib
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from truepose_jax.config import Config, ConfigError, FirstStageModel, ModelConfig, to_dict
 from truepose_jax.data.datasets import layout_of
@@ -27,7 +27,9 @@ from truepose_jax.pretrained.conversion.safetensors_io import ConversionError, T
 from truepose_jax.pretrained.conversion.weights_folder import CODEC_FILE, WEIGHTS_FILE, WeightsFolder, open_weights
 from truepose_jax.pretrained.frozen_networks import KINDS, folder_fingerprint, load_torch_folder, read_torch_config
 from truepose_jax.runtime.sharding import like_params, param_specs
+from truepose_jax.training import lora
 from truepose_jax.training.checkpoint import CheckpointError, Checkpoints, read_config, read_metadata
+from truepose_jax.training.optim import put_trained
 from truepose_jax.training.step import Trainer, TrainState
 
 SCRATCH = ("parsing_encoder", "clip_source")
@@ -53,6 +55,7 @@ def resolve_init_from(config: Config) -> Config:
     if (folder / WEIGHTS_FILE).is_file():
         weights = _open(config)
         _same_method(config, weights.method)
+        _no_random_base(config, weights.fresh)
         _same_network(config, weights.unet)
         _same_settings(config, weights.settings)
         if weights.schedule is not None:
@@ -157,7 +160,7 @@ def _converted(config: Config, trainer: Trainer, key: jax.Array, abstract: Mappi
     without = {*weights.fresh, *(SCRATCH if weights.fresh else ())}
     fresh = [name for name in abstract if name in without]
     begun = {p for p in wanted if fresh_of(without, p) or (weights.fresh and p.endswith(COSINE_SCALE))}
-    allowed = re.compile(trainer.method.fresh)
+    allowed = re.compile(trainer.fresh)
     begun |= {p for p in wanted if p not in weights.infos and allowed.search(p)}
     # The ablations' networks are smaller than the method's own.
     fusion = getattr(config.model, "fusion", None)
@@ -192,7 +195,7 @@ def _random(config: Config, trainer: Trainer, key: jax.Array, wanted: Mapping[st
     """These parameters as they are at birth; under jit nothing else is computed. wanted: by path, with shardings."""
 
     def make(key):
-        whole = dict(leaves(trainer.method.init(key, batch_spec(config))))
+        whole = dict(leaves(trainer.init(key, batch_spec(config))))
         return {path: whole[path] for path in wanted}
 
     return jax.jit(make, out_shardings={path: leaf.sharding for path, leaf in wanted.items()})(key)
@@ -210,17 +213,20 @@ def _put(array: np.ndarray, leaf: jax.ShapeDtypeStruct) -> jax.Array:
 
 
 def _of_run(config: Config, trainer: Trainer, key: jax.Array, abstract: Mapping[str, Any]) -> dict[str, Any]:
-    """The last checkpoint's EMA, or its raw weights where that run kept none. What it lacks, and the method's `fresh` lets
-    begin random, does."""
+    """The last checkpoint's EMA, or its raw weights where that run kept none, with its adapters added. What it lacks, and
+    the trainer's `fresh` lets begin random, does."""
     other = read_config(config.init_from)
     checkpoints = Checkpoints(config.init_from, keep=1, every=1, read_only=True)
-    part = "ema" if other.optim.ema_decay else "params"
     wanted = dict(leaves(abstract))
-    there = {row[0] for row in read_metadata(config.init_from)["parameters"]["table"]}
-    fresh = re.compile(trainer.method.fresh)
-    begun = {path: leaf for path, leaf in wanted.items() if path not in there and fresh.search(path)}
+    there = {path: shape for path, shape, _ in read_metadata(config.init_from)["parameters"]["table"]}
+    adapters = {path: shape for path, shape in there.items() if re.search(lora.ADAPTERS, path)}
+    networks, fresh = there.keys() - adapters.keys(), re.compile(trainer.fresh)
+    begun = {path: leaf for path, leaf in wanted.items() if path not in networks and fresh.search(path)}
+    _no_random_base(config, [path for path in begun if not re.search(lora.ADAPTERS, path)])
     kept = nest({path: leaf for path, leaf in wanted.items() if path not in begun})
-    params, step = checkpoints.restore_like(part, kept)
+    part = "ema" if other.optim.ema_decay else "params"
+    params, step = _restored(checkpoints, part, kept, adapters)
+    params = lora.merged(params, other.optim.lora)
     if begun:
         whole = dict(leaves(params)) | _random(config, trainer, key, begun)
         params = nest({path: whole[path] for path in wanted})
@@ -228,6 +234,18 @@ def _of_run(config: Config, trainer: Trainer, key: jax.Array, abstract: Mapping[
     weights = "EMA" if part == "ema" else "raw"
     print(f"parameters of {config.init_from}, step {step}, {weights} weights{random}", flush=True)
     return params
+
+
+def _restored(
+    checkpoints: Checkpoints, part: str, networks: Mapping[str, Any], adapters: Mapping[str, Sequence[int]]
+) -> tuple[dict[str, Any], int]:
+    """(networks and adapters of another run, its last step). adapters: {path: shape}, of which alone such a run has an EMA."""
+    if not adapters:
+        return checkpoints.restore_like(part, networks)
+    whole = NamedSharding(jax.tree.leaves(networks)[0].sharding.mesh, PartitionSpec())
+    pairs = nest({p: jax.ShapeDtypeStruct(tuple(s), np.float32, sharding=whole) for p, s in adapters.items()})
+    params, step = checkpoints.restore_like("params", {**networks, **pairs})
+    return (put_trained(params, checkpoints.restore_like(part, pairs, step)[0]) if part == "ema" else params), step
 
 
 def _open(config: Config) -> WeightsFolder:
@@ -246,6 +264,14 @@ def _same_method(config: Config, theirs: str) -> None:
     if theirs != config.model.method:
         raise ConfigError(
             f"config.init_from={config.init_from} holds weights of {theirs!r}; config.model.method is {config.model.method!r}"
+        )
+
+
+def _no_random_base(config: Config, fresh: Sequence[str]) -> None:
+    if config.optim.lora.rank and fresh:
+        raise ConfigError(
+            f"config.init_from={config.init_from} has no {', '.join(sorted(fresh)[:3])}, which would stay random: "
+            "config.optim.lora trains adapters alone; train all of it first"
         )
 
 

@@ -18,7 +18,7 @@ from truepose_jax.config import Config
 from truepose_jax.methods.base import OF_KEPT, Batch, BatchSpec, Frozen, Params, Trainable
 from truepose_jax.runtime import rng
 from truepose_jax.runtime.sharding import compiler_options
-from truepose_jax.training import noise_scale
+from truepose_jax.training import lora, noise_scale
 from truepose_jax.training.optim import (
     ParamLayout,
     ema_update,
@@ -33,7 +33,7 @@ from truepose_jax.training.optim import (
 @flax.struct.dataclass
 class TrainState:
     """step: batches consumed. skipped: those whose gradients were not finite (parameters left alone).
-    skips_in_a_row: the same, since the last good one. ema: None where the config has no EMA."""
+    skips_in_a_row: the same, since the last good one. ema: None where the config has no EMA; of adapters where they train."""
 
     step: Int[Array, ""]
     params: Params
@@ -60,21 +60,34 @@ class Trainer:
         return self.config.total_steps if total_steps is None else total_steps
 
     def trained(self, params: Any) -> Any:
-        """The parameters that optim.trainable names, as a tree without the others."""
-        return trained_part(params, self.config.optim.trainable)
+        """The parameters that optim.trainable names, or the adapters alone, as a tree without the others."""
+        optim = self.config.optim
+        return trained_part(params, lora.ADAPTERS if optim.lora.rank else optim.trainable)
+
+    def init(self, key: jax.Array, batch_spec: BatchSpec) -> Params:
+        """The method's random parameters, with adapters where the configuration has any."""
+        params = self.method.init(key, batch_spec)
+        if not self.config.optim.lora.rank:
+            return params
+        return {**params, lora.LORA: lora.adapters(rng.key(key, lora.LORA), params, self.config.optim.lora)}
+
+    @property
+    def fresh(self) -> str:
+        """Regex of parameters that may begin random though the weights of config.init_from have none."""
+        return f"{lora.ADAPTERS}|{self.method.fresh}" if self.config.optim.lora.rank else self.method.fresh
 
     def init_state(self, key: jax.Array, batch_spec: BatchSpec) -> TrainState:
-        return self.state_of(self.method.init(key, batch_spec))
+        return self.state_of(self.init(key, batch_spec))
 
     def state_of(self, params: Params) -> TrainState:
         """The state of step 0 with these parameters."""
-        trained = self.trained(params)
+        trained, optim = self.trained(params), self.config.optim
         packing = self.packing(trained)
         return TrainState(
             step=jnp.zeros((), jnp.int32),
             params=params,
             # A copy, and three zeros: donated buffers must not alias.
-            ema=jax.tree.map(jnp.copy, params) if self.config.optim.ema_decay else None,
+            ema=jax.tree.map(jnp.copy, trained if optim.lora.rank else params) if optim.ema_decay else None,
             opt_state=self.optimizer(packing).init(packing.pack(trained)),
             skipped=jnp.zeros((), jnp.int32),
             skips_in_a_row=jnp.zeros((), jnp.int32),
@@ -145,7 +158,7 @@ class Trainer:
         pieces = self.config.optim.accumulation
 
         def loss(trained, *inputs):
-            return self.method.loss(put_trained(params, trained), *inputs)
+            return self.method.loss(lora.merged(put_trained(params, trained), self.config.optim.lora), *inputs)
 
         gradient = jax.grad(loss, has_aux=True)
         trained = self.trained(params)
