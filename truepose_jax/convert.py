@@ -29,7 +29,7 @@ from truepose_jax.models.clip import CLIPVisionConfig, CLIPVisionModelWithProjec
 from truepose_jax.models.patch_codec import PatchAutoencoder
 from truepose_jax.models.unet import UNetConfig
 from truepose_jax.models.vae import AutoencoderKLConfig, KLAutoencoder, PixelAutoencoder
-from truepose_jax.pretrained.conversion import animate_anyone, readers, report, weights_folder
+from truepose_jax.pretrained.conversion import animate_anyone, lora, readers, report, weights_folder
 from truepose_jax.pretrained.conversion.plan import Plan, Shapes, Tree
 from truepose_jax.pretrained.conversion.safetensors_io import (
     STEMS,
@@ -81,7 +81,13 @@ def to_torch(flags: argparse.Namespace) -> None:
     run = Run.open(flags.workdir, weights=flags.weights, step=flags.step)
     if isinstance(run.checkpoints, Exported):
         raise ConversionError(f"{flags.workdir} is an export already")
-    written = hub.save(run, flags.dst, dtype=flags.dtype, with_clip=flags.with_clip)
+    adapters = bool(run.config.optim.lora.rank) and not flags.merge
+    if flags.merge and not run.config.optim.lora.rank:
+        raise ConversionError(f"--merge: {flags.workdir} trains no adapters")
+    if adapters:
+        written = hub.save_adapters(run, flags.dst, dtype=flags.dtype)
+    else:
+        written = hub.save(run, flags.dst, dtype=flags.dtype, with_clip=flags.with_clip)
     print(f"{flags.workdir}: step {run.step}, {run.weights} weights\n{written}")
 
 
@@ -90,6 +96,12 @@ def make_plan(flags: argparse.Namespace) -> Plan:
     if flags.method != "truepose" and (flags.model != "sd15" or flags.clip):
         given = "--clip" if flags.clip else f"--model={flags.model}"
         raise ConversionError(f"--for={flags.method} starts from --model=sd15 alone; {given} is not for it")
+    if (flags.model == "lora") != bool(flags.base):
+        raise ConversionError("--model=lora and --base=DIR, the weights folder that its adapters are for, go together")
+    if flags.model == "lora":
+        if flags.clip or flags.variant:
+            raise ConversionError("--clip and --variant are not for --model=lora: what --base holds comes along")
+        return lora.plan_of(pathlib.Path(flags.src), flags.base, name=flags.src)
     if flags.model == "animate-anyone":
         return _animate_anyone(flags, shapes)
     folders = ("unet", "vae") if flags.model == "sd15" else ("source_net", "target_net")

@@ -7,12 +7,14 @@ from-torch makes a weights folder, which a run begins with: train --config.init_
 folder of Stable Diffusion 1.5 (unet/, vae/, scheduler/) or its original single file (.safetensors, .ckpt) and makes
 TruePose's starting point, or that of the method that --for names (whose folder may be of SD2.x); --model=truepose reads what
 to-torch wrote. --model=animate-anyone reads reference_unet, denoising_unet and pose_guider, .pth or .safetensors, and what it
-writes is a whole model, which generate takes as --workdir. --clip is a transformers folder with CLIP's vision tower. A name
-such as openai/clip-vit-large-patch14 that is no path is fetched from the Hugging Face hub. Everything is checked before the
-first byte is written; --dry-run stops there and prints the table.
+writes is a whole model, which generate takes as --workdir. --model=lora adds the adapters of a file of diffusers' or PEFT's to
+the weights folder that --base names. --clip is a transformers folder with CLIP's vision tower. A name such as
+openai/clip-vit-large-patch14 that is no path is fetched from the Hugging Face hub. Everything is checked before the first byte
+is written; --dry-run stops there and prints the table.
 
 to-torch exports a run's last checkpoint: SourceNet and TargetNet as folders that diffusers opens, HPFA and the pose encoder
-beside them, configs, the noise schedule and a model card. generate and study take the folder for a run's.
+beside them, configs, the noise schedule and a model card. generate and study take the folder for a run's. Of a run that trains
+adapters (config.optim.lora) it writes these alone, or with --merge the model with them added.
 """
 
 from __future__ import annotations
@@ -24,7 +26,7 @@ from truepose_jax.pretrained.conversion.to_torch import DTYPES
 from truepose_jax.runtime.choices import WEIGHTS
 from truepose_jax.runtime.cli import Parser
 
-MODELS = ("sd15", "truepose", "animate-anyone")
+MODELS = ("sd15", "truepose", "animate-anyone", "lora")
 METHODS = ("truepose", "fpdm", "imagpose")
 """That have a starting point in a Stable Diffusion."""
 
@@ -40,6 +42,7 @@ def make_parser() -> argparse.ArgumentParser:
     add("--src", required=True, help="folder, single file, or hub name")
     add("--for", dest="method", choices=METHODS, default=METHODS[0], help="the method that starts from it (truepose)")
     add("--clip", metavar="DIR", help="folder or hub name of CLIP")
+    add("--base", type=pathlib.Path, metavar="DIR", help="of --model=lora: the weights folder that it was trained on")
     add("--dst", type=pathlib.Path, metavar="DIR", help="the weights folder, new or empty")
     add("--variant", help="of --src: fp16, non_ema, ...")
     add("--dry-run", action="store_true", help="check, print every tensor's name, shape and dtype, and write nothing")
@@ -51,6 +54,7 @@ def make_parser() -> argparse.ArgumentParser:
     add("--weights", choices=tuple(WEIGHTS), help="ema where the run keeps one, else raw")
     add("--step", type=int, help="checkpoint (the last)")
     add("--dtype", choices=tuple(DTYPES), help="of the tensors (float32, as they are trained)")
+    add("--merge", action="store_true", help="of a run that trains adapters: the model with them added")
     add("--with-clip", action="store_true", help="copy the run's CLIP into the folder, so that it serves by itself")
     add("--dst", required=True, type=pathlib.Path, metavar="DIR", help="the folder, new or empty")
     return parser

@@ -7,7 +7,7 @@ import pathlib
 import re
 import shutil
 import tempfile
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import jax
 from jax.sharding import SingleDeviceSharding
@@ -16,13 +16,12 @@ from input_pipeline.schema import InputError
 from truepose_jax.config import Config
 from truepose_jax.data.datasets import about_records
 from truepose_jax.inference.exported import Converted, Exported
-from truepose_jax.pretrained.conversion import animate_anyone, weights_folder
+from truepose_jax.pretrained.conversion import animate_anyone, lora, weights_folder
 from truepose_jax.pretrained.conversion.export import write_export
 from truepose_jax.pretrained.conversion.first_stage import write_first_stage
 from truepose_jax.pretrained.conversion.safetensors_io import ConversionError
 from truepose_jax.pretrained.frozen_networks import folder_of, load_autoencoder
 from truepose_jax.runtime.bundled import find_model
-from truepose_jax.runtime.choices import WEIGHTS
 from truepose_jax.training.checkpoint import read_metadata
 
 if TYPE_CHECKING:
@@ -55,8 +54,8 @@ def fetch(name: str | os.PathLike[str], revision: str | None = None) -> str:
 
 
 def save(run: Run, folder: str | os.PathLike[str], *, dtype: str | None = None, with_clip: bool | None = None) -> str:
-    """Writes the folder, new or empty, which diffusers and this program open; one line about it. with_clip: copies the run's
-    CLIP into it; None: where it has one of its own. dtype: as of write_export. An export is copied as it is.
+    """Writes the folder, new or empty, which diffusers and this program open; one line about it. Adapters are added. with_clip:
+    copies the run's CLIP into it; None: where it has one of its own. dtype: as of write_export. An export is copied as it is.
 
     Raises CheckpointError and ConversionError before anything is written.
     """
@@ -81,7 +80,7 @@ def save(run: Run, folder: str | os.PathLike[str], *, dtype: str | None = None, 
             raise ConversionError(
                 "--with-clip: this network's files are their authors', and CLIP is in them or beside them"
             )
-        params = _on_host(run)
+        params = run.params(_host())
         if model.method != "ipf":
             return animate_anyone.write(folder, params, dtype)
         about = {"step": run.step, "weights": run.weights}
@@ -93,7 +92,7 @@ def save(run: Run, folder: str | os.PathLike[str], *, dtype: str | None = None, 
         )
     codec = _codec_file(run.config, metadata.get("frozen", {}).get("autoencoder"))
     inside = folder_of(clip, "clip") if clip and with_clip is not False else None
-    params = _on_host(run)
+    params = run.params(_host())
     about = {"step": run.step, "weights": run.weights, "frozen": metadata.get("frozen", {})}
     about["records"] = about_records(run.config)
     origin = metadata.get("origin")
@@ -102,9 +101,15 @@ def save(run: Run, folder: str | os.PathLike[str], *, dtype: str | None = None, 
     )
 
 
-def _on_host(run: Run) -> Any:
-    on_host = SingleDeviceSharding(jax.local_devices(backend="cpu")[0])
-    return run.checkpoints.restore_part(WEIGHTS[run.weights], run.step, place=on_host)
+def save_adapters(run: Run, folder: str | os.PathLike[str], *, dtype: str | None = None) -> str:
+    """Writes the adapters that the run trains as diffusers reads them, and says so. Raises as `save`."""
+    optim = run.config.optim.lora
+    adapters = run.unmerged(_host())["lora"]
+    return lora.write(pathlib.Path(folder), adapters, method=run.config.model.method, config=optim, dtype=dtype)
+
+
+def _host() -> SingleDeviceSharding:
+    return SingleDeviceSharding(jax.local_devices(backend="cpu")[0])
 
 
 def push(

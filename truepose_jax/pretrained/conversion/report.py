@@ -39,11 +39,11 @@ def summary(checked: CheckedPlan) -> Iterator[str]:
         yield f"  {network:<16}{len(items):>6,} tensors {count:>15,} parameters {gib(size):>12}  {dtypes}"
     for network in details["fresh"]:
         yield f"  {network:<16}     no weights: begins random"
-    schedule = details["schedule"]
-    yield (
-        f"noise schedule: {schedule['betas']} from {schedule['beta_start']} to {schedule['beta_end']} in "
-        f"{schedule['steps']} steps, predicts {schedule['prediction']}"
-    )
+    if schedule := details["schedule"]:
+        yield (
+            f"noise schedule: {schedule['betas']} from {schedule['beta_start']} to {schedule['beta_end']} in "
+            f"{schedule['steps']} steps, predicts {schedule['prediction']}"
+        )
     for reason, count in checked.left_out.items():
         yield f"left out: {count:,} tensors: {reason}"
     for prefix, count in checked.wrapped.items():

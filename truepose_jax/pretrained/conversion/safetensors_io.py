@@ -73,13 +73,17 @@ class ArraySource:
 
 
 class SafetensorsSource:
-    """The tensors of one or more safetensors files. ConversionError for a damaged file or a repeated name."""
+    """The tensors of one or more safetensors files, and the texts beside them. ConversionError for a damaged file or a repeated
+    name."""
 
     def __init__(self, files: Iterable[Path]):
         self.infos: dict[str, TensorInfo] = {}
+        self.texts: dict[str, str] = {}
         self._where: dict[str, tuple[Path, int]] = {}
         for file in files:
-            for name, (info, offset) in _read_header(file).items():
+            found, texts = _read_header(file)
+            self.texts |= texts
+            for name, (info, offset) in found.items():
                 if name in self.infos:
                     raise ConversionError(f"tensor {name} is in {self._where[name][0].name} and in {file.name}")
                 self.infos[name] = info
@@ -91,8 +95,8 @@ class SafetensorsSource:
         return np.fromfile(file, dtype=info.dtype, count=count, offset=offset).reshape(info.shape)
 
 
-def _read_header(file: Path) -> dict[str, tuple[TensorInfo, int]]:
-    """{name: (info, offset of its first byte in the file)}."""
+def _read_header(file: Path) -> tuple[dict[str, tuple[TensorInfo, int]], dict[str, str]]:
+    """({name: (info, offset of its first byte in the file)}, texts)."""
     with files.open_plain(file, "a safetensors file", error=ConversionError) as f:
         size = os.fstat(f.fileno()).st_size
         start = f.read(8)
@@ -104,7 +108,8 @@ def _read_header(file: Path) -> dict[str, tuple[TensorInfo, int]]:
         try:
             header = files.parse_json(f.read(length).decode())
             files.check_form(header, {str: dict})
-            header.pop("__metadata__", None)
+            texts = header.pop("__metadata__", {})
+            files.check_form(texts, {str: str})
             files.check_form(header, {str: _ENTRY})
         except ValueError as error:
             raise ConversionError(f"{file} is not a safetensors file: {error}") from error
@@ -128,7 +133,7 @@ def _read_header(file: Path) -> dict[str, tuple[TensorInfo, int]]:
         found[name], end = (info, 8 + length + start), stop
     if 8 + length + end != size:
         raise ConversionError(f"{file}: {size - 8 - length - end} bytes behind the last tensor belong to none")
-    return {name: found[name] for name in header}
+    return {name: found[name] for name in header}, texts
 
 
 STEMS = ("diffusion_pytorch_model", "model")
@@ -169,7 +174,7 @@ def _files_of_index(index: Path) -> list[Path]:
     missing = [f.name for f in shards if not f.is_file()]
     if missing:
         raise ConversionError(f"{index} names shards that are missing: {missing}")
-    there = {name: file.name for file in shards for name in _read_header(file)}
+    there = {name: file.name for file in shards for name in _read_header(file)[0]}
     astray = sorted(name for name, shard in shard_of.items() if there.get(name) != shard)
     if astray:
         raise ConversionError(f"{index}: tensors that are not in the shard it names: {astray}")
@@ -185,9 +190,11 @@ def open_source(src: TensorSource | Mapping[str, np.ndarray] | str | os.PathLike
     return src
 
 
-def write_safetensors(path: Path, infos: Mapping[str, TensorInfo], tensors: Iterable[tuple[str, np.ndarray]]) -> None:
-    """Writes the tensors, which come in the order of `infos`. The file appears when it is whole."""
-    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
+def write_safetensors(
+    path: Path, infos: Mapping[str, TensorInfo], tensors: Iterable[tuple[str, np.ndarray]], **texts: str
+) -> None:
+    """Writes the tensors, which come in the order of `infos`, and texts beside them. The file appears when it is whole."""
+    header: dict[str, object] = {"__metadata__": {"format": "pt", **texts}}
     end = 0
     for name, info in infos.items():
         start, end = end, end + info.dtype.itemsize * int(np.prod(info.shape, dtype=np.int64))
