@@ -128,8 +128,8 @@ def load_pose(spec: str | pathlib.Path, *, frame_hw: tuple[int, int] | None = No
         pose = _from_text(path, frame_hw)
     else:
         raise InputError(f"{spec}: unknown pose format; use OpenPose or COCO .json, an 18-row .txt, or .csv#image-name")
-    if not np.isfinite(pose.joints).all():
-        raise InputError(f"{spec}: holds coordinates that are not finite numbers; the file is broken")
+    if not (np.abs(pose.joints) <= 10 * MAX_FRAME).all():  # nan too
+        raise InputError(f"{spec}: holds coordinates that are nan or beyond {10 * MAX_FRAME} pixels; the file is broken")
     return pose
 
 
@@ -232,7 +232,7 @@ def annotation_pose(
         raise InputError(f"{path}: has no row for {canonical_name(name)} (of {len(rows)}); check the image's name")
     try:
         spelling, y, x = row.split(":")
-        yx = np.array([parse_json(column.strip(' ,"')) for column in (y, x)], np.float32)
+        yx = float32_of([parse_json(column.strip(' ,"')) for column in (y, x)])
         joints = _seen(yx[::-1].T)
     except (ValueError, TypeError) as error:
         raise InputError(f"{path}: the row of {name} is broken ({one_line(error)})") from error
@@ -243,6 +243,12 @@ def annotation_pose(
 
 
 # --------------------------------------------------------------------------------------------------- text
+
+
+def float32_of(numbers: Any) -> np.ndarray:
+    """An array; what float32 cannot hold is infinite, without NumPy's warning, for callers to refuse. Raises ValueError."""
+    with np.errstate(over="ignore"):
+        return np.array(numbers, np.float32)
 
 
 def _seen(joints: np.ndarray) -> np.ndarray:
@@ -256,7 +262,7 @@ def _seen(joints: np.ndarray) -> np.ndarray:
     missing = (xy == -1).all(1) | (xy == 0).all(1)
     if joints.shape[1] == 3:
         missing |= joints[:, 2] < MIN_SCORE
-    seen = np.concatenate([xy, np.ones((NUM_JOINTS, 1))], axis=1).astype(np.float32)
+    seen = np.concatenate([float32_of(xy), np.ones((NUM_JOINTS, 1), np.float32)], axis=1)
     seen[missing] = 0
     return seen
 
@@ -272,7 +278,7 @@ def _from_text(path: str, frame_hw: tuple[int, int] | None) -> Pose:
     text = read_text(path, "a pose", advice="a pose is JSON, CSV or 18 rows of 'x y'")
     lines = [line.replace(",", " ").split() for line in text.splitlines() if line.strip(" ,")]
     try:
-        joints = _seen(np.array(lines, np.float32))
+        joints = _seen(float32_of(lines))
     except ValueError as error:
         raise InputError(
             f"{path}: not a pose; expected 18 rows of 'x y', -1 for missing ({one_line(error)})"

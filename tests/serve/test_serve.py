@@ -77,6 +77,7 @@ def test_the_same_picture_everywhere(client, tmp_path, monkeypatch):
         ({}, {"joints": "[]", "pose_frame": "4x3"}, "either the file pose or the fields joints"),
         ({}, {"pose_frame": "4x3"}, "either the file pose or the fields joints"),
         ({"pose": None}, {"joints": "[[1, 2, 3]]", "pose_frame": "40x30"}, "joints are [1, 3]"),
+        ({"pose": None}, {"joints": json.dumps([[1e308, 0, 1]] * 18), "pose_frame": "40x30"}, "18 of finite x, y"),
         ({"pose": None}, {"joints": "[1", "pose_frame": "40x30"}, "not 18 x, y, visible"),
         ({"pose": None}, {"joints": "[]", "pose_frame": "99999x30"}, "at most 8192 pixels a side"),
         ({"source": b"GIF89a"}, {}, "source: not a readable image"),

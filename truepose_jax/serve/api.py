@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from input_pipeline.annotations.keypoints import float32_of
 from input_pipeline.annotations.photo import MAX_SIDE, decode_photo, one_line
 from input_pipeline.schema import NUM_JOINTS, InputError, UserError
 from truepose_jax.inference.photo_requests import PhotoOptions
@@ -128,7 +129,7 @@ def joints_of(rows: Any, frame_hw: tuple[int, int]) -> np.ndarray:
     if not all(isinstance(x, int) and 1 <= x <= MAX_SIDE for x in frame_hw):
         raise InputError(f"a pose's frame is at most {MAX_SIDE} pixels a side")
     try:
-        joints = np.array(rows, np.float32)
+        joints = float32_of(rows)
     except (ValueError, TypeError, OverflowError) as error:
         raise InputError(f"joints are not numbers ({one_line(error)})") from error
     if joints.shape != (NUM_JOINTS, 3) or not np.isfinite(joints).all() or np.abs(joints).max() > 2 * MAX_SIDE:

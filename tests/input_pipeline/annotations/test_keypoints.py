@@ -142,6 +142,7 @@ def test_dirty_csv_variants(tmp_path):
         assert joints[:, 2].sum() == 16 and not joints[3:5].any(), name
 
 
+@pytest.mark.filterwarnings("error")
 def test_bad_poses_say_so_in_one_line(tmp_path):
     joints = standing_joints(*HW)
     files = {
@@ -151,6 +152,11 @@ def test_bad_poses_say_so_in_one_line(tmp_path):
         "none.json": openpose_json(joints * 0),
         "short.json": openpose_json(joints[:5]),
         "nan.json": openpose_json(joints).replace("1.0", "NaN", 1).replace("50.0", "NaN", 1),
+        "far.json": openpose_json(joints).replace("50.0", "-1e308", 1),
+        "far.txt": "1e39 2\n" * 18,
+        "nan.txt": "nan 2\n" * 18,
+        "farther.txt": "3e38 2\n" * 18,
+        "far.csv": f"name:keypoints_y:keypoints_x\nq.jpg:{[1e308] * 18}:{[1] * 18}\n",
         "two.json": json.dumps([{"image_id": i, "keypoints": coco_of(joints)} for i in (1, 2)]),
         "unsized.json": openpose_json(joints),
         "short.txt": "1 2\n3 4\n",
@@ -172,6 +178,7 @@ def test_bad_poses_say_so_in_one_line(tmp_path):
         "none.json": "no joint",
         "short.json": "expected 54",
         "nan.json": "no number of JSON",
+        **dict.fromkeys(("far.json", "far.txt", "nan.txt", "farther.txt", "far.csv#q.jpg"), "nan or beyond 1000000 pixels"),
         "two.json": "several images",
         "unsized.json": "--pose-frame",
         "short.txt": "18 rows",
