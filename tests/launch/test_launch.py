@@ -393,10 +393,29 @@ def test_dockerfile_copies_what_the_package_is():
         assert f"COPY {name} {name}" in text
     stages = {stage.split("\n", 1)[0]: stage for stage in re.split(r"^FROM \S+ AS ", text, flags=re.M)[1:]}
     assert list(stages) == ["base", "serve", "train"], "the last is what `docker build` makes by itself"
-    for stage, program in (("serve", "generate"), ("train", "train")):
-        lines = stages[stage].splitlines()
-        assert json.loads(lines[-1 if stage == "train" else -2].split(" ", 1)[1]) == ["python", "-m", f"truepose_jax.{program}"]
-        assert lines.index("USER truepose") > max(i for i, line in enumerate(lines) if line.startswith("RUN"))
+    for stage, words in (("serve", ["truepose_jax.serve", "--host=0.0.0.0"]), ("train", ["truepose_jax.train"])):
+        entry = re.search(r"^ENTRYPOINT (.*)$", stages[stage], flags=re.M)
+        assert json.loads(entry[1]) == ["python", "-m", *words] and "RUN" not in stages[stage]
+        assert stages[stage].index("USER truepose") < entry.start()
+
+
+@pytest.mark.parametrize("accelerator", ["none", "gpu", "tpu"])
+def test_locks_hold_what_the_package_needs(accelerator):
+    """Every package once, with a hash, within the ranges of pyproject.toml."""
+    import tomllib
+
+    from packaging.requirements import Requirement
+    from packaging.utils import canonicalize_name
+
+    lines = [line.split() for line in (LAUNCH / "lock" / f"{accelerator}.txt").read_text().splitlines()]
+    assert all(hashes and all(re.fullmatch("--hash=sha256:[0-9a-f]{64}", h) for h in hashes) for _, *hashes in lines)
+    locked = dict(line[0].split("==") for line in lines)
+    assert len(locked) == len(lines)
+    facts = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    extras = facts["project"]["optional-dependencies"]
+    wanted = [*facts["build-system"]["requires"], *facts["project"]["dependencies"], *extras["pose"], *extras["web"]]
+    for need in map(Requirement, [*wanted, *extras.get(accelerator, [])]):
+        assert need.specifier.contains(locked[canonicalize_name(need.name)]), need
 
 
 @pytest.mark.parametrize("flag", ["--estimate", "--distributed=always", "--processes=2"])
