@@ -1,7 +1,10 @@
 """Checkpoints under the accidents they are there for."""
 
+import asyncio
+import gc
 import os
 import resource
+import shutil
 import signal
 import sys
 import time
@@ -342,6 +345,30 @@ def test_a_save_that_fails_in_the_background_is_told_when_asked(tmp_path):
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert not saver.is_committed(2)
+
+
+def test_a_full_disk_is_one_line(tmp_path, monkeypatch, caplog):
+    """Told before the save where there is no room; later asyncio's pages of orbax's tasks are dropped, and nobody else's."""
+    saver = Checkpoints(tmp_path, keep=2, every=1)
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=70_000))
+    said = r"step 2 to .* failed \(OSError: .*0\.1 of about \d\.\d MB are free\); free space there"
+    with pytest.raises(CheckpointError, match=said):
+        saver.save(2, make_state(2, rows=3000), extra={})
+    assert not list((tmp_path / "checkpoints").iterdir())
+    monkeypatch.undo()
+
+    async def nobody_waits(work):
+        task = asyncio.create_task(work)
+        await asyncio.sleep(0)
+        assert task.done()
+
+    for place in ("orbax/checkpoint/x.py", "ours.py"):
+        made = {}
+        exec(compile("async def fails(): raise ValueError(__file__)", place, "exec"), {"__file__": place}, made)
+        asyncio.run(nobody_waits(made["fails"]()))
+        gc.collect()
+    assert [str(record.exc_info[1]) for record in caplog.records] == ["ours.py"]
 
 
 def test_restores_on_another_mesh(tmp_path):

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import functools
 import gc
 import hashlib
 import itertools
 import json
 import logging
+import math
 import os
 import shutil
 import sys
+import traceback
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
@@ -34,6 +37,8 @@ UNFINISHED = ".orbax-checkpoint-tmp"
 """In the name of a step's folder until it is whole."""
 DAMAGED = "damaged"
 """Folder of the workdir that damaged steps are moved to."""
+LEAST_SHARE = 0.8
+"""Of the arrays' bytes that a save must find free: compressed, random floats take 0.92."""
 COPIED_AT_ONCE = 256 << 20
 """Bytes of all devices that are there twice while restored arrays are made donatable; each such copy is one program."""
 
@@ -113,8 +118,12 @@ def _explained(what: str, advice: str) -> Iterator[None]:
 
 
 def _without_pages(record: logging.LogRecord) -> bool:
-    """A filter that drops the tracebacks orbax logs: every one of them comes as a CheckpointError too, in one line."""
-    return not (record.exc_info and "orbax" in record.pathname)
+    """A filter that drops the tracebacks that orbax logs, and asyncio's of the tasks that it abandons (one an array where a disk
+    is full): each of them comes as a CheckpointError too, in one line."""
+    if not record.exc_info:
+        return True
+    frames = traceback.walk_tb(record.exc_info[2])
+    return not any("orbax" in file for file in (record.pathname, *(frame.f_code.co_filename for frame, _ in frames)))
 
 
 def _collect_abandoned_reads() -> None:
@@ -166,7 +175,8 @@ class Checkpoints:
             # Made in the background, a folder that cannot be made is noticed after five minutes only.
             async_options=ocp.AsyncOptions(create_directories_asynchronously=False),
         )
-        logging.getLogger("absl").addFilter(_without_pages)
+        for logger in ("absl", "asyncio"):
+            logging.getLogger(logger).addFilter(_without_pages)
         with _explained(f"cannot open {self.folder}", "see its permissions"):
             if not read_only and jax.process_index() == 0:
                 # orbax's cleanup_tmp_directories does it in a thread that nothing waits for.
@@ -216,7 +226,16 @@ class Checkpoints:
         items = {name: ocp.args.StandardSave(part) for name, part in parts.items()}
         args = ocp.args.Composite(**items, extra=ocp.args.JsonSave(record))
         with self._saving(f"saving step {step} to {self.folder} failed"):
+            self._check_room(leaves)
             self._manager.save(step, args=args, force=True)
+
+    def _check_room(self, leaves: Mapping[str, Mapping[str, Any]]) -> None:
+        """Before orbax starts: where a disk is full it leaves half a step, and says a page for each array."""
+        arrays = (leaf for part in leaves.values() for leaf in part.values())
+        needed = sum(jnp.dtype(leaf["dtype"]).itemsize * math.prod(leaf["shape"]) for leaf in arrays)
+        usage = shutil.disk_usage(self.folder)
+        if usage.total and usage.free < LEAST_SHARE * needed:  # some mounted buckets tell 0 of all
+            raise OSError(errno.ENOSPC, f"{usage.free / 1e6:.1f} of about {needed / 1e6:.1f} MB are free")
 
     def restore(
         self, abstract_state: Mapping[str, Any], step: int | None = None
