@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from input_pipeline.sources.folder import PARSING_FOLDER, PHOTO_FOLDERS, POSE_FOLDERS
+from input_pipeline.sources.folder import PARSING_FOLDERS, PHOTO_FOLDERS, POSE_FOLDERS
 from truepose_jax.config import Config, ConfigError, from_config_dict
 from truepose_jax.data.annotations import training_method
 from truepose_jax.data.datasets import Dataset, evaluation_set, training_batches, training_set
@@ -106,7 +106,7 @@ def train(config: Config, workdir: str, *, profile: bool = False, minutes: float
         eval_set = evaluation_set(config, encoder, cache) if evaluates else None
         if eval_set is not None and not eval_set.heldout:
             logging.warning("config.data.eval_pairs is empty: evaluation runs on the training pairs")
-        data = data_digest(train_set.images, config.data.root, (*PHOTO_FOLDERS, PARSING_FOLDER, *POSE_FOLDERS))
+        data = data_digest(train_set.images, config.data.root, (*PHOTO_FOLDERS, *PARSING_FOLDERS, *POSE_FOLDERS))
         contents = {**prints, "clip": train_set.clip, "data": data, "origin": origin(config)}
         distributed.assert_same("frozen networks and data", contents)
         distributed.on_primary(lambda: check_same_contents(workdir, contents))

@@ -4,6 +4,8 @@
     ROOT/parsing/NAME.png      label maps of the photos' sizes (labels "none": none, all of it is person)
     ROOT/keypoints/NAME.json   poses: .json, _keypoints.json or .txt (also pose/; or one annotation CSV)
 
+or VITON-HD's train/ and test/ as they are (image-parse-v3/, openpose_json/), and segm/NAME_segm.png of DeepFashion-MultiModal.
+
 Files belong together by their path without suffix. Poses without a frame of their own are in pixels of their
 photo.
 """
@@ -35,9 +37,9 @@ __all__ = ["FolderImages", "fit_photo", "identity_of", "pairs_within", "read_pai
 
 PHOTO_FOLDERS = ("image", "images", "img")
 POSE_FOLDERS = ("keypoints", "pose", "openpose_json", "openpose-json")
-PARSING_FOLDER = "parsing"
-OTHERS_MAPS = ("image-parse-v3", "image-parse", "segm")
-"""Where VITON-HD and UPGPT have theirs."""
+PARSING_FOLDERS = ("parsing", "image-parse-v3", "image-parse", "segm")
+"""Ours; VITON-HD's; DeepFashion-MultiModal's and UPGPT's."""
+MAP_SUFFIXES = (".png", "_segm.png")
 POSE_SUFFIXES = (".json", "_keypoints.json", ".txt")
 PAIR_COLUMNS = (("from", "to"), ("source", "target"))
 
@@ -117,16 +119,17 @@ class FolderImages:
         return photo, parsing, Framing.fit(pose.frame_hw or hw, hw).joints(pose.joints)
 
     def _find_maps(self) -> dict[str, pathlib.Path]:
-        folder = self.root / PARSING_FOLDER
-        if not folder.is_dir():
-            seen = _first_folder(self.root, OTHERS_MAPS)
-            advice = f"rename {seen.name}/ to it" if seen else "add it or use labels none"
-            raise InputError(f"{self.root}: has no {PARSING_FOLDER}/ with {self.labels} maps; {advice}")
+        folder = _first_folder(self.root, PARSING_FOLDERS)
+        if folder is None:
+            ours = PARSING_FOLDERS[0]
+            raise InputError(f"{self.root}: has no {ours}/ with {self.labels} maps; add it or use labels none")
+        if folder.name != PARSING_FOLDERS[0]:
+            logging.warning("%s: read as %s maps, as labels says; VITON-HD's are cihp20", folder, self.labels)
         check_said_labels(folder, self.labels)
-        maps = {name: folder / f"{name}.png" for name in self.names}
-        missing = [name for name, path in maps.items() if not path.is_file()]
+        maps = {name: _file_of(folder, name, MAP_SUFFIXES) for name in self.names}
+        missing = [name for name, path in maps.items() if path is None]
         if missing:
-            raise InputError(_missing(self.root, "parsing map", f"{PARSING_FOLDER}/NAME.png", missing, len(self.names)))
+            raise InputError(_missing(self.root, "parsing map", f"{folder.name}/NAME.png", missing, len(self.names)))
         return maps
 
     def _read_poses(self, keypoints: str | pathlib.Path | None, frame_hw: tuple[int, int] | None) -> list[Pose]:
@@ -143,7 +146,7 @@ class FolderImages:
             if missing:
                 raise InputError(_missing(self.root, "row", place.name, missing, len(self.names)))
             return [annotation_pose(rows, name, path=place, frame_hw=frame_hw) for name in self.names]
-        files = {name: _pose_file(place, name) for name in self.names}
+        files = {name: _file_of(place, name, POSE_SUFFIXES) for name in self.names}
         missing = [name for name, path in files.items() if path is None]
         if missing:
             raise InputError(_missing(self.root, "pose", f"{place.name}/NAME.json or .txt", missing, len(self.names)))
@@ -186,7 +189,9 @@ def find_photos(root: pathlib.Path) -> dict[str, pathlib.Path]:
         raise InputError(f"{root}: no such folder; give the folder that holds image/, parsing/ and keypoints/")
     folder = _first_folder(root, PHOTO_FOLDERS)
     if folder is None:
-        raise InputError(f"{root}: has no folder {PHOTO_FOLDERS[0]}/ with photos")
+        parts = [path for path in sorted(root.iterdir()) if path.is_dir() and _first_folder(path, PHOTO_FOLDERS)]
+        advice = f"; {parts[0].name}/ has one: give {parts[0]}" if parts else ""
+        raise InputError(f"{root}: has no folder {PHOTO_FOLDERS[0]}/ with photos{advice}")
     photos: dict[str, pathlib.Path] = {}
     others: list[str] = []
     for path in sorted(folder.rglob("*")):
@@ -252,8 +257,8 @@ def _first_folder(root: pathlib.Path, names: Sequence[str]) -> pathlib.Path | No
     return next((root / name for name in names if (root / name).is_dir()), None)
 
 
-def _pose_file(folder: pathlib.Path, name: str) -> pathlib.Path | None:
-    return next((path for suffix in POSE_SUFFIXES if (path := folder / f"{name}{suffix}").is_file()), None)
+def _file_of(folder: pathlib.Path, name: str, suffixes: Sequence[str]) -> pathlib.Path | None:
+    return next((path for suffix in suffixes if (path := folder / f"{name}{suffix}").is_file()), None)
 
 
 def _missing(root: pathlib.Path, what: str, where: str, names: Sequence[str], total: int) -> str:

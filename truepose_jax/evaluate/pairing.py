@@ -23,7 +23,7 @@ from input_pipeline.annotations.keypoints import name_key
 from input_pipeline.annotations.photo import EXIF_ORIENTATION, open_picture
 from input_pipeline.files import open_plain, read_list
 from input_pipeline.schema import InputError
-from input_pipeline.sources.folder import PARSING_FOLDER, PHOTO_FOLDERS, PHOTO_SUFFIXES, POSE_FOLDERS
+from input_pipeline.sources.folder import PARSING_FOLDERS, PHOTO_FOLDERS, PHOTO_SUFFIXES, POSE_FOLDERS
 from input_pipeline.sources.listing import first_folder
 
 SAME_NAME = "same name"
@@ -141,9 +141,9 @@ class Pairing:
 def _inside(root: pathlib.Path, maps: bool) -> pathlib.Path:
     """Where the photos (or maps) of a folder of input_pipeline/sources/folder.py lie; any other folder is its own place."""
     photos = first_folder(root, PHOTO_FOLDERS)
-    if photos is None or first_folder(root, (PARSING_FOLDER, *POSE_FOLDERS)) is None:
+    if photos is None or first_folder(root, (*PARSING_FOLDERS, *POSE_FOLDERS)) is None:
         return root
-    return (first_folder(root, (PARSING_FOLDER,)) if maps else None) or photos
+    return (first_folder(root, PARSING_FOLDERS) if maps else None) or photos
 
 
 def image_key(name: str) -> str:

@@ -107,6 +107,33 @@ def test_resize_is_pillows_bicubic():
     np.testing.assert_array_equal(Framing.fit((200, 100), (100, 50)).image(image), expected)
 
 
+@pytest.mark.parametrize("layout", ["VITON-HD", "DeepFashion-MultiModal"])
+def test_layouts_of_other_tools_as_they_are(tmp_path, caplog, layout):
+    """Photos, maps and poses under their names; what else lies there is nobody's."""
+    plain = FolderImages(write_folder(tmp_path / "plain", ["a", "b"]), labels="cihp20", size=SIZE)
+    root = write_folder(tmp_path / "data/train", ["a", "b"])
+    if layout == "VITON-HD":
+        for name, other in (("parsing", "image-parse-v3"), ("keypoints", "openpose_json")):
+            (root / name).rename(root / other)
+        for path in (root / "openpose_json").iterdir():
+            path.rename(path.with_name(f"{path.stem}_keypoints.json"))
+        for name in ("openpose_img", "image-densepose", "agnostic-v3.2", "cloth", "image-parse-agnostic-v3.2"):
+            (root / name).mkdir()
+            Image.fromarray(smooth(60, 40)).save(root / name / "a.png")
+        with pytest.raises(InputError, match=r"data: has no folder image/ with photos; train/ has one: give .*/data/train$"):
+            FolderImages(tmp_path / "data", labels="cihp20", size=SIZE)
+    else:
+        (root / "image").rename(root / "images")
+        (root / "parsing").rename(root / "segm")
+        for path in (root / "segm").iterdir():
+            path.rename(path.with_name(f"{path.stem}_segm.png"))
+    images = FolderImages(root, labels="cihp20", size=SIZE)
+    assert "read as cihp20 maps, as labels says; VITON-HD's are cihp20" in caplog.text
+    for i in range(2):
+        for ours, theirs in zip(plain.original(i), images.original(i), strict=True):
+            np.testing.assert_array_equal(ours, theirs)
+
+
 def test_folder_of_flat_files(tmp_path):
     root = write_folder(tmp_path, ["b", "a", "c"])
     images = FolderImages(root, labels="atr18", size=SIZE)
