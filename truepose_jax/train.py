@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from input_pipeline.sources.folder import PARSING_FOLDERS, PHOTO_FOLDERS, POSE_FOLDERS
-from truepose_jax.config import Config, ConfigError, from_config_dict
+from truepose_jax.config import Config, ConfigError, from_config_dict, to_dict
 from truepose_jax.data.annotations import training_method
 from truepose_jax.data.datasets import Dataset, evaluation_set, training_batches, training_set
 from truepose_jax.flags import train as told
@@ -68,6 +68,7 @@ from truepose_jax.training.optim import put_trained
 from truepose_jax.training.run_log import CannotWrite, Monitor, NonFinite, Profiler
 from truepose_jax.training.step import Trainer, TrainState
 from truepose_jax.training.time_budget import TimeBudget, kept_steps
+from truepose_jax.training.tracker import Tracker, check_installed
 from truepose_jax.training.validation import EmbeddingEvaluator, Evaluator, evaluator_of
 
 DIVERGED = 1
@@ -82,6 +83,7 @@ def train(config: Config, workdir: str, *, profile: bool = False, minutes: float
     """Trains until config.total_steps; returns the exit code (0, STOPPED or DIVERGED). minutes: for about so long from now,
     set-up included and config.total_steps at most, without evaluations; a second start goes on to the same last step."""
     check_place(workdir)
+    check_installed(config.tracker)
     budget = None if minutes is None else TimeBudget(minutes)
     if budget is not None and (kept := kept_steps(workdir)):
         config = dataclasses.replace(config, total_steps=kept)
@@ -200,6 +202,9 @@ def _loop(
             save(int(state.step))
             raise Stopped(int(state.step))
 
+    tracker = None
+    if config.tracker != "none" and jax.process_index() == 0:
+        tracker = Tracker(config.tracker, config.tracker_project, pathlib.Path(workdir), to_dict(config))
     with (
         Monitor(
             workdir,
@@ -214,6 +219,7 @@ def _loop(
                 path_of(path) for path, _ in jax.tree_util.tree_leaves_with_path(trainer.trained(state.params))
             ],
             mfu_per_image_rate=mfu_per_image_rate(config, jax.devices()[0].device_kind, jax.device_count()),
+            tracker=tracker,
         ) as monitor,
         contextlib.ExitStack() as stack,
     ):

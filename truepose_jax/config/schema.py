@@ -227,14 +227,17 @@ class EvalConfig:
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """One experiment. batch_size is global; the per-device batch is derived from it. init_from: a folder that `convert
-    from-torch` wrote, or the workdir of another run, whose parameters this one starts with; "": random ones."""
+    """One experiment. batch_size is global; the per-device batch is derived from it. tracker: who gets numbers and pictures too,
+    as a run of tracker_project; its package must be installed. init_from: a folder that `convert from-torch` wrote, or the
+    workdir of another run, whose parameters this one starts with; "": random ones."""
 
     seed: Count = 0
     init_from: str = ""
     total_steps: Positive = 100_000
     batch_size: Positive = 12
     log_every: Positive = 1
+    tracker: Literal["none", "wandb", "trackio"] = "none"
+    tracker_project: str = "truepose"
     model: ModelConfig = TruePoseModel()
     diffusion: DiffusionConfig = DiffusionConfig()
     data: DataConfig = DataConfig()

@@ -33,6 +33,7 @@ from truepose_jax.metrics.psnr import LEAST_PIXELS
 from truepose_jax.runtime import atomic
 from truepose_jax.training import noise_scale
 from truepose_jax.training.tensorboard import EventFile
+from truepose_jax.training.tracker import Tracker
 
 RATE_WINDOW = 50
 """Steps that the bar's rate and ETA are averaged over."""
@@ -195,6 +196,7 @@ class Monitor:
         parameter_paths: Sequence[str] = (),
         mfu_per_image_rate: float | None = None,
         checkpoint_every: int | None = None,
+        tracker: Tracker | None = None,
     ):
         """start_step: steps done (0, or the restored checkpoint's). is_writer: process 0; the others only
         guard. quiet: nothing on the screen. max_skips: non-finite steps in a row that raise NonFinite.
@@ -202,7 +204,7 @@ class Monitor:
         above which ConfigError is raised. parameter_paths: names for the metric first_bad_parameter, in the order of
         jax.tree.leaves(params). mfu_per_image_rate: images a second times this are the MFU (truepose_jax.training.flops); None:
         it is not written. checkpoint_every: steps that a killed run may have written past its checkpoint; where the files tell
-        of more, they are kept under other names (None: never)."""
+        of more, they are kept under other names (None: never). tracker: takes what TensorBoard takes; closed with the monitor."""
         self._mfu_per_image_rate = mfu_per_image_rate
         self._total, self._log_every, self._max_skips = total_steps, log_every, max_skips
         self._paths, self._is_writer, self._quiet = parameter_paths, is_writer, quiet
@@ -214,7 +216,8 @@ class Monitor:
         self._durations: collections.deque[float] = collections.deque(maxlen=RATE_WINDOW)
         self._window: dict[str, Any] = {}
         self._noise = noise_scale.Running()
-        self._bar = self._metrics = self._tensorboard = None
+        self._bar = self._metrics = None
+        self._sinks: list[EventFile | Tracker] = []
         self._folder = Path(workdir)
         if not is_writer:
             return
@@ -223,7 +226,9 @@ class Monitor:
             for name in ("metrics.jsonl", "eval.jsonl"):
                 _cut_after(self._folder / name, start_step, checkpoint_every)
             self._metrics = (self._folder / "metrics.jsonl").open("a", buffering=1)
-            self._tensorboard = EventFile(self._folder / "tensorboard", start_step)
+            self._sinks.append(EventFile(self._folder / "tensorboard", start_step))
+        if tracker is not None:
+            self._sinks.append(tracker)
         if not quiet:
             self._bar = tqdm.tqdm(
                 total=total_steps,
@@ -255,9 +260,9 @@ class Monitor:
         """Waits for the step held back and writes it; files and TensorBoard are then complete."""
         previous, self._pending = self._pending, None
         self._write(previous)
-        if self._tensorboard is not None:
-            with _writing(self._folder):
-                self._tensorboard.flush()
+        with _writing(self._folder):
+            for sink in self._sinks:
+                sink.flush()
 
     def close(self) -> None:
         """Flushes and closes. The monitor is of no use afterwards."""
@@ -268,8 +273,8 @@ class Monitor:
                 self._bar.close()
             if self._metrics is not None:
                 self._metrics.close()
-            if self._tensorboard is not None:
-                self._tensorboard.close()
+            for sink in self._sinks:
+                sink.close()
 
     def __enter__(self) -> Monitor:
         return self
@@ -292,7 +297,7 @@ class Monitor:
             self._paused += time.perf_counter() - start
 
     def evaluation(self, step: int, results: Mapping[str, float]) -> None:
-        """One line in eval.jsonl and on the screen, one scalar each in TensorBoard."""
+        """One line in eval.jsonl and on the screen, one scalar each in TensorBoard and the tracker."""
         if not self._is_writer:
             return
         record: dict[str, Any] = {"step": step, "eval": {k: _plain(v) for k, v in results.items()}}
@@ -302,7 +307,7 @@ class Monitor:
                 file.write(json.dumps({**record, **({"nonfinite": bad} if bad else {}), "time": time.time()}) + "\n")
             for name, value in results.items():
                 if np.ndim(value) == 0 and name not in bad:
-                    self._tensorboard.scalar(f"eval/{name}", float(value), step)
+                    self._scalar(f"eval/{name}", float(value), step)
         said = [f"{name} {float(value):.4g}{_why(name, value)}" for name, value in results.items() if np.ndim(value) == 0]
         self.say(f"step {step}: " + ", ".join(said))
 
@@ -312,7 +317,7 @@ class Monitor:
         return path.exists() and step in (_step_of(line) for line in path.read_text(errors="replace").splitlines())
 
     def image(self, step: int, name: str, picture: np.ndarray) -> Path | None:
-        """workdir/samples/NAME_STEP.png of a uint8 [h w 3] picture, and TensorBoard. Returns the path."""
+        """workdir/samples/NAME_STEP.png of a uint8 [h w 3] picture, TensorBoard and the tracker. Returns the path."""
         if not self._is_writer:
             return None
         picture = np.asarray(picture)
@@ -323,7 +328,8 @@ class Monitor:
             path.parent.mkdir(parents=True, exist_ok=True)
             with atomic.replacing(path) as partial:
                 Image.fromarray(picture).save(partial, format="PNG")
-            self._tensorboard.image(name, picture, step)
+            for sink in self._sinks:
+                sink.image(name, picture, step)
         return path
 
     def say(self, text: str) -> None:
@@ -373,7 +379,7 @@ class Monitor:
         self._accumulate(values)
         if logged:
             record.update(self._close_window(examples))
-            self._to_tensorboard(step, record, values)
+            self._to_sinks(step, record)
         record["time"] = time.time()
         self._metrics.write(json.dumps(record, allow_nan=False) + "\n")
 
@@ -405,13 +411,17 @@ class Monitor:
             closed["peak_device_bytes"] = peak
         return closed
 
-    def _to_tensorboard(self, step: int, record: Mapping[str, Any], values: Mapping[str, Any]) -> None:
+    def _scalar(self, name: str, value: float, step: int) -> None:
+        for sink in self._sinks:
+            sink.scalar(name, value, step)
+
+    def _to_sinks(self, step: int, record: Mapping[str, Any]) -> None:
         for name, value in record.items():
             if isinstance(value, int | float) and name != "step":
-                self._tensorboard.scalar(f"train/{name}", value, step)
+                self._scalar(f"train/{name}", value, step)
         for i, value in enumerate(record.get("loss_bins", ())):
             if value is not None:
-                self._tensorboard.scalar(f"loss_bins/{i}", value, step)
+                self._scalar(f"loss_bins/{i}", value, step)
 
     def _postfix(self, step: int, values: Mapping[str, Any]) -> str:
         """Rate, time to go, loss."""

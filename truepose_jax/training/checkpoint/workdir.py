@@ -26,8 +26,9 @@ from truepose_jax.runtime import atomic, sharding
 from truepose_jax.training.checkpoint.errors import CheckpointError, first_line
 
 MAY_CHANGE = (
-    "total_steps", "log_every", "eval", "checkpoint", "mesh", "data.threads", "data.workers", "data.max_invalid",
-    "optim.accumulation", "optim.max_skips", "optim.noise_scale", "model.remat", "model.attention",
+    "total_steps", "log_every", "tracker", "tracker_project", "eval", "checkpoint", "mesh",
+    "data.threads", "data.workers", "data.max_invalid", "optim.accumulation", "optim.max_skips", "optim.noise_scale",
+    "model.remat", "model.attention",
     "data.root", "model.vae", "model.clip.path", "model.dino.path", "model.ipf.path", "init_from",
 )  # fmt: skip
 """Settings that a resumed run may change: how its steps are computed, watched and kept, and where its files lie, whose
