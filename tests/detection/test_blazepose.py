@@ -7,14 +7,15 @@ import shutil
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageDraw
 
 from input_pipeline.annotations.keypoints import FLIPPED, load_pose
 from input_pipeline.annotations.parsing import LABEL_SETS, read_parsing
 from input_pipeline.annotations.photo import read_photo
+from input_pipeline.annotations.skeleton import BONES
 from input_pipeline.schema import InputError
 from input_pipeline.synthetic.people import SyntheticPeople
-from tests.shared_data import shared_data, write_folder
+from tests.shared_data import shared_data, standing_joints, write_folder
 from truepose_jax import prepare
 from truepose_jax.detection import blazepose as module
 from truepose_jax.detection import embedded, heuristic_parsing
@@ -89,11 +90,47 @@ def test_drawn_people(people):
     assert (found == truth)[truth > 0].mean() > 0.93
 
 
-@pytest.mark.parametrize("what", ["noise", "white", "grey"])
+def stick_figure(width: int) -> np.ndarray:
+    """Lines between joints and a circle."""
+    joints = standing_joints(512, 352)[:, :2]
+    picture = Image.new("RGB", (352, 512), "white")
+    draw = ImageDraw.Draw(picture)
+    for a, b in BONES[:13]:
+        draw.line([tuple(joints[a]), tuple(joints[b])], fill="black", width=width)
+    draw.circle(tuple(joints[0]), 32, outline="black", width=width)
+    return np.asarray(picture)
+
+
+def cartoon() -> np.ndarray:
+    """A large head with round eyes on a box."""
+    picture = Image.new("RGB", (352, 512), (150, 210, 240))
+    draw = ImageDraw.Draw(picture)
+    draw.circle((176, 120), 80, fill=(255, 220, 180), outline="black", width=4)
+    for x in (141, 211):
+        draw.circle((x, 118), 18, fill="white", outline="black", width=3)
+        draw.circle((x, 118), 6, fill="black")
+        draw.line([(x, 240), (3 * x - 352, 310)], fill=(255, 220, 180), width=22)
+        draw.line([(x, 350), (x, 460)], fill="black", width=26)
+    draw.arc([136, 120, 216, 180], 20, 160, fill="black", width=4)
+    draw.rectangle([121, 200, 231, 360], fill=(255, 210, 0), outline="black", width=4)
+    return np.asarray(picture)
+
+
+NOISE = np.random.default_rng(0).integers(0, 256, (200, 150, 3), dtype=np.uint8)
+NOBODY = {
+    "noise": lambda: NOISE,
+    "white": lambda: np.full_like(NOISE, 255),
+    "grey": lambda: np.full_like(NOISE, 90),
+    "thin stick figure": lambda: stick_figure(2),
+    "stick figure": lambda: stick_figure(6),
+    "thick stick figure": lambda: stick_figure(12),
+    "cartoon": cartoon,
+}
+
+
+@pytest.mark.parametrize("what", NOBODY)
 def test_what_is_no_person(what):
-    random = np.random.default_rng(0)
-    noise = random.integers(0, 256, (200, 150, 3), dtype=np.uint8)
-    picture = {"noise": noise, "white": np.full_like(noise, 255), "grey": np.full_like(noise, 90)}[what]
+    picture = NOBODY[what]()
     with pytest.raises(NobodyFound, match=r"x\.jpg: (nobody found|shows no person)") as caught:
         find_person(picture, name="x.jpg")
     assert "\n" not in str(caught.value)
