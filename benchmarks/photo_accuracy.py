@@ -19,10 +19,11 @@ import numpy as np
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
 
-from input_pipeline.annotations.keypoints import FLIPPED, load_pose
+from input_pipeline.annotations.keypoints import load_pose
 from input_pipeline.annotations.parsing import LABEL_SETS, read_parsing
 from input_pipeline.annotations.photo import read_photo
 from input_pipeline.schema import InputError
+from input_pipeline.skeletons import OPENPOSE
 from input_pipeline.sources.ccp import read_ccp
 from input_pipeline.synthetic.people import SyntheticPeople
 from truepose_jax.detection.blazepose import Person, blazepose
@@ -146,7 +147,7 @@ def mirror_row(found: Sequence[Found]) -> dict[str, float]:
     same_view = [one.person.facing == one.mirrored.facing for one in found]
     apart = []
     for one in found:
-        back = one.mirrored.points[FLIPPED] * (-1, 1) + (one.photo.shape[1] - 1, 0)
+        back = one.mirrored.points[OPENPOSE.flipped] * (-1, 1) + (one.photo.shape[1] - 1, 0)
         size = np.ptp(one.person.points[:, 1])
         seen = one.person.joints()[:, 2] > 0
         apart.append(np.hypot(*(back - one.person.points)[seen].T) / size)

@@ -16,6 +16,7 @@ def get_config():
     config.total_steps = 10_620
     config.batch_size = 48
     config.log_every = 10
+    config.model.skeleton = "pidm"
     config.data.dataset = "records"
     config.data.root = "data/deepfashion"
     config.data.labels = ""

@@ -1,7 +1,7 @@
 """The catalogue of what a batch can hold, and the layout of one batch: the fields that a method asks for by name.
 
 Letters of shapes: b rows (the batch size), s sources (b / targets_per_source), h w pixels, p = MAX_CLASSES parsing classes,
-e width of a region token, q r sides of the squares that DINOv2 and CLIP see.
+e width of a region token, q r sides of the squares that DINOv2 and CLIP see, j joints.
 """
 
 from __future__ import annotations
@@ -12,7 +12,8 @@ from collections.abc import Iterable, Mapping
 
 import numpy as np
 
-from input_pipeline.schema import MAX_CLASSES, NUM_JOINTS, InputError
+from input_pipeline.schema import MAX_CLASSES, InputError
+from input_pipeline.skeletons import DRAWINGS
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,8 +42,8 @@ def _skeleton(shape: tuple[str | int, ...], meaning: str) -> Field:
 FIELDS: Mapping[str, Field] = {
     "source": _photo(("s", "h", "w", 3), "source photos", encoded=True),
     "target": _photo(("b", "h", "w", 3), "target photos; target i has source i // (b / s)", encoded=True),
-    "source_joints": Field(("s", NUM_JOINTS, 3), "float32", "x, y in pixels, visible"),
-    "target_joints": Field(("b", NUM_JOINTS, 3), "float32", "x, y in pixels, visible"),
+    "source_joints": Field(("s", "j", 3), "float32", "x, y in pixels, visible"),
+    "target_joints": Field(("b", "j", 3), "float32", "x, y in pixels, visible"),
     "target_pose": _skeleton(("b", "h", "w", 3), "skeleton picture of the target pose"),
     "source_parsing": Field(("s", "h", "w"), "uint8", "label of each source pixel, in the set's own ids"),
     "target_parsing": Field(
@@ -84,12 +85,13 @@ def in_form(field: Field, form: str) -> Field:
 
 @dataclasses.dataclass(frozen=True)
 class Layout:
-    """The fields of a batch, "valid" always among them, the form in which they travel, and the sizes of their letters beside
-    b, s, h and w."""
+    """The fields of a batch, "valid" always among them, the form in which they travel, the sizes of their letters beside b, s, h,
+    w and j, and how poses are drawn (input_pipeline/skeletons.py)."""
 
     names: tuple[str, ...]
     form: str = "float32"
     letters: Mapping[str, int] = dataclasses.field(default_factory=dict)
+    drawing: str = "cfld"
 
     def __contains__(self, name: str) -> bool:
         return name in self.fields
@@ -116,6 +118,7 @@ class Layout:
     def shapes(self, *, batch_size: int, targets_per_source: int, size: tuple[int, int]):
         """(shape, dtype) of every field for these sizes: {name: (tuple of ints, dtype name)}. size is (h, w)."""
         sizes = {"b": batch_size, "s": batch_size // targets_per_source, "h": size[0], "w": size[1], **self.letters}
+        sizes["j"] = DRAWINGS[self.drawing].joints
         sizes |= {"h/8": size[0] // LATENT_FACTOR, "w/8": size[1] // LATENT_FACTOR}
         return {
             name: (tuple(sizes.get(letter, letter) for letter in field.shape), field.dtype)
@@ -133,7 +136,7 @@ class Layout:
         missing, unknown = sorted(fields.keys() - batch.keys()), sorted(batch.keys() - fields.keys())
         if missing or unknown:
             raise InputError(f"batch lacks fields {missing} and has unknown {unknown}; see input_pipeline/fields.py")
-        sizes: dict[str, int] = dict(self.letters)
+        sizes: dict[str, int] = {"j": DRAWINGS[self.drawing].joints, **self.letters}
         for name, field in fields.items():
             array = batch[name]
             if len(array.shape) != len(field.shape):

@@ -42,9 +42,10 @@ class ImageRecord:
     """One photo with its annotations.
 
     image: uint8 [h w 3], RGB; or stored latents, float16 [h/8 w/8 8] (batches/readers.py). parsing: uint8 [h w], ids of the
-    set's own labels; None where a reader was not asked for it. joints: float32 [18 3], (x pixels, y pixels, visible
-    0/1), OpenPose order; missing joints are (0, 0, 0). name: unique within its set. identity: same person in the same
-    clothes. photo: uint8 [H W 3], the picture as it lies in the file, where a reader was asked for it; None: `image` is all.
+    set's own labels; None where a reader was not asked for it. joints: float32 [n 3], (x pixels, y pixels, visible 0/1), of a
+    set of skeletons.py (OpenPose's 18); missing joints are (0, 0, 0). name: unique within its set. identity: same person in the
+    same clothes. photo: uint8 [H W 3], the picture as it lies in the file, where a reader was asked for it; None: `image` is
+    all.
     """
 
     image: np.ndarray

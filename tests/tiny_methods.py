@@ -74,7 +74,7 @@ def batch(cfg: Config, seed: int, rows: int = 4) -> dict[str, np.ndarray]:
         return tiny.batch(cfg, seed, targets=rows)
     rng = np.random.default_rng(seed)
     wanted = needs(cfg)
-    layout = Layout((*wanted.train, *wanted.sample), "float32", wanted.letters)
+    layout = Layout((*wanted.train, *wanted.sample), "float32", wanted.letters, wanted.drawing)
     made = {}
     for name, (shape, dtype) in layout.shapes(batch_size=rows, targets_per_source=1, size=cfg.model.size).items():
         low = -1.0 if FIELDS[name].kind == "photo" else 0.0

@@ -31,6 +31,7 @@ import numpy as np
 from input_pipeline.annotations.photo import Framing, one_line
 from input_pipeline.files import MAX_TEXT, parse_json, read_json, read_text
 from input_pipeline.schema import NUM_JOINTS, InputError
+from input_pipeline.skeletons import joint_set
 
 JOINT_NAMES = (
     "nose", "neck", "right shoulder", "right elbow", "right wrist",
@@ -38,9 +39,6 @@ JOINT_NAMES = (
     "right hip", "right knee", "right ankle", "left hip", "left knee", "left ankle",
     "right eye", "left eye", "right ear", "left ear",
 )  # fmt: skip
-
-FLIPPED = np.array([0, 1, 5, 6, 7, 2, 3, 4, 11, 12, 13, 8, 9, 10, 15, 14, 17, 16])
-"""FLIPPED[j] is the joint that j becomes in the mirror."""
 
 FROM_BODY_25 = np.array([0, 1, 2, 3, 4, 5, 6, 7, 9, 10, 11, 12, 13, 14, 15, 16, 17, 18])
 """OpenPose BODY_25 has its mid-hip at 8; the rest is OpenPose-18 in order."""
@@ -144,15 +142,15 @@ def split_spec(spec: str | os.PathLike[str]) -> tuple[str, str]:
 
 
 def flip_joints(joints: np.ndarray, width: int) -> np.ndarray:
-    """The joints of the mirrored picture: x -> width - 1 - x, left and right swapped. float32 [18 3]."""
-    flipped = joints[FLIPPED].astype(np.float32)
+    """The joints of the mirrored picture: x -> width - 1 - x, left and right swapped. float32 [n 3]."""
+    flipped = joints[joint_set(joints).flipped].astype(np.float32)
     seen = flipped[:, 2] > 0
     flipped[seen, 0] = width - 1 - flipped[seen, 0]
     return flipped
 
 
 def inside(joints: np.ndarray, hw: tuple[int, int]) -> np.ndarray:
-    """bool [18]: visible and in a picture of `hw`.
+    """bool [n]: visible and in a picture of `hw`.
 
     Detectors place joints up to 31 px outside the 176x256 crop.
     """
@@ -215,7 +213,9 @@ def _annotation_rows(path: pathlib.Path, modified: int) -> dict[str, str]:
             name, _, numbers = row.partition(":")
             before, known = rows.get(name_key(name), (number, row))
             if known.partition(":")[2] != numbers:
-                raise InputError(f"{path}: lines {before} and {number} give {name} different joints; remove one of them")
+                raise InputError(
+                    f"{path}: lines {before} and {number} give {name} different joints; remove one of them"
+                )
             rows[name_key(name)] = number, row
     return {name: row for name, (_, row) in rows.items()}
 
@@ -449,7 +449,7 @@ FRACTION, CENTRED = "fractions", "fractions from -1 to 1 (OpenPose's --keypoint_
 
 
 def _unit(xy: np.ndarray, path: str) -> str:
-    """"" for pixels. [n 2], of all people of a picture: a joint may lie outside of it. Raises InputError where it is unclear."""
+    """ "" for pixels. [n 2], of all people of a picture: a joint may lie outside of it. Raises InputError where it is unclear."""
     if np.abs(xy).max() > FRACTIONS:
         return ""
     if (xy < 0).mean() > 0.25:

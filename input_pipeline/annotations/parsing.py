@@ -203,9 +203,12 @@ def check_said_labels(folder: str | pathlib.Path, labels: str) -> None:
 def class_on(joints: np.ndarray, labels: LabelSet, *, hw: tuple[int, int]) -> np.ndarray:
     """bool [20]: classes that a target pose switches on.
 
-    A joint outside its frame of `hw` pixels counts as absent.
+    A joint outside its frame of `hw` pixels counts as absent. Without maps (set "whole") any set of joints will do.
     """
-    return labels.joints[inside(joints, hw)].any(0)
+    there = inside(joints, hw)
+    if labels.name == "whole":
+        return labels.joints.any(0) & there.any()
+    return labels.joints[there].any(0)
 
 
 def whole_photo(image_hw: tuple[int, int]) -> np.ndarray:

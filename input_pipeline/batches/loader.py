@@ -70,7 +70,7 @@ class BatchWriter:
 
     def __call__(self, groups: Sequence[Group], *, targets_per_source: int, rows: int | None = None) -> Batch:
         """The batch of these groups; `rows` > len(groups) leaves empty groups at the end."""
-        k, reader = targets_per_source, self.reader
+        k, reader, drawing = targets_per_source, self.reader, self.reader.layout.drawing
         batch = reader.layout.empty(batch_size=(rows or len(groups)) * k, targets_per_source=k, size=reader.size)
         for row, group in enumerate(groups):
             found = self._read(reader.source, group.source, flip=group.flip)
@@ -84,12 +84,12 @@ class BatchWriter:
             ]
             if "views" in reader.layout:
                 if all(targets):
-                    write_views(batch, row, [source, *targets], shown=1, hw=reader.size)
-                    write_target(batch, row, targets[0], reader.labels, hw=reader.size)
+                    write_views(batch, row, [source, *targets], shown=1, hw=reader.size, drawing=drawing)
+                    write_target(batch, row, targets[0], reader.labels, hw=reader.size, drawing=drawing)
                 continue
             for i, target in enumerate(targets):
                 if target is not None:
-                    write_target(batch, row * k + i, target, reader.labels, hw=reader.size)
+                    write_target(batch, row * k + i, target, reader.labels, hw=reader.size, drawing=drawing)
         return batch
 
     def _read(self, read: Callable[..., Any], index: int, *, flip: bool) -> Any:

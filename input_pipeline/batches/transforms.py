@@ -11,7 +11,7 @@ from PIL import Image
 
 from input_pipeline.annotations.keypoints import flip_joints
 from input_pipeline.annotations.parsing import LabelSet, class_on, flip_parsing
-from input_pipeline.annotations.skeleton import draw_skeleton_into
+from input_pipeline.annotations.skeleton import draw_pose_into
 from input_pipeline.fields import LATENT_FACTOR
 from input_pipeline.schema import ImageRecord, InputError
 
@@ -55,9 +55,9 @@ def write_source(
 
 
 def write_target(
-    batch: dict[str, np.ndarray], row: int, record: ImageRecord, labels: LabelSet, *, hw: tuple[int, int]
+    batch: dict[str, np.ndarray], row: int, record: ImageRecord, labels: LabelSet, *, hw: tuple[int, int], drawing: str
 ) -> None:
-    """Fills target row `row` (of b) of the fields that the batch has, and marks it valid.
+    """Fills target row `row` (of b) of the fields that the batch has, and marks it valid. drawing: of DRAWINGS.
 
     Raises InputError where the record is not of the batch's size `hw`.
     """
@@ -70,7 +70,7 @@ def write_target(
         batch["target_parsing"][row] = record.parsing
     for name in ("target_pose", "pose_small"):
         if name in batch:
-            write_skeleton(record.joints, hw, out=batch[name][row])
+            write_skeleton(record.joints, hw, drawing, out=batch[name][row])
     if "class_on" in batch:
         batch["class_on"][row] = class_on(record.joints, labels, hw=hw)
     if "target_small" in batch:
@@ -79,7 +79,13 @@ def write_target(
 
 
 def write_views(
-    batch: dict[str, np.ndarray], row: int, records: Sequence[ImageRecord], *, shown: int, hw: tuple[int, int]
+    batch: dict[str, np.ndarray],
+    row: int,
+    records: Sequence[ImageRecord],
+    *,
+    shown: int,
+    hw: tuple[int, int],
+    drawing: str,
 ) -> None:
     """Fills row `row` of the canvas fields that the batch has: tile i is records[i], the last again where there are fewer; the
     first `shown` tiles are given, and the first of all is the reference. Raises InputError."""
@@ -87,20 +93,20 @@ def write_views(
         record = records[min(tile, len(records) - 1)]
         _check_size(record, hw)
         write_picture(record.image, out=batch["views"][row, tile])
-        write_skeleton(record.joints, hw, out=batch["view_poses"][row, tile])
+        write_skeleton(record.joints, hw, drawing, out=batch["view_poses"][row, tile])
     if "given" in batch:
         batch["given"][row] = np.arange(batch["given"].shape[1]) < shown
     if "reference" in batch:
         write_picture(records[0].image, out=batch["reference"][row])
 
 
-def write_skeleton(joints: np.ndarray, joints_hw: tuple[int, int], *, out: np.ndarray) -> None:
+def write_skeleton(joints: np.ndarray, joints_hw: tuple[int, int], drawing: str, *, out: np.ndarray) -> None:
     """The skeleton of joints in a frame `joints_hw`, drawn over all of `out`: bytes, or floats in [0, 1]."""
     if out.dtype == np.uint8:
-        draw_skeleton_into(out, joints, joints_hw=joints_hw)
+        draw_pose_into(out, joints, joints_hw=joints_hw, drawing=drawing)
         return
     skeleton = np.zeros(out.shape, np.uint8)
-    draw_skeleton_into(skeleton, joints, joints_hw=joints_hw)
+    draw_pose_into(skeleton, joints, joints_hw=joints_hw, drawing=drawing)
     np.divide(skeleton, np.float32(255), out=out, dtype=np.float32)
 
 

@@ -25,7 +25,7 @@ from input_pipeline import files
 from input_pipeline.annotations.parsing import decode_parsing, label_set, whole_photo
 from input_pipeline.annotations.photo import decode_photo, fit_photo, one_line
 from input_pipeline.records.schema import parse_record, unpack_tokens
-from input_pipeline.schema import ImageRecord, InputError, TokenTable
+from input_pipeline.schema import NUM_JOINTS, ImageRecord, InputError, TokenTable
 
 IMAGE_COLUMNS = ("name", "identity", "height", "width", "joints")
 PAIR_COLUMNS = ("source", "target")
@@ -34,8 +34,8 @@ PAIR_COLUMNS = ("source", "target")
 class RecordImages:
     """ImageSet of one split of a built dataset, at `size` (h, w), or as stored where `size` is None.
 
-    names, identities: of the images. joint_counts: int32 [n], visible joints. pairs: int32 [m 2], what may be trained
-    or tested on; empty where no image has a pose. digest: of all the records' checksums, the key of caches. Opening
+    names, identities: of the images. joints: of a pose. joint_counts: int32 [n], those visible. pairs: int32 [m 2], what may be
+    trained or tested on; empty where no image has a pose. digest: of all the records' checksums, the key of caches. Opening
     reads the tables only. Raises InputError where the folder is not a finished build or has no such split.
     """
 
@@ -46,6 +46,7 @@ class RecordImages:
             raise InputError(f"{root}: has no split '{split}'; choose one of {', '.join(sorted(builder.info.splits))}")
         self._label_set = label_set(builder.info.metadata["labels"])
         self.labels = self._label_set.name
+        self.joints = builder.info.metadata.get("joints", NUM_JOINTS)
         self.shards = [path.name for path in builder.info.splits[split].filepaths]
         self._ends = np.cumsum(builder.info.splits[split].shard_lengths).tolist()
         self._paths = [f"{self.root / shard}" for shard in self.shards]
@@ -57,7 +58,7 @@ class RecordImages:
             )
         self.names = [row[0] for row in images]
         self.identities = [row[1] for row in images]
-        if not all(row[4].isdecimal() and len(row[4]) < 3 for row in images):
+        if not all(row[4].isdecimal() and len(row[4]) < 4 for row in images):
             raise InputError(f"{root}: images-{split}.csv does not say how many joints each has; build it again")
         self.joint_counts = np.array([int(row[4]) for row in images], np.int32)
         self.pairs = self._read_pairs()
@@ -180,6 +181,7 @@ FORMS: dict[str, files.Form] = {
     "metadata.json": {
         "labels?": str,
         "size?": (list, type(None)),
+        "joints?": int,
         "settings?": dict,
         "annotations?": {str: {"fingerprint": str, "size": [int], "flipped": bool, "width?": int}},
     },

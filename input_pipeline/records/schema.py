@@ -17,9 +17,10 @@ from typing import Any
 
 import numpy as np
 
-from input_pipeline.schema import MAX_CLASSES, NUM_JOINTS
+from input_pipeline.schema import MAX_CLASSES
 
-VERSION = "1.0.0"
+VERSION = "1.1.0"
+"""Since 1.1.0 a pose may have other than 18 joints; records of 1.0.0 are read as they are."""
 SHARD_OPTIONS = "group_size:1,uncompressed"
 """Random access to single records; any reader of ArrayRecord reads them. Uncompressed: JPEG, PNG and half-precision noise
 do not shrink (5 %), and reading one takes 50 us against 240 (benchmarks/loader_speed.py)."""
@@ -46,8 +47,8 @@ _LATENTS = (2, "l", "l", 4)
 RECORD_FIELDS: Mapping[str, RecordField] = {
     "image": RecordField("image", ("h", "w", 3), "uint8", "RGB", "JPEG; the photo's own bytes unless it was resized"),
     "parsing": RecordField("bytes", ("h", "w"), "uint8", "class id", "PNG, mode L, of the set's labels", "empty"),
-    "joints": RecordField("array", (NUM_JOINTS, 3), "float32", "pixels of the image; visible 0/1",
-                          "x, y, visible; OpenPose order; may lie outside the picture", "rows of zeros"),
+    "joints": RecordField("array", (None, 3), "float32", "pixels of the image; visible 0/1",
+                          "x, y, visible; of a set of input_pipeline/skeletons.py; may lie outside the picture", "rows of zeros"),
     "size": RecordField("array", (2,), "int32", "pixels", "height, width of the image"),
     "name": RecordField("text", (), "str", "", "unique in the dataset"),
     "identity": RecordField("text", (), "str", "", "same person in the same clothes"),
@@ -68,7 +69,12 @@ RECORD_FIELDS: Mapping[str, RecordField] = {
 
 
 _STORED = tuple(
-    (name, field.kind, np.dtype(field.dtype).newbyteorder("<") if field.kind == "array" else None, field.shape)
+    (
+        name,
+        field.kind,
+        np.dtype(field.dtype).newbyteorder("<") if field.kind == "array" else None,
+        tuple(-1 if side is None else side for side in field.shape),
+    )
     for name, field in RECORD_FIELDS.items()
 )
 

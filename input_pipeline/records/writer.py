@@ -285,7 +285,7 @@ def _write_info(raw: RawSet, out: pathlib.Path, plan: dict, lengths: dict[str, l
         citation=raw.citation or None,
         homepage=raw.homepage or None,
         license=raw.licence or None,
-        metadata=tfds.core.MetadataDict({"labels": raw.labels, "size": plan["size"]}),
+        metadata=tfds.core.MetadataDict({"labels": raw.labels, "size": plan["size"], "joints": raw.joints}),
     )
     info.set_file_format("array_record")
     infos = [

@@ -44,7 +44,7 @@ class Unusable(Exception):
 
 @dataclasses.dataclass(frozen=True)
 class RawPicture:
-    """One photo as read: image uint8 [h w 3], parsing uint8 [h w] or None, joints float32 [18 3] in its pixels.
+    """One photo as read: image uint8 [h w 3], parsing uint8 [h w] or None, joints float32 [n 3] in its pixels.
 
     jpeg: the file's bytes where they can be stored as they are (an upright RGB JPEG), else None.
     """
@@ -98,9 +98,9 @@ class RawSplit:
 class RawSet:
     """A dataset ready to be built.
 
-    labels: the label set of the maps, "whole" where there are none. dropped: images of the lists that are not among
-    the items. problems: what is not as published; lines for people, fatal unless they are allowed. notes: what a
-    reader of the report should know.
+    labels: the label set of the maps, "whole" where there are none. joints: how many a pose has. dropped: images of the lists
+    that are not among the items. problems: what is not as published; lines for people, fatal unless they are allowed. notes:
+    what a reader of the report should know.
     """
 
     name: str
@@ -113,6 +113,7 @@ class RawSet:
     dropped: Sequence[Dropped] = ()
     problems: Sequence[str] = ()
     notes: Sequence[str] = ()
+    joints: int = NUM_JOINTS
 
 
 def read_photo_bytes(path: str) -> tuple[np.ndarray, bytes | None]:

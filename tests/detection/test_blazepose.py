@@ -9,11 +9,12 @@ import numpy as np
 import pytest
 from PIL import Image, ImageDraw
 
-from input_pipeline.annotations.keypoints import FLIPPED, load_pose
+from input_pipeline.annotations.keypoints import load_pose
 from input_pipeline.annotations.parsing import LABEL_SETS, read_parsing
 from input_pipeline.annotations.photo import read_photo
 from input_pipeline.annotations.skeleton import BONES
 from input_pipeline.schema import InputError
+from input_pipeline.skeletons import OPENPOSE
 from input_pipeline.synthetic.people import SyntheticPeople
 from tests.shared_data import shared_data, standing_joints, write_folder
 from truepose_jax import prepare
@@ -69,7 +70,7 @@ def test_the_portrait(astronaut):
 def test_a_mirrored_photo_gives_the_mirrored_pose(astronaut, people):
     for photo in (astronaut, *(people.image(i).image for i in (0, 2, 4))):
         one, other = blazepose()(photo), blazepose()(np.ascontiguousarray(photo[:, ::-1]))
-        back = other.joints()[FLIPPED]
+        back = other.joints()[OPENPOSE.flipped]
         seen = (one.joints()[:, 2] > 0) & (back[:, 2] > 0)
         assert one.facing == other.facing and seen.sum() >= 7
         moved = np.abs(photo.shape[1] - 1 - back[seen, 0] - one.joints()[seen, 0])

@@ -7,7 +7,8 @@ import difflib
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 
-from input_pipeline.schema import MAX_CLASSES
+from input_pipeline.schema import MAX_CLASSES, NUM_JOINTS
+from input_pipeline.skeletons import DRAWINGS
 from truepose_jax.config.reader import (
     ConfigError,
     Count,
@@ -80,13 +81,15 @@ class FirstStageConfig(EncoderConfig):
 class ModelConfig:
     """Of every method. size: (height, width) in pixels. dtype: compute dtype; parameters are float32. remat: recompute blocks
     in the backward pass. attention: the implementation that the method's attention takes (kernels/attention/api.py), "auto":
-    what suits the device and the sizes, of those that have run on one of its kind."""
+    what suits the device and the sizes, of those that have run on one of its kind. skeleton: which joints a pose has, and how it
+    is drawn (input_pipeline/skeletons.py)."""
 
     method: str = ""
     size: tuple[int, int] = (512, 352)
     remat: bool = True
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
     attention: Literal["auto", "reference", "xla", "per_image", "pallas_tpu", "pallas_gpu", "cudnn"] = "auto"
+    skeleton: Literal["cfld", "openpose", "pidm", "wholebody133"] = "cfld"
 
     @classmethod
     def variant(cls, values: Mapping[str, Any], where: str) -> type[ModelConfig]:
@@ -186,6 +189,9 @@ class TruePoseModel(DenoiserModel):
 
     def __post_init__(self):
         super().__post_init__()
+        known = DRAWINGS[self.skeleton].joints == NUM_JOINTS
+        said = f"its classes are switched on by OpenPose's {NUM_JOINTS} joints alone"
+        require(known, f"model.skeleton is {self.skeleton!r} and model.method 'truepose'; {said}")
         composes = not self.carry.head or self.autoencoder == "patches"
         require(composes, "model.carry.head composes pixels: it needs config.model.autoencoder 'patches'")
         slots = self.fusion.regions <= MAX_CLASSES

@@ -16,7 +16,8 @@ from input_pipeline.batches.loader import RecordCache, make_loader
 from input_pipeline.batches.readers import RecordTokens
 from input_pipeline.fields import Layout
 from input_pipeline.records.reader import RecordImages, open_build, split_names
-from input_pipeline.schema import ImageSet, InputError, TokenTable
+from input_pipeline.schema import NUM_JOINTS, ImageSet, InputError, TokenTable
+from input_pipeline.skeletons import DRAWINGS
 from input_pipeline.sources.folder import FolderImages
 from input_pipeline.synthetic.people import SyntheticPeople
 from input_pipeline.synthetic.poses import load_real_poses
@@ -66,6 +67,7 @@ def about_records(config: Config) -> dict[str, str]:
 def training_set(config: Config, encoder: Encoder | None, cache: str | None) -> Dataset:
     """Raises InputError and ConfigError where the data are not what the config says."""
     images, name = _OPEN[config.data.dataset](config, "train")
+    _check_joints(config, images)
     tokens, clip = _tokens(config, images, encoder, config.data.flip, cache, name)
     return Dataset(images, tokens, images.pairs, heldout=False, clip=clip)
 
@@ -73,12 +75,22 @@ def training_set(config: Config, encoder: Encoder | None, cache: str | None) -> 
 def layout_of(config: Config, form: str) -> Layout:
     """What a training batch of the configuration's method holds, in a form of input_pipeline/fields.py."""
     found = needs(config)
-    return Layout(found.train, form, found.letters)
+    return Layout(found.train, form, found.letters, found.drawing)
 
 
 def training_form(config: Config) -> str:
     """The form in which training's batches travel."""
     return "latents" if config.data.latents == "stored" else "uint8"
+
+
+def _check_joints(config: Config, images: ImageSet) -> None:
+    """Raises ConfigError where poses have other joints than the model knows."""
+    found, name = images.joints if isinstance(images, RecordImages) else NUM_JOINTS, config.model.skeleton
+    if found != DRAWINGS[name].joints:
+        raise ConfigError(
+            f"poses of {config.data.root or config.data.dataset} have {found} joints; config.model.skeleton {name!r} has "
+            f"{DRAWINGS[name].joints}"
+        )
 
 
 def training_batches(
@@ -122,6 +134,7 @@ def evaluation_set(config: Config, encoder: Encoder | None, cache: str | None) -
     evenly over the list: over its identities where these stand together, some more than once where there are fewer."""
     heldout = config.data.dataset == "synthetic" or bool(_evaluation_split(config))
     images, name = _OPEN[config.data.dataset](config, "heldout" if heldout else "train")
+    _check_joints(config, images)
     tokens, clip = _tokens(config, images, encoder, False, cache, name)
     return Dataset(images, tokens, evenly_spaced(images.pairs, config.eval.pairs), heldout, clip)
 

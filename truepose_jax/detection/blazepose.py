@@ -18,8 +18,8 @@ import cv2
 import numpy as np
 from scipy.special import expit
 
-from input_pipeline.annotations.keypoints import FLIPPED
 from input_pipeline.schema import NUM_JOINTS, InputError
+from input_pipeline.skeletons import OPENPOSE
 from truepose_jax.runtime.cli import install
 
 WEIGHTS = pathlib.Path(__file__).parent / "weights"
@@ -105,7 +105,7 @@ class BlazePose:
             raise NobodyFound(
                 f"{name}: shows no person that can be made out (score {look.score:.2f}, under {NO_PERSON:g})"
             )
-        order = FROM_BLAZE[FLIPPED] if look.mirrored else FROM_BLAZE
+        order = FROM_BLAZE[OPENPOSE.flipped] if look.mirrored else FROM_BLAZE
         xy, seen = look.points[order], look.visibility[order]
         xy[1], seen[1] = (xy[2] + xy[5]) / 2, min(seen[2], seen[5])
         facing, hidden = _facing(look)

@@ -30,6 +30,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding
 from input_pipeline.batches.transforms import write_picture, write_source, write_target, write_views
 from input_pipeline.fields import Layout
 from input_pipeline.schema import InputError
+from input_pipeline.skeletons import DRAWINGS
 from truepose_jax.config import Config, ConfigError
 from truepose_jax.data.datasets import about_records
 from truepose_jax.inference import hub
@@ -114,7 +115,8 @@ class Run:
         """The request as this run's model takes it. Raises InputError."""
         size, wanted = self.config.model.size, self.needs
         if not wanted.tokens:
-            return fit_request(request, size, source_pose=wanted.source_pose, mapped=False)
+            joints = DRAWINGS[wanted.drawing].joints
+            return fit_request(request, size, source_pose=wanted.source_pose, mapped=False, joint_count=joints)
         if not wanted.source_pose:
             return fit_request(request, size)
         return fit_request(request, size, head=True, labels=self.labels)
@@ -383,10 +385,10 @@ class Pipeline:
         size, parts, found = batch_size or max(len(fitted), 1), batch_parts(self.mesh), []
         for start in range(0, len(fitted), size):
             piece = fitted[start : start + size]
-            layout = Layout(wanted.sample, "float32", wanted.letters)
+            layout = Layout(wanted.sample, "float32", wanted.letters, wanted.drawing)
             batch = layout.empty(batch_size=len(piece), targets_per_source=1, size=hw)
             for row, one in enumerate(piece):
-                write_views(batch, row, one.tiles, shown=one.given, hw=hw)
+                write_views(batch, row, one.tiles, shown=one.given, hw=hw, drawing=wanted.drawing)
             batch["valid"][:] = 1
             order = np.minimum(np.arange(-(-size // parts) * parts), len(piece) - 1)
             keys = jnp.stack([rng.key_of_name(jax.random.key(one.seed), one.name) for one in piece])
@@ -421,7 +423,7 @@ class Pipeline:
         Rows beyond len(fitted), up to a multiple of the devices that holds `size`, repeat the last one."""
         config = self.run.config
         wanted, hw = needs(config), config.model.size
-        layout = Layout((*wanted.sample, "target"), "float32", wanted.letters)
+        layout = Layout((*wanted.sample, "target"), "float32", wanted.letters, wanted.drawing)
         batch = layout.empty(batch_size=len(fitted), targets_per_source=1, size=hw)
         for labels in {f.labels.name: f.labels for f in fitted}.values():
             rows = [row for row, f in enumerate(fitted) if f.labels is labels]
@@ -434,9 +436,9 @@ class Pipeline:
                 target = np.zeros_like(source.image) if fitted[row].edit is None else fitted[row].edit.reference
                 unknown = dataclasses.replace(source, image=target, joints=fitted[row].joints)
                 write_source(batch, row, source, tokens[i], hw=hw)
-                write_target(batch, row, unknown, labels, hw=hw)
+                write_target(batch, row, unknown, labels, hw=hw, drawing=wanted.drawing)
                 if wanted.draw == "canvas":
-                    write_views(batch, row, [source, unknown], shown=1, hw=hw)
+                    write_views(batch, row, [source, unknown], shown=1, hw=hw, drawing=wanted.drawing)
         parts = batch_parts(self.mesh)
         order = np.minimum(np.arange(-(-size // parts) * parts), len(fitted) - 1)
         keys = jnp.stack([rng.key_of_name(jax.random.key(f.seed), f.name) for f in fitted])

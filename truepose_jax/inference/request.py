@@ -88,11 +88,12 @@ def fit_request(
     labels: str = "",
     source_pose: bool = False,
     mapped: bool = True,
+    joint_count: int = NUM_JOINTS,
 ) -> Fitted:
     """The request at the model's `size` (h, w). head: whether the model has the half-cell head; labels: its label set, into
     which the map is then converted (""; it is not known). source_pose, mapped: whether it reads the source's own pose (as the
-    head does), and its map. Raises InputError for arrays that do not fit one another, a map
-    with foreign labels and a pose without a joint in its frame."""
+    head does), and its map. joint_count: of the poses that it knows. Raises InputError for arrays that do not fit one another, a
+    map with foreign labels and a pose without a joint in its frame."""
     photo, name = request.source, request.name or "source"
     if photo.dtype != np.uint8 or photo.ndim != 3 or photo.shape[2] != 3 or not photo.size:
         raise InputError(f"{name}: a photo is uint8 [h w 3]; got {photo.dtype} {list(photo.shape)}")
@@ -124,14 +125,14 @@ def fit_request(
             _say_once(UNKNOWN_LABELS)
         elif head and labels != own.name:
             parsing, own = convert_parsing(parsing, own, label_set(labels), name=name), label_set(labels)
-    image, parsing, source_joints, framing = fit_photo(photo, parsing, np.zeros((NUM_JOINTS, 3)), size)
+    image, parsing, source_joints, framing = fit_photo(photo, parsing, np.zeros((joint_count, 3)), size)
     if source_pose:
         frame = request.source_frame_hw or hw
-        source_joints = _place_joints(request.source_joints, frame, framing, name, "the source's pose")
+        source_joints = _place_joints(request.source_joints, joint_count, frame, framing, name, "the source's pose")
     edit = None if request.edit is None else FittedEdit.fit(request.edit, size, name)
     if edit is not None:
         framing, hw = edit.framing, edit.framing.photo_hw
-    joints = _place_joints(request.joints, request.frame_hw or hw, framing, name)
+    joints = _place_joints(request.joints, joint_count, request.frame_hw or hw, framing, name)
     for line in _doubts(request, hw):
         logging.warning("%s: %s", name, line)
     record = ImageRecord(image, parsing, source_joints, name, identity=name, photo=photo)
@@ -150,14 +151,14 @@ def _doubts(request: Request, hw: tuple[int, int]) -> list[str]:
 
 
 def _place_joints(
-    joints: np.ndarray, frame_hw: tuple[int, int], framing: Framing, name: str, pose: str = "the pose"
+    joints: np.ndarray, count: int, frame_hw: tuple[int, int], framing: Framing, name: str, pose: str = "the pose"
 ) -> np.ndarray:
     """Joints of a frame -> the model's pixels, the whole frame inside the part of the picture that is photo. pose: what errors
     call them."""
     joints = np.asarray(joints)
-    if joints.shape != (NUM_JOINTS, 3) or not np.isfinite(joints).all():
+    if joints.shape != (count, 3) or not np.isfinite(joints).all():
         raise InputError(
-            f"{name}: {pose.replace('the', 'a', 1)} is [18 3] of finite x, y, visible; got {list(joints.shape)}"
+            f"{name}: {pose.replace('the', 'a', 1)} is [{count} 3] of finite x, y, visible; got {list(joints.shape)}"
         )
     if not (joints[:, 2] > 0).any():
         raise InputError(f"{name}: no joint of {pose} is visible; choose another pose")

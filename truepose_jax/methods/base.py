@@ -39,7 +39,7 @@ class Needs:
     the fields' letters beside b, s, h and w. draw: rows are (source, target) "pairs", or a "canvas" of four photos of one
     person. pictures: that one row makes. networks: roles in Frozen. tokens: whether region tokens are made, and so a source's
     map is read. source_pose: whether a source's own pose is, when sampling. separable: the loss is a
-    mean over rows, so that a batch may be cut.
+    mean over rows, so that a batch may be cut. drawing: how poses are drawn (input_pipeline/skeletons.py).
     """
 
     train: tuple[str, ...]
@@ -51,6 +51,7 @@ class Needs:
     tokens: bool = False
     source_pose: bool = False
     separable: bool = True
+    drawing: str = "cfld"
 
 
 class Swap(NamedTuple):

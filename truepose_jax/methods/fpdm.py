@@ -40,7 +40,7 @@ def needs(model: FPDMModel) -> Needs:
     if model.fusion_embedding:
         read, networks = (*read, "source_small", "pose_small"), (*networks, "ipf")
         letters |= {"r": model.ipf.image_size}
-    return Needs(train=(*read, "target"), sample=read, letters=letters, networks=networks)
+    return Needs(train=(*read, "target"), sample=read, letters=letters, networks=networks, drawing=model.skeleton)
 
 
 def make(config: Config, autoencoder: Autoencoder, networks: Mapping[str, Any]) -> FPDM:

@@ -46,6 +46,7 @@ def needs(model: IMAGPoseModel) -> Needs:
         pictures=VIEWS,
         networks=("autoencoder", "dino"),
         source_pose=True,
+        drawing=model.skeleton,
     )
 
 

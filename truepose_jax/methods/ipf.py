@@ -20,7 +20,8 @@ READ = ("source_small", "target_small", "pose_small")
 
 
 def needs(model: FirstStageModel) -> Needs:
-    return Needs(train=READ, sample=READ, letters={"r": model.clip.image_size}, networks=(), separable=False)
+    letters = {"r": model.clip.image_size}
+    return Needs(READ, READ, letters, networks=(), separable=False, drawing=model.skeleton)
 
 
 def make(config: Config, autoencoder: None, networks: Mapping[str, Any]) -> FirstStage:

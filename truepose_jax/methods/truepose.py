@@ -58,7 +58,9 @@ def needs(model: TruePoseModel) -> Needs:
     train = (*READ, "target", *(("target_parsing",) if model.carry.head else ()))
     networks = ("autoencoder", "clip") if model.uses_clip else ("autoencoder",)
     letters = {"e": model.unet.cross_attention_dim}
-    return Needs(train, READ, letters, networks=networks, tokens=True, source_pose=model.carry.head)
+    return Needs(
+        train, READ, letters, networks=networks, tokens=True, source_pose=model.carry.head, drawing=model.skeleton
+    )
 
 
 def make(config: Config, autoencoder: Autoencoder, networks: Mapping[str, Any]) -> TruePose:

@@ -19,17 +19,18 @@ from input_pipeline.sources.deepfashion import read_deepfashion
 from input_pipeline.sources.listing import MissingFiles, checklist
 from input_pipeline.sources.market1501 import read_market1501
 from input_pipeline.sources.own_photos import read_folder, synthetic_people
+from input_pipeline.sources.phoenix import read_phoenix
 from input_pipeline.sources.wpose import read_wpose
 from truepose_jax.prepare.drop_sheet import drop_sheet
 from truepose_jax.runtime.cli import parse_size, reject_unused_flags
 
-DATASETS = ("deepfashion", "market1501", "wpose", "ccp", "folder", "synthetic")
+DATASETS = ("deepfashion", "market1501", "wpose", "ccp", "phoenix", "folder", "synthetic")
 SYNTHETIC_PAIRS, SYNTHETIC_SIZE = 10_000, (256, 176)
 FLAGS_OF: dict[str, tuple[str, ...]] = {
-    "raw": ("deepfashion", "market1501", "wpose", "ccp", "folder"),
+    "raw": ("deepfashion", "market1501", "wpose", "ccp", "phoenix", "folder"),
     "labels": ("deepfashion", "market1501", "wpose", "folder"),
     "lists": ("deepfashion", "market1501"),
-    "allow_missing": ("deepfashion", "market1501", "wpose"),
+    "allow_missing": ("deepfashion", "market1501", "wpose", "phoenix"),
     "pairs": ("folder",),
     "test_pairs": ("folder",),
     "keypoints": ("folder",),
@@ -108,7 +109,8 @@ def read_raw(flags: argparse.Namespace) -> RawSet:
         )  # fmt: skip
     if not flags.raw:
         raise InputError(f"--dataset={flags.dataset} needs --raw=DIR, the folder of its files")
-    labels = "atr18" if flags.dataset == "ccp" else label_set(_required_labels(flags)).name
+    own = {"ccp": "atr18", "phoenix": "whole"}  # what the files have, so that it is not asked for
+    labels = own.get(flags.dataset) or label_set(_required_labels(flags)).name
     if flags.dataset == "folder":
         return read_folder(
             flags.raw, labels=labels, pairs=flags.pairs or "self", test_pairs=flags.test_pairs,
@@ -117,6 +119,8 @@ def read_raw(flags: argparse.Namespace) -> RawSet:
     try:
         if flags.dataset == "ccp":
             raw, needed = read_ccp(flags.raw)
+        elif flags.dataset == "phoenix":
+            raw, needed = read_phoenix(flags.raw)
         elif flags.dataset == "wpose":
             raw, needed = read_wpose(flags.raw, labels=labels)
         elif flags.dataset == "market1501":

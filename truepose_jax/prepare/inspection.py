@@ -105,7 +105,8 @@ def print_counts(records: Sequence[ImageRecord], labels: LabelSet) -> None:
         regions, switched = valid[:, index].sum(), on[:, index].sum()
         print(f"{index:>3} {name:>14} {present.sum():>7} {regions:>8} {area:>10} {switched:>12}")
     print(f"{'joint':>18} {'visible':>7} {'in frame':>8}  labels under it")
-    for joint, name in enumerate(JOINT_NAMES):
+    count = len(records[0].joints)
+    for joint, name in enumerate(JOINT_NAMES if count == len(JOINT_NAMES) else [""] * count):
         visible = sum(record.joints[joint, 2] > 0 for record in records)
         under = labels_under(records, labels, joint)
         listed = ", ".join(f"{label} {count}" for label, count in under.most_common(4))

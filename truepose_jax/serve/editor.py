@@ -12,7 +12,7 @@ import numpy as np
 from PIL import Image
 
 from input_pipeline.annotations.keypoints import JOINT_NAMES
-from input_pipeline.annotations.skeleton import BONES, COLOURS, LIMB_COLOURS
+from input_pipeline.skeletons import OPENPOSE
 
 SHOWN = 768
 """Longest side of the picture under the skeleton."""
@@ -33,8 +33,8 @@ def _rgb(colour: tuple[int, int, int]) -> str:
     return f"rgb{tuple(colour)}"
 
 
-_LINES = json.dumps([[a, b, _rgb(colour)] for (a, b), colour in zip(BONES, LIMB_COLOURS, strict=False)])
-_DOTS = json.dumps([[name, _rgb(colour)] for name, colour in zip(JOINT_NAMES, COLOURS, strict=True)])
+_LINES = json.dumps([[a, b, _rgb(colour)] for (a, b), colour in zip(OPENPOSE.bones, OPENPOSE.shades, strict=False)])
+_DOTS = json.dumps([[name, _rgb(colour)] for name, colour in zip(JOINT_NAMES, OPENPOSE.colours, strict=True)])
 
 TEMPLATE = """
 ${value && value.joints ? `<svg data-pose viewBox="0 0 ${value.w} ${value.h}"

@@ -54,7 +54,8 @@ class Pairs:
     @classmethod
     def read(cls, dataset: Dataset, needs: Needs, pairs: np.ndarray | None = None) -> Pairs:
         pairs = dataset.pairs if pairs is None else pairs
-        layout = Layout((*needs.train, *needs.sample, *FOR_METRICS), "float32", needs.letters)
+        names = (*needs.train, *needs.sample, *FOR_METRICS)
+        layout = Layout(names, letters=needs.letters, drawing=needs.drawing)
         (batch,) = eval_batches(dataset.images, dataset.tokens, layout, pairs, len(pairs))
         identities = [_identity(dataset.images, int(source)) for source in pairs[:, 0]]
         return cls(batch, label_set(dataset.images.labels).groups, identities)

@@ -83,7 +83,7 @@ def test_hosts_get_contiguous_rows_of_one_global_batch(images, tokens, hosts):
 def test_batches_follow_the_schema(images, tokens):
     for k in (1, 2, 8):
         batch = next(make_loader(images, tokens, LAYOUT, seed=0, batch_size=8, targets_per_source=k))
-        assert LAYOUT.check(batch) == {"s": 8 // k, "b": 8, "h": 64, "w": 48, "e": WIDTH}
+        assert LAYOUT.check(batch) == {"s": 8 // k, "b": 8, "h": 64, "w": 48, "e": WIDTH, "j": 18}
         assert batch["source"].min() == -1 and batch["source"].max() == 1
         assert batch["target_pose"].min() == 0 and batch["target_pose"].max() == 1
         assert batch["valid"].all()

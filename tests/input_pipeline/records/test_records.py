@@ -77,7 +77,7 @@ def test_tensorflow_datasets_opens_the_folder(tmp_path):
 
     built(tmp_path / "r", noise_set(train=10, test=4), shard_records=4)
     builder = tfds.builder_from_directory(str(tmp_path / "r"))
-    assert str(builder.info.version) == "1.0.0" and builder.info.citation == "@misc{noise}"
+    assert str(builder.info.version) == "1.1.0" and builder.info.citation == "@misc{noise}"
     assert {name: split.num_examples for name, split in builder.info.splits.items()} == {"train": 10, "test": 4}
     assert builder.info.splits["train"].shard_lengths == [4, 4, 2]
     source = builder.as_data_source("train", decoders={"image": tfds.decode.SkipDecoding()})
