@@ -242,6 +242,7 @@ def not_finite(bench: Bench) -> list[dict]:
 def poisoned_main(first: int, last: int) -> None:
     """The training program with NaN in the batches of steps `first` to `last`."""
     from truepose_jax import train
+    from truepose_jax.flags import train as told
 
     put, count = train.put_global_batch, 0
 
@@ -253,7 +254,7 @@ def poisoned_main(first: int, last: int) -> None:
         return put(mesh, batch)
 
     train.put_global_batch = poisoned
-    train.run_with_config(train.main)
+    train.run_with_config(train.main, told)
 
 
 def corrupt_records(bench: Bench) -> list[dict]:

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import jax
 import numpy as np
 
-from benchmarks.side_by_side_case import CHECKED_STEPS, Case
+from benchmarks.side_by_side_case import CHECKED_STEPS, Case, batch_of, method_of, sampling_keys
 from benchmarks.side_by_side_forms import OURS
-from truepose_jax.training.flops import model_flops, utilisation
+from truepose_jax.kernels.attention.api import default_implementation
+from truepose_jax.sampling.sampler import Sampler, Sampling
+from truepose_jax.training.flops import counted, flops_of, step_flops, utilisation
+from truepose_jax.training.step import Trainer
 
 MIB = 1 << 20
 COLUMNS = (
@@ -117,8 +122,17 @@ def _note(rows: Mapping[str, Any]) -> str:
     )
 
 
+@functools.cache
 def call_flops(case: Case) -> int:
     """Model FLOPs of a timed call."""
-    flops = model_flops(case.config())
-    each = flops.train if case.task == "train" else flops.sample(case.steps, case.guidance)
-    return case.batch * each
+    config, method = counted(case.config()), method_of(case)
+    batch = {name: jax.ShapeDtypeStruct(x.shape, x.dtype) for name, x in batch_of(case).items()}
+    with default_implementation("reference"):
+        if case.task == "train":
+            return step_flops(Trainer(config, method), {}, batch)
+        sampler = Sampler(
+            method, config.diffusion.schedule, config.diffusion.spacing, Sampling(case.steps, case.guidance)
+        )
+        params = jax.eval_shape(lambda: method.init(jax.random.key(0), batch))
+        keys = jax.eval_shape(lambda: sampling_keys(case))
+        return flops_of(jax.make_jaxpr(sampler.sample)(params, {}, batch, keys).jaxpr)

@@ -69,7 +69,6 @@ ROOMS = {
         "pretrained pretrained.conversion runtime sampling training",
         torch="late",
     ),
-    "scaling": Room("config data kernels pretrained runtime training training.checkpoint"),
     "study": Room(
         f"configs {INPUT} input_pipeline.synthetic input_pipeline.sources input_pipeline.records config data diffusion "
         "inference kernels methods models pretrained pretrained.conversion runtime sampling training",
@@ -85,6 +84,7 @@ ROOMS = {
         "sampling training training.checkpoint",
         torch="late",
     ),
+    "scaling": Room("programs config data kernels methods pretrained runtime training training.checkpoint"),
 }
 """From the ground up: a room imports rooms above its row only, so there is no circle. "programs" are the files at the top of
 truepose_jax/."""

@@ -21,18 +21,6 @@ from input_pipeline.sources.folder import PARSING_FOLDERS, PHOTO_FOLDERS, POSE_F
 from truepose_jax.config import Config, ConfigError, from_config_dict, to_dict
 from truepose_jax.data.annotations import training_method
 from truepose_jax.data.datasets import Dataset, evaluation_set, training_batches, training_set
-from truepose_jax.flags import train as told
-from truepose_jax.flags.train import (
-    CONFIG,
-    COORDINATOR,
-    DISTRIBUTED,
-    ESTIMATE,
-    MEMORY,
-    PROCESS,
-    PROCESSES,
-    PROFILE,
-    WORKDIR,
-)
 from truepose_jax.kernels.attention.api import cannot_run
 from truepose_jax.pretrained.factory import assemble, region_encoder
 from truepose_jax.runtime import distributed
@@ -69,7 +57,7 @@ from truepose_jax.training.run_log import CannotWrite, Monitor, NonFinite, Profi
 from truepose_jax.training.step import Trainer, TrainState
 from truepose_jax.training.time_budget import TimeBudget, kept_steps
 from truepose_jax.training.tracker import Tracker, check_installed
-from truepose_jax.training.validation import EmbeddingEvaluator, Evaluator, evaluator_of
+from truepose_jax.training.validation import EmbeddingEvaluator, Evaluator, Watch
 
 DIVERGED = 1
 """Exit code of a run that met config.optim.max_skips non-finite steps in a row: starting it again does not help."""
@@ -79,11 +67,21 @@ class Stopped(Exception):
     """The run was asked to end, and has saved the step that this names."""
 
 
-def train(config: Config, workdir: str, *, profile: bool = False, minutes: float | None = None) -> int:
+def train(
+    config: Config,
+    workdir: str,
+    *,
+    profile: bool = False,
+    minutes: float | None = None,
+    watch: Watch | None = None,
+    cache: str | None = None,
+) -> int:
     """Trains until config.total_steps; returns the exit code (0, STOPPED or DIVERGED). minutes: for about so long from now,
-    set-up included and config.total_steps at most, without evaluations; a second start goes on to the same last step."""
+    set-up included and config.total_steps at most, without evaluations; a second start goes on to the same last step. watch:
+    other evaluations than config.eval's, and an earlier end. cache: the folder of region tokens; None: the workdir's own."""
     check_place(workdir)
     check_installed(config.tracker)
+    watch = watch or Watch()
     budget = None if minutes is None else TimeBudget(minutes)
     if budget is not None and (kept := kept_steps(workdir)):
         config = dataclasses.replace(config, total_steps=kept)
@@ -102,9 +100,9 @@ def train(config: Config, workdir: str, *, profile: bool = False, minutes: float
         # What never changes: the autoencoder and the region tokens.
         encoder = region_encoder(config)
         method, frozen, autoencoder, prints = assemble(config, encoder)
-        cache = os.path.join(workdir, "cache")
+        cache = cache or os.path.join(workdir, "cache")
         train_set = training_set(config, encoder, cache)
-        evaluates = config.eval.every and not budget
+        evaluates = (watch.due or config.eval.every) and not budget
         eval_set = evaluation_set(config, encoder, cache) if evaluates else None
         if eval_set is not None and not eval_set.heldout:
             logging.warning("config.data.eval_pairs is empty: evaluation runs on the training pairs")
@@ -132,7 +130,7 @@ def train(config: Config, workdir: str, *, profile: bool = False, minutes: float
             try:
                 _loop(
                     config, workdir, mesh, trainer, state, frozen, train_set,
-                    evaluator_of(config, method, eval_set, mesh) if evaluates else None,
+                    watch.make(config, method, eval_set, mesh) if evaluates else None, watch,
                     checkpoints, metadata, preemption, profile, budget,
                 )  # fmt: skip
             except Stopped as stopped:
@@ -159,6 +157,7 @@ def _loop(
     frozen: Any,
     data: Dataset,
     evaluator: Evaluator | EmbeddingEvaluator | None,
+    watch: Watch,
     checkpoints: Checkpoints,
     metadata: dict[str, Any],
     preemption: Preemption,
@@ -224,7 +223,8 @@ def _loop(
         contextlib.ExitStack() as stack,
     ):
 
-        def evaluate(step: int) -> None:
+        def evaluate(step: int) -> bool:
+            """Whether the results are enough."""
             with monitor.paused():
                 weights = state.params if state.ema is None else put_trained(state.params, state.ema)
                 weights = lora.merged(weights, config.optim.lora)
@@ -232,17 +232,19 @@ def _loop(
             monitor.evaluation(step, results)
             if picture is not None:
                 monitor.image(step, "sheet", picture)
+            return watch.enough(results)
 
         def evaluation_due(step: int) -> bool:
-            return evaluator is not None and (step == total or (step > 0 and step % config.eval.every == 0))
+            due = watch.due or (lambda step: step % config.eval.every == 0)
+            return evaluator is not None and step > 0 and (step == total or due(step))
 
         trace = None
         if profile:
             trace = stack.enter_context(Profiler(f"{workdir}/profile", start, config.total_steps, say=monitor.say))
         # The run before may have been stopped or killed between saving this step and evaluating it. All evaluate or none,
         # so one looks into the file.
-        if evaluation_due(start) and not distributed.on_primary(lambda: monitor.evaluated(start)):
-            evaluate(start)
+        if evaluation_due(start) and not distributed.on_primary(lambda: monitor.evaluated(start)) and evaluate(start):
+            return
         step = start
         while step < total:
             step += 1
@@ -268,8 +270,8 @@ def _loop(
             if stop or step == total or checkpoints.due(step):
                 with monitor.paused():
                     save(step)
-            if evaluation_due(step) and not stop:
-                evaluate(step)
+            if evaluation_due(step) and not stop and evaluate(step):
+                return
             if stop:
                 raise Stopped(step)
 
@@ -301,6 +303,19 @@ def _print_counts(trainer: Trainer, params: Any) -> None:
 
 
 def main(argv: list[str]) -> int:
+    # Here, for a flag counts for a whole process, and other programs train too.
+    from truepose_jax.flags.train import (
+        CONFIG,
+        COORDINATOR,
+        DISTRIBUTED,
+        ESTIMATE,
+        MEMORY,
+        PROCESS,
+        PROCESSES,
+        PROFILE,
+        WORKDIR,
+    )
+
     if len(argv) > 1:
         raise ConfigError(f"unknown argument {argv[1]!r}; settings are --config.key=value")
     if ESTIMATE.value:
@@ -323,4 +338,6 @@ def main(argv: list[str]) -> int:
 
 
 if __name__ == "__main__":
+    from truepose_jax.flags import train as told
+
     run_with_config(main, told)

@@ -10,6 +10,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+from ml_collections import ConfigDict
 
 from configs import base
 from truepose_jax import train
@@ -27,7 +28,8 @@ NAMES = {
 }  # fmt: skip
 
 
-def test_the_pages_method_trains(tmp_path, monkeypatch):
+def mean_settings(monkeypatch) -> ConfigDict:
+    """A configuration of the page's method, whose two rows are there for this test."""
     (text,) = re.findall(r"```python\n(@dataclasses.*?)```", PAGE.read_text(), re.DOTALL)
     names = dict(NAMES)
     exec(text, names)
@@ -41,6 +43,11 @@ def test_the_pages_method_trains(tmp_path, monkeypatch):
     values.data.synthetic.update(identities=4, heldout_identities=2)
     values.optim.update(learning_rate=0.1, accumulation=2)
     values.eval.update(every=4, pairs=4)
+    return values
+
+
+def test_the_pages_method_trains(tmp_path, monkeypatch):
+    values = mean_settings(monkeypatch)
     assert train.train(from_config_dict(Config, values), str(tmp_path)) == 0
     told = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     found = [line["loss"] for line in told]

@@ -5,25 +5,24 @@ import dataclasses
 import itertools
 import json
 import math
-import types
+import unittest.mock
 
-import jax
 import numpy as np
 import pytest
 
 from input_pipeline.schema import InputError
 from tests import tiny
+from tests.methods.test_toy_method import mean_settings
 from tests.process import run
-from tests.tiny_run import quick_starts, tiny_config
-from tests.training.test_step import FROZEN, Toy, toy_batch
-from truepose_jax.config import ConfigError
-from truepose_jax.runtime.sharding import make_mesh
+from truepose_jax.config import Config, ConfigError, from_config_dict
+from truepose_jax.data.datasets import training_batches
 from truepose_jax.scaling import batch, devices, memory
 from truepose_jax.scaling.batch_report import curves, write_report
 from truepose_jax.scaling.collectives import collective_bytes
 from truepose_jax.scaling.fits import hyperbola, noise_estimate, steps_to
 from truepose_jax.scaling.hardware import CHIPS, Topology, predicted
 from truepose_jax.scaling.table import Table
+from truepose_jax.training.checkpoint import Preemption
 
 BATCHES = np.array([6, 12, 24, 48, 96, 192])
 
@@ -181,97 +180,93 @@ def test_table(tmp_path):
         Table(tmp_path / "mine", common)
 
 
-class StopAt:
-    """A Preemption that asks to stop after so many steps."""
-
-    def __init__(self, step):
-        self.step = step
-
-    def stop(self, step):
-        return step >= self.step
+TOY_SETTINGS = batch.Settings(target=None, examples=96, micro=4, reference=8, lamb_rate=0.02)
 
 
-def toy_study(folder):
-    """A Study whose network and data are the linear toy's; no CLIP, no rendering, quick to compile."""
-    study = object.__new__(batch.Study)
-    study.config, study.settings = tiny.config({"optim": {"learning_rate": 0.05}}), TOY_SETTINGS
-    study.folder, study.frozen, study.method, study.eval_batch = folder, FROZEN, Toy(noise=0.3), 12
-    study.mesh = make_mesh(data=1, fsdp=1, tensor=1)
-    study._loss = jax.jit(lambda *arguments: study.method.loss(*arguments)[0])
-    study.pairs = types.SimpleNamespace(pieces=lambda seed, size: [(toy_batch(seed, 12, 12), tiny.keys(seed, 12))])
-    study.loader = lambda config, start: (
-        toy_batch(1000 + step, config.batch_size, config.batch_size) for step in itertools.count(start)
-    )
-    return study
+@pytest.fixture
+def toy(monkeypatch):
+    """The configuration of a method that compiles in no time."""
+    values = mean_settings(monkeypatch)
+    values.model.noise = 0.3
+    values.eval.update(pairs=4, batch_size=4)
+    return values
 
 
-TOY_SETTINGS = batch.Settings(target=None, examples=288, micro=6, reference=24, lamb_rate=0.02)
+def batch_row(run, values, settings, folder, *, stop_at=math.inf):
+    """batch.row, asked to stop after so many steps."""
+    with unittest.mock.patch.object(Preemption, "stop", lambda self, step: step >= stop_at):
+        return batch.row(run, from_config_dict(Config, values), settings, folder)
 
 
-def test_a_batch_study_that_is_stopped_goes_on(tmp_path):
+def test_a_batch_study_that_is_stopped_goes_on(tmp_path, toy):
     """The row and every loss are those of a study that was left alone; the report reads them."""
-    run = batch.Run("adamw", "any", 24, 0)
-    rows, losses = [], []
-    study = toy_study(tmp_path)
+    run, rows, losses = batch.Run("adamw", "any", 8, 0), [], []
     for stops in ([math.inf], [5, math.inf]):
-        study.folder = tmp_path / str(len(stops))
+        folder = tmp_path / str(len(stops))
         for stop in stops:
-            row = study.row(run, StopAt(stop))
+            row = batch_row(run, toy, TOY_SETTINGS, folder, stop_at=stop)
             assert (row is None) == (stop < math.inf)
-        logged = (study.folder / "runs" / run.name / "metrics.jsonl").read_text().splitlines()
-        losses.append([json.loads(line)["loss"] for line in logged])
+        workdir = folder / "runs" / run.name
+        losses.append([json.loads(line)["loss"] for line in (workdir / "metrics.jsonl").read_text().splitlines()])
         rows.append({k: v for k, v in row.items() if k != "seconds_per_step"})
-        assert batch.evaluations(study.folder / "runs" / run.name)[-1][0] == 12
+        assert [step for step, _ in batch.evaluations(workdir)] == list(range(1, 13))
+        assert not (workdir / "checkpoints").exists()
     assert rows[0] == rows[1] and losses[0] == losses[1] and len(losses[0]) == 12
-    assert rows[0]["best_loss"] < batch.evaluations(study.folder / "runs" / run.name)[0][1]
+    assert rows[0]["best_loss"] < batch.evaluations(workdir)[0][1]
     assert rows[0]["noise_scale"] > 0
-    table = Table(study.folder / "report", {})
+    table = Table(folder / "report", {})
     table.add({**row, "steps": 3})
     table.add(row)
     assert table.rows == [row], "a row made anew takes the place of the one before"
-    (study.folder / "runs").rename(table.folder / "runs")
-    text = write_report(table, study.config, TOY_SETTINGS, "command").read_text()
+    (folder / "runs").rename(table.folder / "runs")
+    text = write_report(table, from_config_dict(Config, toy), TOY_SETTINGS, "command").read_text()
     assert "**One seed**" in text and run.name in text
     assert {p.name for p in table.folder.glob("*.png")} == {"losses.png", "noise_scale.png"}
 
 
-def test_a_run_ends_at_the_target(tmp_path):
+def test_a_run_ends_at_the_target(tmp_path, toy, monkeypatch):
     """And one that was killed between reaching it and its row is not trained on."""
-    study = toy_study(tmp_path)
-    study.settings = dataclasses.replace(TOY_SETTINGS, target=2.0, examples=24 * 200)
-    run = batch.Run("lamb", "none", 48, 0)
-    row = study.row(run, StopAt(math.inf))
+    run, first = batch.Run("lamb", "none", 16, 0), tmp_path / "first"
+    batch_row(run, toy, dataclasses.replace(TOY_SETTINGS, examples=16 * 12), first)
+    found = [loss for _, loss in batch.evaluations(first / "runs" / run.name)]
+    target = found[6]
+    assert min(found[:6]) > target
+    settings = dataclasses.replace(TOY_SETTINGS, target=target, examples=16 * 200)
+    row = batch_row(run, toy, settings, tmp_path)
     seen = batch.evaluations(tmp_path / "runs" / run.name)
-    assert row["steps"] == seen[-1][0] < 100 and seen[-1][1] <= 2.0 < seen[-2][1]
-    assert seen[-2][0] < row["steps_to_target"] <= row["steps"]
-    assert row["examples_to_target"] == 48 * row["steps_to_target"]
+    assert row["steps"] == seen[-1][0] == 7 and row["steps_to_target"] == pytest.approx(7)
+    assert row["examples_to_target"] == 16 * row["steps_to_target"]
+    (tmp_path / "runs" / run.name / "checkpoints").mkdir()
+    monkeypatch.setattr(batch, "train", None)
+    assert batch_row(run, toy, settings, tmp_path) == row
 
 
-def test_a_run_that_diverges_gets_its_row(tmp_path):
+def test_a_run_that_diverges_gets_its_row(tmp_path, toy, monkeypatch):
     """And its line in the report, so that the study goes on."""
+
+    def spoiled(*inputs, start_step, **options):
+        batches = training_batches(*inputs, start_step=start_step, **options)
+        for step, each in enumerate(batches, start_step):
+            yield each if step < 3 else each | {"target": np.full(each["target"].shape, np.nan, np.float32)}
+
+    monkeypatch.setattr("truepose_jax.train.training_batches", spoiled)
     found = Table(tmp_path, {})
-    study = toy_study(tmp_path)
-    study.settings = dataclasses.replace(TOY_SETTINGS, target=0.01, examples=24 * 40)
-    study.config = tiny.config({"optim": {"learning_rate": 0.05, "max_skips": 3}})
-    good = study.loader
-
-    def loader(config, start):
-        for step, each in enumerate(good(config, start), start):
-            yield each if step < 3 else each | {"target": np.full_like(each["target"], np.nan)}
-
-    study.loader = loader
-    run = batch.Run("adamw", "any", 24, 0)
-    row = study.row(run, StopAt(math.inf))
+    settings = dataclasses.replace(TOY_SETTINGS, target=0.001, examples=8 * 40)
+    toy.optim.max_skips = 3
+    run = batch.Run("adamw", "any", 8, 0)
+    row = batch_row(run, toy, settings, tmp_path)
     assert row["diverged"] and row["steps_to_target"] is row["examples_to_target"] is None
-    assert row["steps"] == 6 and row["best_loss"] > 0 and not (tmp_path / "runs" / run.name / "checkpoints").exists()
+    assert row["steps"] == 6 and row["best_loss"] > 0
+    assert not (tmp_path / "runs" / run.name / "checkpoints").exists()
     found.add(row)
     at_once = batch.Run("adamw", "none", 48, 0)  # before it was evaluated
     folder = tmp_path / "runs" / at_once.name
     folder.mkdir(parents=True)
     (folder / "metrics.jsonl").write_text('{"step": 1, "loss": null, "skipped_now": 1, "steps_per_second": null}\n')
-    found.add(batch.judged(at_once, study.config, study.settings, folder, diverged=True))
+    config = from_config_dict(Config, toy)
+    found.add(batch.judged(at_once, config, settings, folder, diverged=True))
     assert found.rows[1]["best_loss"] is None and found.rows[1]["steps"] == 1
-    text = write_report(found, study.config, study.settings, "command").read_text()
+    text = write_report(found, config, settings, "command").read_text()
     assert "diverged at 6" in text and f"{run.name} (step 6), {at_once.name} (step 1)" in text
 
 
@@ -279,25 +274,6 @@ def test_a_diverged_run_is_not_tried_again():
     run, row = batch.Run("adamw", "none", 12, 0), {"steps_to_target": None, "steps": 3}
     assert batch.again(run, row, tiny.config(), SETTINGS)
     assert not batch.again(run, row | {"diverged": True}, tiny.config(), SETTINGS)
-
-
-@pytest.mark.slow
-def test_a_batch_study_of_truepose(tmp_path):
-    """The same with the real network and data: resumed equals left alone."""
-    base = {"data__synthetic__identities": 4, "data__synthetic__heldout_identities": 2, "diffusion__drop_rate": 0.0}
-    base |= {"eval__pairs": 2, "eval__batch_size": 2, "optim__learning_rate": 1e-3}
-    config = tiny_config(**base)
-    settings = batch.Settings(target=None, examples=36, micro=2, reference=4, lamb_rate=0.01)
-    rows = []
-    study = batch.Study(config, settings, tmp_path)
-    for stops in ([math.inf], [4, math.inf]):
-        study.folder = tmp_path / str(len(stops))
-        for stop in stops:
-            with quick_starts():
-                row = study.row(batch.Run("adamw", "any", 4, 0), StopAt(stop))
-            assert (row is None) == (stop < math.inf)
-        rows.append({k: v for k, v in row.items() if k != "seconds_per_step"})
-    assert rows[0] == rows[1] and rows[0]["steps"] == 9
 
 
 def row_of(optimizer, rule, size, steps):
@@ -409,7 +385,7 @@ def test_dry_run(tmp_path):
     flags = ["--config=configs/demo.py", "--study=memory", f"--out={out}", "--memory_gib=1", "--dry-run"]
     code, said, errors = program(*flags, "--sizes=64x48,32x24", "--fsdp=1", "--topologies=v5e:4x4")
     assert code == 0, errors
-    assert len(said.splitlines()) == 9 and "8 runs, 8 to do: about" in said
+    assert len(said.splitlines()) == 9 and "8 runs, 8 to do" in said
     assert not out.exists()
 
 

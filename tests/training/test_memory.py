@@ -196,6 +196,7 @@ def get_config():
 RUN = """
 import sys
 from truepose_jax import train
+from truepose_jax.flags import train as told
 from truepose_jax.runtime.cli import run_with_config
 from jax._src import xla_bridge
 
@@ -205,7 +206,7 @@ def main(argv):
     print("backends", *xla_bridge.backends())
     return code
 
-run_with_config(main)
+run_with_config(main, told)
 """
 
 

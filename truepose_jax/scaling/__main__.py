@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import argparse
-import contextlib
 import dataclasses
 import importlib.util
-import os
 import pathlib
 import shlex
 import shutil
@@ -15,12 +13,12 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
+import tqdm
 
 from truepose_jax.config import Config, ConfigError, from_config_dict, to_dict
 from truepose_jax.runtime import atomic, files
 from truepose_jax.runtime.cli import enable_compilation_cache, parse_size, run_with_config
-from truepose_jax.runtime.durations import describe
-from truepose_jax.scaling import batch, devices, memory, times
+from truepose_jax.scaling import batch, devices, memory
 from truepose_jax.scaling import flags as told
 from truepose_jax.scaling.flags import (
     BATCHES,
@@ -50,22 +48,18 @@ from truepose_jax.scaling.flags import (
 )
 from truepose_jax.scaling.hardware import Topology
 from truepose_jax.scaling.table import Row, Table
-from truepose_jax.training.checkpoint import Preemption, lock_workdir
+from truepose_jax.training.checkpoint import STOPPED, lock_workdir
 from truepose_jax.training.init import resolve_init_from
-
-STOPPED = 143
-"""Exit code of a study that was asked to stop (SIGTERM, SIGINT) and has saved what it had."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Work:
-    """A study ready to go. runs have a `name`; row(run, preemption) is None where it was asked to stop. again(run, row):
-    whether a row that is there is to be made anew."""
+    """A study ready to go. runs have a `name`; row(run) is None where it was asked to stop. again(run, row): whether a row that
+    is there is to be made anew."""
 
     common: Any
     runs: Sequence[Any]
-    seconds: Callable[[Any, Sequence[Row]], float]
-    row: Callable[[Any, Preemption], Row | None]
+    row: Callable[[Any], Row | None]
     report: Callable[[Table], pathlib.Path]
     again: Callable[[Any, Row], bool] = lambda run, row: False
 
@@ -100,12 +94,6 @@ def _batch(config: Config, folder: pathlib.Path) -> Work:
     runs = batch.plan(sizes, curves, SEEDS.value, settings)
     for run in runs:
         batch.config_of(run, config, settings)  # raises where it cannot be
-    study: list[batch.Study] = []
-
-    def row(run: batch.Run, preemption: Preemption) -> Row | None:
-        if not study:
-            study.append(batch.Study(config, settings, folder))
-        return study[0].row(run, preemption)
 
     def report(found: Table) -> pathlib.Path:
         from truepose_jax.scaling.batch_report import write_report
@@ -118,8 +106,7 @@ def _batch(config: Config, folder: pathlib.Path) -> Work:
     return Work(
         common={"study": "batch", "config": to_dict(config), "settings": shared},
         runs=runs,
-        seconds=lambda run, done: times.batch(run, batch.config_of(run, config, settings), done),
-        row=row,
+        row=lambda run: batch.row(run, config, settings, folder),
         report=report,
         again=lambda run, row: batch.again(run, row, config, settings),
     )
@@ -140,8 +127,7 @@ def _devices(config: Config, folder: pathlib.Path) -> Work:
     for run in runs:
         devices.config_of(run, config)
 
-    def row(run: devices.Run, preemption: Preemption) -> Row:
-        del preemption  # a row takes a minute or two: it is done again
+    def row(run: devices.Run) -> Row:
         return devices.row(run, config, settings, folder, on_cpu=on_cpu, tpu_python=TPU_PYTHON.value)
 
     def report(found: Table) -> pathlib.Path:
@@ -150,7 +136,6 @@ def _devices(config: Config, folder: pathlib.Path) -> Work:
     return Work(
         common={"study": "devices", "config": to_dict(config), "settings": dataclasses.asdict(settings)},
         runs=runs,
-        seconds=lambda run, done: times.devices(run, devices.config_of(run, config), settings, done),
         row=row,
         report=report,
     )
@@ -178,8 +163,7 @@ def _memory(config: Config, folder: pathlib.Path) -> Work:
     for run in runs:
         memory.config_of(run, config, config.data.targets_per_source)
 
-    def row(run: memory.Run, preemption: Preemption) -> Row:
-        del preemption
+    def row(run: memory.Run) -> Row:
         return memory.row(run, config, settings, folder, on_cpu=on_cpu, tpu_python=TPU_PYTHON.value)
 
     def report(found: Table) -> pathlib.Path:
@@ -188,7 +172,6 @@ def _memory(config: Config, folder: pathlib.Path) -> Work:
     return Work(
         common={"study": "memory", "config": to_dict(config), "settings": dataclasses.asdict(settings)},
         runs=runs,
-        seconds=lambda run, done: times.memory(run, done),
         row=row,
         report=report,
     )
@@ -238,20 +221,16 @@ def main(argv: list[str]) -> int:
     found = Table(folder, work.common)
     _commands(folder)
     enable_compilation_cache()
-    with Preemption() if STUDY.value == "batch" else contextlib.nullcontext() as preemption, lock_workdir(folder):
+    with lock_workdir(folder):
         todo = [run for run in work.runs if (row := found.done(run.name)) is None or work.again(run, row)]
-        for i, run in enumerate(todo):
-            left = describe(sum(work.seconds(r, found.rows) for r in todo[i:]))
-            print(f"{run.name}: row {len(found.rows) + 1}, {len(todo) - i} to do, about {left} left", flush=True)
-            row = work.row(run, preemption)
+        for run in tqdm.tqdm(todo, desc="rows", dynamic_ncols=True):
+            tqdm.tqdm.write(run.name, file=sys.stdout)
+            row = work.row(run)
             if row is None:
-                print("asked to stop: saved; run the same command again to go on", flush=True)
                 return STOPPED
             found.add(row)
-            print(
-                "  " + ", ".join(f"{k} {v}" for k, v in row.items() if isinstance(v, int | float | str))[:300],
-                flush=True,
-            )
+            told = ", ".join(f"{k} {v}" for k, v in row.items() if isinstance(v, int | float | str))
+            tqdm.tqdm.write(f"  {told[:300]}", file=sys.stdout)
         print(f"report: {work.report(found)}", flush=True)
     return 0
 
@@ -259,17 +238,10 @@ def main(argv: list[str]) -> int:
 def _dry_run(work: Work, folder: pathlib.Path) -> int:
     """Lists; writes nothing."""
     done: list[Row] = Table(folder, work.common).rows if (folder / "study.json").exists() else []
-    names, total = {row["name"] for row in done}, 0.0
+    names = {row["name"] for row in done}
     for run in work.runs:
-        if run.name in names:
-            print(f"{run.name:48} done")
-            continue
-        seconds = work.seconds(run, done)
-        total += seconds
-        print(f"{run.name:48} about {describe(seconds)}")
-    print(
-        f"{len(work.runs)} runs, {len(work.runs) - len(names)} to do: about {describe(total)} on {os.cpu_count()} cores"
-    )
+        print(f"{run.name:48} {'done' if run.name in names else 'to do'}")
+    print(f"{len(work.runs)} runs, {len(work.runs) - len(names)} to do")
     return 0
 
 

@@ -1,6 +1,6 @@
 """The batch study: how many steps does each batch size take to the same loss?
 
-Every run trains as `train` does (same data, same step), at a constant rate after its warm-up, with the gradient noise
+Every run is one of `train`, at a constant rate after its warm-up, with the gradient noise
 scale measured, and ends at the first held-out evaluation that reaches the target. Evaluations come at steps whose ratio
 is EVALUATED_EVERY, so that every batch size is judged at the same relative resolution.
 """
@@ -8,36 +8,26 @@ is EVALUATED_EVERY, so that every batch size is judged at the same relative reso
 from __future__ import annotations
 
 import dataclasses
-import functools
 import json
 import math
 import pathlib
 import shutil
-import tempfile
-import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-import tqdm
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from truepose_jax.config import Config, ConfigError, checked
-from truepose_jax.data.annotations import training_method
-from truepose_jax.data.datasets import Dataset, evaluation_set, training_batches, training_set
-from truepose_jax.pretrained.factory import assemble, region_encoder
-from truepose_jax.runtime.sharding import batch_parts, put_global_batch, put_whole_batch, replicate
-from truepose_jax.scaling.compiled import mesh_of
+from truepose_jax.data.datasets import Dataset
+from truepose_jax.methods.base import Trainable
 from truepose_jax.scaling.fits import noise_estimate, steps_to
 from truepose_jax.scaling.table import Row
+from truepose_jax.train import DIVERGED, train
 from truepose_jax.training import noise_scale
-from truepose_jax.training.checkpoint import Checkpoints, Preemption, check_same_config, parameter_table, write_metadata
-from truepose_jax.training.init import abstract_state, first_state
-from truepose_jax.training.run_log import CannotWrite, Monitor, NonFinite
-from truepose_jax.training.step import Trainer, TrainState
-from truepose_jax.training.validation import Pairs
+from truepose_jax.training.checkpoint import STOPPED
+from truepose_jax.training.validation import EmbeddingEvaluator, Watch
 
 RULES: dict[str, Callable[[float], float]] = {
     "none": lambda ratio: 1.0,
@@ -47,8 +37,8 @@ RULES: dict[str, Callable[[float], float]] = {
 """Learning rate over the reference batch's, by batch / reference batch."""
 
 EVALUATED_EVERY = 1.1
-SAVED_EVERY = 30.0
-"""Seconds between checkpoints: what a kill costs."""
+SAVES = 20
+"""Checkpoints of a run that takes all its steps: the steps between two are what a kill costs."""
 
 LATE = 0.5
 """The noise scale of a run is that of this last part of its steps: it rises while the loss falls."""
@@ -125,12 +115,14 @@ def config_of(run: Run, config: Config, settings: Settings) -> Config:
         noise_scale="on",
         ema_decay=0.0,
     )
+    steps = max(settings.examples // run.batch, 1)
     changed = dataclasses.replace(
         config,
         optim=optim,
         seed=config.seed + run.seed,
         batch_size=run.batch,
-        total_steps=max(settings.examples // run.batch, 1),
+        total_steps=steps,
+        checkpoint=dataclasses.replace(config.checkpoint, every=max(steps // SAVES, 1), keep=1, keep_every=0),
     )
     return checked(changed)
 
@@ -147,128 +139,37 @@ def evaluated_steps(total: int) -> list[int]:
     return sorted(found)
 
 
-class Study:
-    """What the runs share: data, networks, the first parameters of each seed, the evaluation."""
+class HeldOutLoss(EmbeddingEvaluator):
+    """Of any method the mean loss over the evaluation's pairs, the same noise every time."""
 
-    def __init__(self, config: Config, settings: Settings, folder: pathlib.Path):
-        self.config, self.settings, self.folder = config, settings, folder
-        self.mesh: Mesh = mesh_of(config, jax.devices())
-        if settings.micro % (batch_parts(self.mesh) * config.data.targets_per_source):
-            raise ConfigError(
-                f"--micro={settings.micro} cannot be cut over {batch_parts(self.mesh)} parts of the batch"
-            )
-        encoder = region_encoder(config)
-        method, frozen, autoencoder, prints = assemble(config, encoder)
-        self.data: Dataset = training_set(config, encoder, str(folder / "cache"))
-        self.method = training_method(config, method, self.data.images, autoencoder, prints)
-        self.pairs = Pairs.read(evaluation_set(config, encoder, str(folder / "cache")), method.needs)
-        self.frozen = replicate(self.mesh, frozen)
-        parts = batch_parts(self.mesh)
-        self.eval_batch = -(-min(config.eval.batch_size, len(self.pairs)) // parts) * parts
-        self._loss = jax.jit(
-            lambda *arguments: method.loss(*arguments)[0], out_shardings=NamedSharding(self.mesh, PartitionSpec())
-        )
+    def __init__(self, config: Config, method: Trainable, dataset: Dataset, mesh: Mesh):
+        super().__init__(config, method, dataset, mesh)
+        whole = NamedSharding(mesh, PartitionSpec())
+        self._loss = jax.jit(lambda *inputs: (None, {"loss": method.loss(*inputs)[0]}), out_shardings=whole)
 
-    @functools.cache  # noqa: B019  one study lives as long as the program
-    def first_parameters(self, seed: int) -> Any:
-        """The same for every run of a seed, whatever its optimizer and batch."""
-        config = dataclasses.replace(self.config, seed=self.config.seed + seed)
-        trainer = Trainer(config, self.method)
-        with tempfile.TemporaryDirectory() as nothing:
-            empty = Checkpoints(nothing, keep=1, every=1)
-            found = first_state(config, trainer, empty, abstract_state(config, trainer, self.mesh)).params
-            empty.close()
-        return found
+    def run(self, *arguments: Any) -> tuple[dict[str, float], None]:
+        (loss,) = super().run(*arguments)[0].values()
+        return {"heldout_loss": loss}, None
 
-    def heldout_loss(self, params: Any) -> float:
-        """Mean over the evaluation's pairs, the same noise every time."""
-        total = weight = 0.0
-        for piece, keys in self.pairs.pieces(self.config.seed, self.eval_batch):
-            count = float(piece["valid"].sum())
-            total += float(self._loss(params, self.frozen, put_whole_batch(self.mesh, piece), keys)) * count
-            weight += count
-        return total / max(weight, 1.0)
 
-    def loader(self, config: Config, start: int) -> Any:
-        return training_batches(config, self.data, start_step=start)
-
-    def row(self, run: Run, preemption: Preemption) -> Row | None:
-        """Trains and judges; None: asked to stop, and saved. Goes on where the run's folder stands. A run that diverges
-        gets its row too: nothing random is left in it, so that it would diverge again."""
-        workdir = self.folder / "runs" / run.name
-        config = config_of(run, self.config, self.settings)
-        check_same_config(workdir, config)
-        with jax.set_mesh(self.mesh):
-            trainer = Trainer(config, self.method)
-            abstract = abstract_state(config, trainer, self.mesh)
-            write_metadata(workdir, config=config, parameter_table=parameter_table(abstract.params), mesh=self.mesh)
-            checkpoints = Checkpoints(workdir, keep=1, every=1)
-            try:
-                if checkpoints.latest_step() is not None:
-                    state = first_state(config, trainer, checkpoints, abstract)
-                else:
-                    state = trainer.state_of(jax.tree.map(jnp.copy, self.first_parameters(run.seed)))
-                    state = jax.device_put(state, jax.tree.map(lambda x: x.sharding, abstract))
-                finished, diverged = self._train(run, config, trainer, state, checkpoints, workdir, preemption), False
-            except NonFinite as error:
-                print(f"{run.name} has diverged: {error}", flush=True)
-                finished, diverged = True, True
-            except CannotWrite as error:
-                raise ConfigError(str(error)) from error
-            finally:
-                checkpoints.close()
-        if not finished:
-            return None
-        row = judged(run, config, self.settings, workdir, diverged=diverged)
-        shutil.rmtree(workdir / "checkpoints")  # the row and the logs stay
-        return row
-
-    def _train(
-        self,
-        run: Run,
-        config: Config,
-        trainer: Trainer,
-        state: TrainState,
-        checkpoints: Checkpoints,
-        workdir: pathlib.Path,
-        preemption: Preemption,
-    ) -> bool:
-        train_step = trainer.jitted(state)
-        start, due = int(state.step), set(evaluated_steps(config.total_steps))
-        loader, saved = self.loader(config, start), time.monotonic()
-        bar = tqdm.tqdm(total=config.total_steps, initial=start, desc=run.name, dynamic_ncols=True, mininterval=2)
-        with bar, Monitor(
-            workdir, total_steps=config.total_steps, start_step=start, log_every=config.log_every, is_writer=True,
-            quiet=True, max_skips=config.optim.max_skips,
-        ) as monitor:  # fmt: skip
-
-            def save(step: int) -> None:
-                monitor.flush()
-                names = ("step", "opt_state", "skipped", "skips_in_a_row")
-                rest = {name: getattr(state, name) for name in names}
-                checkpoints.save(step, {"params": state.params, "ema": None, "rest": rest}, extra={"step": step})
-
-            if any(reached(loss, self.settings.target) for _, loss in evaluations(workdir)):
-                return True  # killed after this evaluation, before its row was written
-            for step in range(start + 1, config.total_steps + 1):
-                state, metrics = train_step(state, self.frozen, put_global_batch(self.mesh, next(loader)))
-                monitor.step(step, metrics, config.batch_size)
-                bar.update()
-                loss = math.inf
-                if step in due:
-                    with monitor.paused():
-                        loss = self.heldout_loss(state.params)
-                    monitor.evaluation(step, {"heldout_loss": loss})
-                    bar.set_postfix_str(f"held-out loss {loss:.4f}")
-                stop = preemption.stop(step)
-                if stop or time.monotonic() - saved > SAVED_EVERY:
-                    save(step)
-                    saved = time.monotonic()
-                if reached(loss, self.settings.target):
-                    return True
-                if stop:
-                    return False
-        return True
+def row(run: Run, config: Config, settings: Settings, folder: pathlib.Path) -> Row | None:
+    """Trains in folder/runs and judges; None: asked to stop, and saved. Goes on where the run's folder stands. A run that
+    diverges gets its row too: nothing random is left in it, so that it would diverge again."""
+    workdir = folder / "runs" / run.name
+    wanted, target = config_of(run, config, settings), settings.target
+    watch = Watch(
+        make=HeldOutLoss,
+        due=set(evaluated_steps(wanted.total_steps)).__contains__,
+        enough=lambda results: reached(results["heldout_loss"], target),
+    )
+    code = 0
+    if not any(reached(loss, target) for _, loss in evaluations(workdir)):  # killed before its row was written
+        code = train(wanted, str(workdir), watch=watch, cache=str(folder / "cache"))
+    if code == STOPPED:
+        return None
+    found = judged(run, wanted, settings, workdir, diverged=code == DIVERGED)
+    shutil.rmtree(workdir / "checkpoints")  # the row and the logs stay
+    return found
 
 
 def reached(loss: float, target: float | None) -> bool:

@@ -19,7 +19,7 @@ from ml_collections import config_flags
 CONFIG = config_flags.DEFINE_config_file("config", None, "The experiment: a file under configs/.", lock_config=True)
 STUDY = flags.DEFINE_enum("study", None, ("batch", "devices", "memory"), "What to study.")
 OUT = flags.DEFINE_string("out", None, "Folder for rows, report and the runs' own folders.")
-DRY_RUN = flags.DEFINE_bool("dry-run", False, "List the runs with an estimate of their time, and end.")
+DRY_RUN = flags.DEFINE_bool("dry-run", False, "List the runs, and end.")
 
 BATCHES = flags.DEFINE_list("batches", ["12", "24", "48", "96", "192"], "global batch sizes.")
 CURVES = flags.DEFINE_string(

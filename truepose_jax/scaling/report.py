@@ -46,9 +46,10 @@ def origin(config: Config, command: str) -> list[str]:
     h, w = config.model.size
     device = jax.devices()[0]
     versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in ("jax", "flax", "optax"))
-    widths = ", ".join(str(width) for width in config.model.unet.block_out_channels)
+    unet = getattr(config.model, "unet", None)
+    widths = f", widths {', '.join(map(str, unet.block_out_channels))}" if unet else ""
     return [
-        f"Network: {config.model.method}, widths {widths}, {h}x{w} pixels, {config.model.dtype}; data: {config.data.dataset}. "
+        f"Network: {config.model.method}{widths}, {h}x{w} pixels, {config.model.dtype}; data: {config.data.dataset}. "
         f"Machine: {jax.device_count()} x {device.device_kind} ({device.platform}), {platform.machine()}. {versions}.",
         "",
         "```",

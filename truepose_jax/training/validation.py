@@ -274,6 +274,16 @@ def evaluator_of(config: Config, method: Trainable, dataset: Dataset, mesh: Mesh
     return kind(config, method, dataset, mesh)
 
 
+@dataclasses.dataclass(frozen=True)
+class Watch:
+    """How a run is watched while it trains. make: its evaluation. due: whether there is one after a step; None: as config.eval
+    says. enough: whether a run with such results ends there."""
+
+    make: Callable[[Config, Trainable, Dataset, Mesh], Evaluator | EmbeddingEvaluator] = evaluator_of
+    due: Callable[[int], bool] | None = None
+    enough: Callable[[Mapping[str, float]], bool] = lambda results: False
+
+
 def of_pairs(images: np.ndarray, needs: Needs) -> np.ndarray:
     """The pictures [n h w 3] of a sample of pairs: of a canvas the first tile that is made."""
     return images[:, 1] if needs.pictures > 1 else images
