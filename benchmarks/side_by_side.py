@@ -333,16 +333,13 @@ def open_results(out: pathlib.Path, name: str) -> tuple[pathlib.Path, dict[str, 
 
 
 def read_rows(out: pathlib.Path, name: str) -> tuple[pathlib.Path, dict[str, Any]]:
-    """The file's rows. In older files one machine stands for all rows, and one list of ours' times for all forms of a row."""
+    """The file's rows. Raises InputError."""
     path, results = open_results(out, name)
     rows = results.get("rows", {})
-    try:
-        for row in rows.values():
-            row["about"].setdefault("machine", results.get("machine", {}))
-            for form in timed_forms(row):
-                row[form].setdefault("ours_times", row[OURS]["times"])
-    except (AttributeError, KeyError, TypeError) as error:
-        raise InputError(f"{path} has a row without {error}; move it away or name another --out") from error
+    if lacking := [row for row, found in rows.items() if "machine" not in found.get("about", {})]:
+        raise InputError(
+            f"{path} has a row that is not of this program ({lacking[0]}); move it away or name another --out"
+        )
     return path, rows
 
 

@@ -186,16 +186,6 @@ def _alike(rows: Mapping[str, Any]) -> list[tuple[list[str], dict[str, Any]]]:
     return found
 
 
-def read_rows(out: pathlib.Path) -> tuple[pathlib.Path, dict[str, Any]]:
-    """The file's rows. In older files one machine and one configuration stand for all."""
-    path, results = open_results(out, "start_up")
-    rows = results.get("rows", {})
-    for row in rows.values():
-        row.setdefault("machine", results.get("machine", {}))
-        row.setdefault("config", results.get("config", ""))
-    return path, rows
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     return run_program(_main, sys.argv[1:] if argv is None else argv)
 
@@ -215,7 +205,8 @@ def _main(argv: Sequence[str]) -> int:
         parser.error(f"--config={flags.config} is not there; name a file under configs/")
     if flags.out.exists() and not flags.out.is_dir():
         parser.error(f"--out={flags.out} is a file; name a folder")
-    path, rows = read_rows(flags.out)
+    path, results = open_results(flags.out, "start_up")
+    rows = results.get("rows", {})
     about = {"machine": machine(), "config": flags.config, "commit": commit()}
     for name in wanted if not flags.again else ():
         if name in rows and any(rows[name][key] != about[key] for key in ("machine", "config")):
