@@ -13,7 +13,7 @@ from typing import Any
 from input_pipeline.annotations.parsing import label_set
 from input_pipeline.schema import InputError
 from input_pipeline.shards import WHOLE, Shard
-from truepose_jax.evaluate import pairing, rating
+from truepose_jax.evaluate import pairing
 from truepose_jax.evaluate.flags import make_parser
 from truepose_jax.evaluate.pairing import NAMED, OR_ALLOW, Folder, Pairing, summarize
 from truepose_jax.evaluate.program_hash import program_hash
@@ -34,9 +34,8 @@ PACKAGES = ("truepose-jax", "jax", "flax", "numpy", "scipy", "pillow", "opencv-p
 def main(argv: Sequence[str] | None = None) -> int:
     """Returns the exit code: 2, and one line on stderr, for bad input."""
     argv = list(sys.argv[1:] if argv is None else argv)
-    others = {"weights": _weights, "sheet": rating.make_sheet, "score": rating.score}
-    if argv and argv[0] in others:
-        return run_program(others[argv[0]], argv[1:])
+    if argv[:1] == ["weights"]:
+        return run_program(_weights, argv[1:])
     return run_program(_main, argv)
 
 

@@ -2,7 +2,6 @@
 
     python -m truepose_jax.evaluate --generated=DIR --reference=DIR --protocol=cfld --size=256x176 --out=report.json
     python -m truepose_jax.evaluate weights --pth=FILE.pth --out=FILE.safetensors
-    python -m truepose_jax.evaluate sheet --help        (rating by people; then: evaluate score)
 
 Images are paired by name: TARGET, SOURCE_2_TARGET_vis or SOURCE_to_TARGET, DeepFashion's in any spelling. The report
 states the protocol in full, each metric's image count and 95 % interval over images, and the hash of all weights; FID and

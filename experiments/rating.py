@@ -1,5 +1,8 @@
 """Rating by people: a blinded sheet that needs no server, and the scorer of the answers.
 
+    python experiments/rating.py sheet --reference=DIR --method=NAME=DIR --method=NAME=DIR --size=512x352 --out=DIR
+    python experiments/rating.py score --key=DIR/key.csv --answers=FILE.csv
+
 | number | question | better |
 |---|---|---|
 | R2G | share of real photos taken for generated | - |
@@ -19,15 +22,18 @@ import itertools
 import json
 import pathlib
 import random
+import sys
 from collections.abc import Mapping, Sequence
 
 from PIL import Image
+
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
 
 from input_pipeline.annotations.photo import one_line, read_photo
 from input_pipeline.files import read_list
 from input_pipeline.schema import InputError
 from truepose_jax.evaluate.pairing import Folder, pair_folders
-from truepose_jax.runtime.cli import Parser, parse_size
+from truepose_jax.runtime.cli import Parser, parse_size, run_program
 
 REAL = "real"
 TITLE = 'Rating of pictures: write "real" or "generated" for part 1, and a letter for part 2, into answers.csv'
@@ -37,7 +43,7 @@ ANSWER_COLUMNS = ("question", "answer")
 
 def make_sheet(argv: Sequence[str]) -> None:
     """sheet: writes the folder. Raises InputError."""
-    parser = Parser(prog="python -m truepose_jax.evaluate sheet", description=__doc__, allow_abbrev=False)
+    parser = Parser(prog="python experiments/rating.py sheet", description=__doc__.splitlines()[0], allow_abbrev=False)
     add = parser.add_argument
     add("--reference", required=True, metavar="DIR", help="true images")
     add("--method", action="append", required=True, metavar="NAME=DIR", help="generated images, once per method")
@@ -157,7 +163,7 @@ def _write_sheet(
 
 def score(argv: Sequence[str]) -> None:
     """score: R2G, G2R and Jab of one or more filled answers.csv. Raises InputError."""
-    parser = Parser(prog="python -m truepose_jax.evaluate score", description=__doc__, allow_abbrev=False)
+    parser = Parser(prog="python experiments/rating.py score", description=__doc__.splitlines()[0], allow_abbrev=False)
     parser.add_argument("--key", required=True, metavar="CSV", help="key.csv of the sheet")
     parser.add_argument("--answers", action="append", required=True, metavar="CSV", help="once per rater")
     flags = parser.parse_args(argv)
@@ -215,3 +221,15 @@ def _read_csv(path: str, columns: Sequence[str]) -> list[dict[str, str]]:
     if not lines or lines[0] != list(columns):
         raise InputError(f"{path}: the first line must be {','.join(columns)}")
     return [dict(itertools.zip_longest(columns, cells[: len(columns)], fillvalue="")) for cells in lines[1:]]
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    argv = list(sys.argv[1:] if argv is None else argv)
+    commands = {"sheet": make_sheet, "score": score}
+    if not argv or argv[0] not in commands:
+        Parser(prog="python experiments/rating.py").error(f"say {' or '.join(commands)} first")
+    return run_program(commands[argv[0]], argv[1:])
+
+
+if __name__ == "__main__":
+    sys.exit(main())
