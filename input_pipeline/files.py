@@ -11,11 +11,14 @@ import csv
 import io
 import json
 import math
+import mmap
 import os
 import pathlib
 import stat
 from collections.abc import Iterator, Mapping
 from typing import Any, BinaryIO
+
+import numpy as np
 
 from input_pipeline.schema import InputError, UserError
 
@@ -129,6 +132,33 @@ def read_text(
         seen = looks_like(data)
         why = f"it is {seen}" if seen else "it is no UTF-8 text"
         raise error(_unreadable(path, what, why, advice)) from caught
+
+
+# --------------------------------------------------------------------------------------------------- arrays
+
+
+class MappedArray(np.memmap):
+    """An array in a file, mapped for reading: a process holds the pages that it looks at. It is pickled as its place, so loader
+    processes map it too instead of getting a copy."""
+
+    def __reduce__(self):
+        if isinstance(self.base, mmap.mmap):  # the whole array, no slice of it
+            return MappedArray, (self.filename, self.dtype, "r", self.offset, self.shape)
+        return np.asarray(self).__reduce__()
+
+
+def map_npy(path: str | os.PathLike[str], what: str = "an array", *, advice: str = "") -> MappedArray:
+    """The array of an .npy file. Raises InputError where it is none, is cut off, or holds Python objects."""
+    with open_plain(path, what, advice=advice) as file:
+        try:
+            np.lib.format.read_magic(file)
+            shape, _, dtype = np.lib.format.read_array_header_1_0(file)
+        except ValueError as error:
+            raise InputError(_unreadable(path, what, f"no .npy file: {str(error).splitlines()[0]}", advice)) from error
+        offset, size = file.tell(), os.fstat(file.fileno()).st_size
+    if dtype.hasobject or dtype.itemsize == 0 or size != offset + math.prod(shape) * dtype.itemsize:
+        raise InputError(_unreadable(path, what, f"{size} bytes for {dtype} {list(shape)}", advice))
+    return MappedArray(path, dtype, "r", offset, shape)
 
 
 # ----------------------------------------------------------------------------------------------------- JSON

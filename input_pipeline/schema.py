@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from typing import Protocol
 
 import numpy as np
@@ -74,34 +75,45 @@ class ImageSet(Protocol):
 class TokenTable:
     """Region tokens of all images of a set, in its order (region crops through CLIP, made by truepose_jax).
 
-    tokens: float32 [n 21 e]. valid: bool [n 21]. flipped_*: the same of the mirrored photos with their
-    mirrored maps, needed only where flips are drawn.
+    rows: float32 [r e], the tokens that there are, image after image: about 8 of 21, and dense ones of 10^5 images would be
+    6 GB. valid: bool [n 21], which those are. flipped_*: the same of the mirrored photos with their mirrored maps, needed only
+    where flips are drawn. All of them may be mapped files.
     """
 
-    tokens: np.ndarray
+    rows: np.ndarray
     valid: np.ndarray
-    flipped_tokens: np.ndarray | None = None
+    flipped_rows: np.ndarray | None = None
     flipped_valid: np.ndarray | None = None
 
-    @property
-    def width(self) -> int:
-        return self.tokens.shape[-1]
+    @classmethod
+    def packed(cls, *dense: np.ndarray) -> TokenTable:
+        """Of tokens [n 21 e] and valid [n 21], perhaps also of the mirrored photos' two."""
+        pairs = zip(dense[::2], dense[1::2], strict=True)
+        return cls(*(array for tokens, valid in pairs for array in (tokens[valid], valid)))
 
     @property
     def has_flipped(self) -> bool:
-        return self.flipped_tokens is not None
+        return self.flipped_rows is not None
+
+    @functools.cached_property
+    def _starts(self) -> tuple[np.ndarray, ...]:
+        """int64 [n + 1] of each side: where an image's rows begin."""
+        sides = (self.valid, self.flipped_valid) if self.has_flipped else (self.valid,)
+        return tuple(np.concatenate(([0], np.cumsum(np.count_nonzero(valid, axis=1)))) for valid in sides)
 
     def of(self, index: int, *, flip: bool) -> tuple[np.ndarray, np.ndarray]:
-        """(tokens [21 e], valid [21]) of an image as it enters."""
-        if flip:
-            return self.flipped_tokens[index], self.flipped_valid[index]
-        return self.tokens[index], self.valid[index]
+        """(tokens [21 e], valid [21]) of an image as it enters; rows without a region are zeros."""
+        rows, valid = (self.flipped_rows, self.flipped_valid) if flip else (self.rows, self.valid)
+        first, last = self._starts[flip][index : index + 2]
+        there = np.array(valid[index])
+        tokens = np.zeros((len(there), rows.shape[1]), np.float32)
+        tokens[there] = rows[first:last]
+        return tokens, there
 
     def check(self, images: int) -> None:
         """Raises InputError where this is not the table of so many images."""
         want = (images, MAX_CLASSES + 1)
-        if self.tokens.shape[:2] != want or self.valid.shape != want:
+        if self.valid.shape != want or self._starts[0][-1] != len(self.rows):
             raise InputError(
-                f"token table of shape {self.tokens.shape} with valid {self.valid.shape}; "
-                f"expected {want} for this image set"
+                f"token table of {len(self.rows)} rows with valid {self.valid.shape}; expected {want} for this image set"
             )

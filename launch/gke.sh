@@ -5,6 +5,7 @@
 #   launch/gke.sh [OPTION...] tpu NAME IMAGE TYPE TOPOLOGY -- --config=... --workdir=/data/runs/a [--config.key=value ...]
 #   launch/gke.sh [OPTION...] gpu NAME IMAGE NODES GPUS_PER_NODE -- --config=... --workdir=/data/runs/a [...]
 #   launch/gke.sh [OPTION...] tpu|gpu ... -- generate|evaluate|prepare ARGUMENT...       e.g. prepare build --dataset=...
+#   launch/gke.sh [OPTION...] cpu NAME IMAGE PODS CORES_PER_POD -- generate|evaluate|prepare ARGUMENT...
 #
 #   --claim=NAME:PATH        mounts that PersistentVolumeClaim at PATH in every pod (ReadWriteMany where there are several)
 #   --bucket=NAME:PATH       mounts that Cloud Storage bucket at PATH, by GKE's Cloud Storage FUSE driver
@@ -16,7 +17,7 @@
 # Needs kubectl, Kubernetes 1.31 or later and JobSet 0.10 or later in the cluster (https://jobset.sigs.k8s.io).
 set -euo pipefail
 
-usage() { sed -n '2,16s/^# \{0,1\}//p' "$0" >&2; exit 2; }
+usage() { sed -n '2,17s/^# \{0,1\}//p' "$0" >&2; exit 2; }
 
 dry=
 mounts=
@@ -91,6 +92,14 @@ case $kind in
     extra=()
     selector="cloud.google.com/gke-gpu: \"true\""
     resource="nvidia.com/gpu: $fifth"
+    ;;
+  cpu)
+    [[ $fourth =~ ^[1-9][0-9]*$ && $fifth =~ ^[1-9][0-9]*$ ]] || usage
+    [[ $program != train ]] || { echo "error: cpu is for parts of other work; training takes tpu or gpu" >&2; exit 2; }
+    hosts=$fourth
+    extra=()
+    selector="kubernetes.io/os: linux"
+    resource="cpu: $fifth"
     ;;
   *) usage ;;
 esac

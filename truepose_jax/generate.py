@@ -24,6 +24,7 @@ from input_pipeline.annotations.keypoints import split_spec
 from input_pipeline.annotations.parsing import label_set
 from input_pipeline.files import read_json
 from input_pipeline.records.reader import RecordImages
+from input_pipeline.records.tables import table_files
 from input_pipeline.schema import InputError
 from input_pipeline.shards import Shard
 from truepose_jax.config import to_dict
@@ -307,7 +308,7 @@ def generate_list(flags: argparse.Namespace, share: Shard) -> int:
     settings = settings_of(run, sampling, flags)
     if flags.records:
         images = RecordImages(flags.records, flags.split or SPLIT)
-        source, problems = str(images.root / f"pairs-{images.split}.csv"), []
+        source, problems = str(images.root / table_files(images.split)[1]), []
         rows = listed = record_rows(images, out_dir, flags.naming or NAMING)
         settings |= {"records": images.digest, "split": images.split}
         if run.needs.draw == "canvas":

@@ -226,7 +226,7 @@ def read_parsing(path: str | pathlib.Path, labels: LabelSet, image_hw: tuple[int
     return decode_parsing(data, labels, image_hw, name=str(path))
 
 
-def decode_parsing(data: bytes, labels: LabelSet, image_hw: tuple[int, int], *, name: str) -> np.ndarray:
+def decode_parsing(data: bytes, labels: LabelSet, image_hw: tuple[int, int], *, name: object) -> np.ndarray:
     """The same from an encoded map in memory; `name` is what errors call it."""
     parsing = decode_grey_png(data, max_pixels=MAX_PIXELS)
     if parsing is not None:
@@ -241,7 +241,7 @@ def decode_parsing(data: bytes, labels: LabelSet, image_hw: tuple[int, int], *, 
     return check_parsing(parsing, labels, image_hw, name=name)
 
 
-def check_parsing(parsing: np.ndarray, labels: LabelSet, image_hw: tuple[int, int], *, name: str) -> np.ndarray:
+def check_parsing(parsing: np.ndarray, labels: LabelSet, image_hw: tuple[int, int], *, name: object) -> np.ndarray:
     """The map itself; InputError where its shape is not `image_hw` or an id is outside the set."""
     if parsing.shape != tuple(image_hw):
         (h, w), (image_h, image_w) = parsing.shape[:2], image_hw

@@ -59,8 +59,8 @@ def read_photo(path: str | pathlib.Path, *, over: str = "white") -> np.ndarray:
     return decode_photo(read_bytes(path, "a photo", limit=MAX_PICTURE), name=str(path), over=over)
 
 
-def decode_photo(data: bytes, *, name: str, over: str = "white") -> np.ndarray:
-    """The same from an encoded image in memory; `name` is what errors call it."""
+def decode_photo(data: bytes, *, name: object, over: str = "white") -> np.ndarray:
+    """The same from an encoded image in memory; `name`, as text, is what errors call it."""
     with open_picture(data, name=name) as image, _large if image.width * image.height > LARGE else contextlib.nullcontext():
         if is_plain_jpeg(image) and simplejpeg:
             with contextlib.suppress(_Padded):
@@ -79,7 +79,7 @@ def decode_photo(data: bytes, *, name: str, over: str = "white") -> np.ndarray:
 
 
 @contextlib.contextmanager
-def open_picture(data: bytes | BinaryIO, *, name: str, what: str = "image") -> Iterator[Image.Image]:
+def open_picture(data: bytes | BinaryIO, *, name: object, what: str = "image") -> Iterator[Image.Image]:
     """Pillow's image of a picture in memory or of an open file, of FORMATS and no larger than check_size allows.
 
     Raises InputError, one line with `name`, also for what goes wrong with the pixels inside the `with`.
@@ -102,7 +102,7 @@ def open_picture(data: bytes | BinaryIO, *, name: str, what: str = "image") -> I
         raise InputError(f"{name}: not a readable {what} ({one_line(error)}); it may be truncated") from error
 
 
-def _check_chunks(data: bytes, *, name: str) -> None:
+def _check_chunks(data: bytes, *, name: object) -> None:
     """A PNG of so many parts that reading them takes minutes is refused. Raises InputError."""
     if not data.startswith(b"\x89PNG\r\n\x1a\n") or len(data) < 12 * MAX_CHUNKS:
         return
@@ -133,7 +133,7 @@ def _decode_jpeg(data: bytes) -> np.ndarray:
         raise
 
 
-def check_size(image: Image.Image, *, name: str) -> None:
+def check_size(image: Image.Image, *, name: object) -> None:
     """Raises InputError where the header announces more pixels than this project reads."""
     w, h = image.size
     if max(h, w) > MAX_SIDE or h * w > MAX_PIXELS:

@@ -7,9 +7,8 @@ photos (the rings of an interpolated map are 83 % of its runs, of others' at mos
 
 from __future__ import annotations
 
-import collections
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
@@ -126,21 +125,26 @@ class SetOfDoubts:
     """Counts over the pictures of a set."""
 
     def __init__(self):
-        self._told: collections.Counter[str] = collections.Counter()
-        self._names: dict[str, list[str]] = collections.defaultdict(list)
+        self.counts: dict[str, list] = {}
+        """{kind: [pictures it was told of, doubtful ones, name of the first such]}, which is JSON too."""
 
     def add(self, name: str, judged: Mapping[str, bool]) -> None:
         """judged: of the picture `name`."""
-        for kind, doubtful in judged.items():
+        self.merge({kind: [1, int(doubtful), name if doubtful else ""] for kind, doubtful in judged.items()})
+
+    def merge(self, counts: Mapping[str, Sequence]) -> None:
+        """The `counts` of pictures that come after these."""
+        for kind, (told, doubtful, name) in counts.items():
             if kind in KINDS:
-                self._told[kind] += 1
-                if doubtful:
-                    self._names[kind].append(name)
+                before = self.counts.setdefault(kind, [0, 0, ""])
+                self.counts[kind] = [before[0] + told, before[1] + doubtful, before[2] or name]
 
     def lines(self) -> list[str]:
         """One a kind: of how many pictures, what, and which one for instance."""
         return [
-            f"{len(names):,} of {self._told[kind]:,} photos: {KINDS[kind].text} ({names[0]})"
+            f"{doubtful:,} of {told:,} photos: {KINDS[kind].text} ({name})"
             for kind in KINDS
-            if len(names := self._names.get(kind, [])) >= KINDS[kind].least and len(names) > KINDS[kind].share * self._told[kind]
+            if kind in self.counts
+            for told, doubtful, name in (self.counts[kind],)
+            if doubtful >= KINDS[kind].least and doubtful > KINDS[kind].share * told
         ]

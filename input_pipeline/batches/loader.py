@@ -135,7 +135,7 @@ def make_loader(
             f"batch_size {batch_size} is not a multiple of targets_per_source {targets_per_source} x {host_count} hosts"
         )
     if flip and tokens is not None and not tokens.has_flipped:
-        raise InputError("flip needs the region tokens of the mirrored photos (TokenTable.flipped_tokens)")
+        raise InputError("flip needs the region tokens of the mirrored photos (TokenTable.flipped_rows)")
     writer = BatchWriter(make_reader(images, tokens, layout))
     pairs = check_pairs(images.pairs, len(images))
     plan: Plan = GroupPlan(pairs, seed, targets_per_source, flip, self_pair)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Sequence
 from typing import Protocol
 
@@ -50,18 +51,24 @@ class GroupPlan:
     targets_per_source: int
     flip: bool
     self_pair: float
-    order: np.ndarray = dataclasses.field(init=False)
-
-    def __post_init__(self):
-        object.__setattr__(self, "order", np.argsort(self.pairs[:, 0], kind="stable"))
+    @functools.cached_property
+    def _by_source(self) -> tuple[np.ndarray, np.ndarray]:
+        """The pairs' sources [n], sorted, and their targets [n]."""
+        sources, targets = np.ascontiguousarray(self.pairs[:, 0]), self.pairs[:, 1]
+        if (sources[1:] >= sources[:-1]).all():
+            return sources, targets
+        order = np.argsort(sources, kind="stable")
+        return sources[order], targets[order]
 
     def __len__(self) -> int:
         return len(self.pairs)
 
     def partners(self, source: int) -> np.ndarray:
         """Targets that `source` is paired with, in the order of the pairs."""
-        first, last = np.searchsorted(self.pairs[:, 0], [source, source + 1], sorter=self.order)
-        return self.pairs[self.order[first:last], 1]
+        sources, targets = self._by_source
+        # Of the sources' type: else NumPy would convert all of them first.
+        first, last = np.searchsorted(sources, np.array([source, source + 1], sources.dtype))
+        return targets[first:last]
 
     def draw(self, index: int, epoch: int) -> Group:
         source, first = (int(i) for i in self.pairs[index])

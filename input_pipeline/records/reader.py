@@ -2,8 +2,7 @@
 
     DIR/dataset_info.json, features.json, metadata.json     tensorflow_datasets' own
     DIR/NAME-SPLIT.array_record-00000-of-00012              the records, one image each (records/schema.py)
-    DIR/images-SPLIT.csv                                    name,identity,height,width,joints (visible) of each record
-    DIR/pairs-SPLIT.csv                                     source,target names
+    DIR/images-SPLIT.npy, pairs-SPLIT.npy                   whom each record shows, and the pairs (records/tables.py)
     DIR/checksums.json, report.json                         what `prepare check` reads; what was dropped and why
 
 `tensorflow_datasets.builder_from_directory(DIR).as_data_source(SPLIT)` opens the same folder.
@@ -12,11 +11,11 @@
 from __future__ import annotations
 
 import bisect
-import csv
+import dataclasses
 import functools
-import io
 import pathlib
-from collections.abc import Mapping
+import resource
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -24,19 +23,20 @@ import numpy as np
 from input_pipeline import files
 from input_pipeline.annotations.parsing import decode_parsing, label_set, whole_photo
 from input_pipeline.annotations.photo import decode_photo, fit_photo, one_line
-from input_pipeline.records.schema import parse_record, unpack_tokens
-from input_pipeline.schema import NUM_JOINTS, ImageRecord, InputError, TokenTable
+from input_pipeline.records.schema import parse_record
+from input_pipeline.records.tables import Texts, read_tables, table_files
+from input_pipeline.schema import NUM_JOINTS, ImageRecord, InputError
 
-IMAGE_COLUMNS = ("name", "identity", "height", "width", "joints")
-PAIR_COLUMNS = ("source", "target")
+OPEN_SHARDS = min(4096, resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 2)
+"""Shards a process keeps open, the ones used last: 33 kB each, and opening one takes as long as a dozen reads."""
 
 
 class RecordImages:
     """ImageSet of one split of a built dataset, at `size` (h, w), or as stored where `size` is None.
 
-    names, identities: of the images. joints: of a pose. joint_counts: int32 [n], those visible. pairs: int32 [m 2], what may be
+    names, identities: of the images. joints: of a pose. joint_counts: uint16 [n], those visible. pairs: int32 [m 2], what may be
     trained or tested on; empty where no image has a pose. digest: of all the records' checksums, the key of caches. Opening
-    reads the tables only. Raises InputError where the folder is not a finished build or has no such split.
+    reads no record and no table. Raises InputError where the folder is not a finished build or has no such split.
     """
 
     def __init__(self, root: str | pathlib.Path, split: str, *, size: tuple[int, int] | None = None):
@@ -50,21 +50,29 @@ class RecordImages:
         self.shards = [path.name for path in builder.info.splits[split].filepaths]
         self._ends = np.cumsum(builder.info.splits[split].shard_lengths).tolist()
         self._paths = [f"{self.root / shard}" for shard in self.shards]
-        self._records = _raw_records(builder, split)
-        images = read_table(self.root / f"images-{split}.csv", IMAGE_COLUMNS)
-        if len(images) != len(self._records):
+        images, self.pairs = read_tables(self.root, split)
+        self.names, self.identities, self.joint_counts = Texts(images["name"]), Texts(images["identity"]), images["joints"]
+        if len(images) != self._ends[-1]:
             raise InputError(
-                f"{root}: images-{split}.csv has {len(images)} rows for {len(self._records)} records; build it again"
+                f"{root}: {table_files(split)[0]} has {len(images)} rows for {self._ends[-1]} records; build it again"
             )
-        self.names = [row[0] for row in images]
-        self.identities = [row[1] for row in images]
-        if not all(row[4].isdecimal() and len(row[4]) < 4 for row in images):
-            raise InputError(f"{root}: images-{split}.csv does not say how many joints each has; build it again")
-        self.joint_counts = np.array([int(row[4]) for row in images], np.int32)
-        self.pairs = self._read_pairs()
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without the open shards."""
+        return {name: value for name, value in vars(self).items() if name != "_shard"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Imports what reading needs, here: two threads that import it at once can wait for one another for ever."""
+        from tensorflow_datasets.proto import tf_example_pb2  # noqa: F401
+
+        vars(self).update(state)
 
     def __len__(self) -> int:
-        return len(self._records)
+        return self._ends[-1]
+
+    @functools.cached_property
+    def _shard(self) -> Callable[[str], Any]:
+        return functools.lru_cache(OPEN_SHARDS)(_open_shard)  # what falls out is closed when its last reader is done
 
     @functools.cached_property
     def digest(self) -> str:
@@ -88,40 +96,40 @@ class RecordImages:
     def fields(self, index: int) -> Mapping[str, Any]:
         """All fields of a record (records.schema.RECORD_FIELDS), pictures still encoded. Raises InputError."""
         try:
-            return parse_record(self._records[index])
+            return parse_record(self._bytes(index))
         except (RuntimeError, ValueError, OSError) as error:  # array_record raises RuntimeError for a broken file
             raise InputError(f"{self.place(index)}: cannot be read ({one_line(error)}); see `prepare check`") from error
 
-    def place(self, index: int) -> str:
-        """Shard, record within it and name, for messages. Made for every image that is read, so it must be quick."""
+    def _bytes(self, index: int) -> bytes:
+        shard, position = self._where(index)
+        return self._shard(self._paths[shard]).read([position])[0]
+
+    def place(self, index: int) -> Place:
+        """What messages call a record."""
+        return Place(self, index)
+
+    def _where(self, index: int) -> tuple[int, int]:
+        """(number of its shard, its place there)."""
         shard = bisect.bisect_right(self._ends, index)
-        first = self._ends[shard - 1] if shard else 0
-        return f"{self._paths[shard]}, record {index - first} ({self.names[index]})"
+        return shard, index - (self._ends[shard - 1] if shard else 0)
 
-    def stored_tokens(self) -> TokenTable | None:
-        """The region tokens in the records; None where an image has none. Reads every record.
 
-        They are of the encoder that metadata.json names; whether that is the one wanted is the caller's part.
-        """
-        kinds: dict[str, list] = {"": [], "flipped_": []}
-        for index in range(len(self)):
-            fields = self.fields(index)
-            for kind, rows in kinds.items():
-                rows.append(unpack_tokens(fields[f"{kind}region_tokens"], fields[f"{kind}region_valid"]))
-        tables = []
-        for rows in kinds.values():
-            there = bool(rows) and all(valid.any() for _, valid in rows)
-            tables += [np.stack([row[i] for row in rows]) if there else None for i in (0, 1)]
-        return TokenTable(*tables) if tables[0] is not None else None
+@dataclasses.dataclass(frozen=True, slots=True)
+class Place:
+    """Shard, record within it and name: a text that is made when it is shown, for every record that is read has one."""
 
-    def _read_pairs(self) -> np.ndarray:
-        path = self.root / f"pairs-{self.split}.csv"
-        index = {name: i for i, name in enumerate(self.names)}
-        listed = read_table(path, PAIR_COLUMNS)
-        unknown = sorted({name for pair in listed for name in pair if name not in index})
-        if unknown:
-            raise InputError(f"{path}: names {len(unknown)} images that have no record, such as {unknown[0]}")
-        return np.array([[index[name] for name in pair] for pair in listed], np.int32).reshape(-1, 2)
+    images: RecordImages
+    index: int
+
+    def __str__(self) -> str:
+        shard, position = self.images._where(self.index)
+        return f"{self.images._paths[shard]}, record {position} ({self.images.names[self.index]})"
+
+
+def _open_shard(path: str):
+    from array_record.python.array_record_module import ArrayRecordReader
+
+    return ArrayRecordReader(path, options="readahead_buffer_size:0", file_reader_buffer_size=1 << 15)
 
 
 def open_build(root: pathlib.Path):
@@ -151,29 +159,6 @@ def open_build(root: pathlib.Path):
 def split_names(root: str | pathlib.Path) -> list[str]:
     """The splits of a finished build. Raises InputError."""
     return sorted(open_build(pathlib.Path(root)).info.splits)
-
-
-def _raw_records(builder, split: str):
-    import tensorflow_datasets as tfds
-
-    try:
-        records = builder.as_data_source(split, deserialize_method=tfds.decode.DeserializeMethod.RAW_BYTES)
-        len(records)  # opens the files
-        return records
-    except Exception as error:  # of tensorflow_datasets' parts, as above
-        raise InputError(f"{builder.data_dir}: its records cannot be opened ({one_line(error)}); see `prepare check`") from error
-
-
-def read_table(path: pathlib.Path, columns: tuple[str, ...]) -> list[list[str]]:
-    """The rows of one of our own CSVs. Raises InputError where it is missing or has other columns."""
-    try:
-        text = files.read_text(path, "a table of the build", advice="build the dataset again")
-        rows = list(csv.reader(io.StringIO(text, newline="")))
-    except csv.Error as error:
-        raise InputError(f"{path}: cannot be read ({error}); build the dataset again") from error
-    if not rows or tuple(rows[0]) != columns or any(len(row) != len(columns) for row in rows):
-        raise InputError(f"{path}: every line must have {','.join(columns)}; build the dataset again")
-    return rows[1:]
 
 
 FORMS: dict[str, files.Form] = {

@@ -1,7 +1,7 @@
 """What one record of a built dataset holds: one image with its annotations, as a tf.train.Example.
 
 One record is one image, not one pair: DeepFashion's 101,966 training pairs share 37,016 images, and the pairs lie
-beside the records in pairs-SPLIT.csv. Everything of variable size is bytes, because tensorflow_datasets cannot store
+beside the records (records/tables.py). Everything of variable size is bytes, because tensorflow_datasets cannot store
 an absent array; `pack_*` and `unpack_*` here are the only places that know the layouts. tensorflow_datasets is
 imported where it is used (it takes a second); TensorFlow never is.
 

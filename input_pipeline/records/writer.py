@@ -14,10 +14,8 @@ from __future__ import annotations
 
 import collections
 import contextlib
-import csv
 import dataclasses
 import hashlib
-import io
 import json
 import os
 import pathlib
@@ -30,15 +28,20 @@ import tqdm
 
 from input_pipeline.annotations.photo import one_line
 from input_pipeline.annotations.plausibility import SetOfDoubts
+from input_pipeline.files import map_npy
 from input_pipeline.records.encode import DOUBTS, read_items
-from input_pipeline.records.reader import IMAGE_COLUMNS, PAIR_COLUMNS, read_json
+from input_pipeline.records.reader import read_json
 from input_pipeline.records.schema import VERSION, RecordWriter, features
+from input_pipeline.records.tables import table_files, write_images
 from input_pipeline.schema import InputError
 from input_pipeline.shards import WHOLE, Shard
-from input_pipeline.sources.base import Dropped, Item, RawSet, RawSplit
+from input_pipeline.sources.base import Dropped, Item, RawSet
 
-SHARD_RECORDS = 1024
-"""Images in a shard: what a killed build loses at most. 37,016 photos of 512x352 make 37 shards of about 70 MB."""
+SHARD_RECORDS = range(1024, 8192 + 1)
+"""Images in a shard, at least and at most: what a killed build loses. 37,016 photos of 512x352 make 37 shards of about 70 MB,
+10^7 make 1,221 of 570 MB."""
+MANY_SHARDS = 1024
+"""From so many on shards grow instead: every reader holds open files."""
 
 NO_JOINT, NO_RECORD = "its target has no visible joint", "one of its images has no record"
 """Why a pair is dropped."""
@@ -55,7 +58,7 @@ def build_records(
     workers: int = 1,
     annotators: Sequence[Annotator] = (),
     settings: Mapping[str, Any] | None = None,
-    shard_records: int = SHARD_RECORDS,
+    shard_records: int | None = None,
     share: Shard = WHOLE,
 ) -> dict[str, Any] | None:
     """Builds `raw` in the folder `out`, or goes on with the build there; returns its report (report.json), None for one part of
@@ -67,6 +70,7 @@ def build_records(
     this call builds. Raises InputError.
     """
     out = pathlib.Path(out)
+    shard_records = shard_records or records_of_a_shard(sum(len(split.items) for split in raw.splits.values()))
     plan = _plan(raw, size, dict(settings or {}), shard_records)
     if _begin(out, plan):
         return read_json(out / "report.json")
@@ -100,6 +104,12 @@ def build_records(
     with writing(out):
         _finish(raw, out, work, plan, shards)
     return read_json(out / "report.json")
+
+
+def records_of_a_shard(images: int) -> int:
+    """How many a shard of a dataset of so many images holds: a power of two."""
+    fits = 1 << (max(1, -(-images // MANY_SHARDS)) - 1).bit_length()
+    return min(max(fits, SHARD_RECORDS[0]), SHARD_RECORDS[-1])
 
 
 # ------------------------------------------------------------------------------------------------- one shard
@@ -199,70 +209,91 @@ def _begin(out: pathlib.Path, plan: dict[str, Any]) -> bool:
 
 def _finish(raw: RawSet, out: pathlib.Path, work: pathlib.Path, plan: dict, shards: Sequence[_Shard]) -> None:
     """Writes tables, checksums, the report and, last, what makes the folder a dataset."""
-    notes = {shard: read_json(shard.note(work)) for shard in shards}
-    dropped = list(raw.dropped) + [Dropped(*drop) for note in notes.values() for drop in note["dropped"]]
+    dropped, sums, lengths = list(raw.dropped), {}, {}
     report: dict[str, Any] = {"dataset": raw.name, "plan": plan, "notes": [*raw.notes, *raw.problems], "doubts": [], "splits": {}}
+    for split, content in raw.splits.items():
+        mine = [shard for shard in shards if shard.split == split]
+        told = _Told()
+        for shard in mine:
+            told.add(shard, read_json(shard.note(work)))
+        dropped += told.dropped
+        total = sum(told.lengths)
+        if not total:
+            report["notes"].append(f"split {split} has no image and is left out")
+            continue
+        lengths[split] = told.lengths
+        sums |= told.sums
+        report["doubts"] += [f"{split}: {line}" for line in told.doubts.lines()]
+        images_file, pairs_file = (out / name for name in table_files(split))
+        with _replacing(images_file) as partial:
+            write_images(partial, total, told.widths, (read_json(shard.note(work))["images"] for shard in mine))
+        images = map_npy(images_file)
+        pairs, lost = _kept_pairs(content.pairs, np.concatenate(told.places), images["joints"])
+        with _replacing(pairs_file) as partial, open(partial, "wb") as file:
+            np.save(file, pairs)
+        report["splits"][split] = {
+            "images": total,
+            "pairs": len(pairs),
+            "identities": len(np.unique(images["identity"])),
+            "images_without_joints": int((images["joints"] == 0).sum()),
+            "pairs_dropped": lost,
+            "bytes": told.bytes,
+        }
     reasons = collections.Counter(drop.reason for drop in dropped)
     report["dropped"] = {
         reason: {"count": count, "images": [_told(drop) for drop in dropped if drop.reason == reason]}
         for reason, count in reasons.most_common()
     }
-    lengths: dict[str, list[int]] = {}
-    for split, content in raw.splits.items():
-        mine = [shard for shard in shards if shard.split == split]
-        rows = [row for shard in mine for row in notes[shard]["images"]]
-        if not rows:
-            report["notes"].append(f"split {split} has no image and is left out")
-            continue
-        lengths[split] = [len(notes[shard]["images"]) for shard in mine]
-        pairs, lost = _kept_pairs(content, rows)
-        doubts = SetOfDoubts()
-        for name, judged in (told for shard in mine for told in notes[shard].get(DOUBTS, ())):
-            doubts.add(name, judged)
-        report["doubts"] += [f"{split}: {line}" for line in doubts.lines()]
-        write_csv(out / f"images-{split}.csv", IMAGE_COLUMNS, rows)
-        write_csv(out / f"pairs-{split}.csv", PAIR_COLUMNS, pairs)
-        report["splits"][split] = {
-            "images": len(rows),
-            "pairs": len(pairs),
-            "identities": len({row[1] for row in rows}),
-            "images_without_joints": sum(row[4] == 0 for row in rows),
-            "pairs_dropped": dict(lost),
-            "bytes": sum(notes[shard]["bytes"] for shard in mine),
-        }
     write_whole(out / "report.json", json.dumps(report, indent=1))
     if not lengths:
         raise InputError(f"{out}: no image could be read, so there is no dataset; report.json says why for each")
-    sums = {shard.file: notes[shard]["sha256"] for shard in shards if shard.split in lengths}
-    sums |= {file: file_checksum(out / file) for split in lengths for file in _tables(split)}
+    sums |= {file: file_checksum(out / file) for split in lengths for file in table_files(split)}
     digest = hashlib.sha256(json.dumps(sums, sort_keys=True).encode()).hexdigest()
     write_whole(out / "checksums.json", json.dumps({"digest": digest, "sha256": sums}, indent=1))
     _write_info(raw, out, plan, lengths, report)
-    for left in (*(shard.note(work) for shard in shards), *work.glob("*.json.*.partial")):  # these by a kill
-        left.unlink()
+    for left in (*(shard.note(work) for shard in shards), *work.glob("*.json.*.partial"), *out.glob("*.npy.*.partial")):
+        left.unlink()  # partial ones are of a kill
 
 
 def _told(drop: Dropped) -> dict[str, str]:
     return {"name": drop.name, "detail": drop.detail, "photo": drop.photo}
 
 
-def _tables(split: str) -> tuple[str, str]:
-    return f"images-{split}.csv", f"pairs-{split}.csv"
+class _Told:
+    """What the notes of a split's shards say, in a few bytes an image: those of 10^7 images do not fit into memory at once."""
+
+    def __init__(self):
+        self.lengths: list[int] = []
+        self.sums: dict[str, str] = {}
+        self.dropped: list[Dropped] = []
+        self.doubts = SetOfDoubts()
+        self.bytes, self.widths = 0, (0, 0)
+        self.places: list[np.ndarray] = []  # int32, of every item the number of its record, -1 where it was dropped
+
+    def add(self, shard: _Shard, note: Mapping[str, Any]) -> None:
+        rows, first = note["images"], sum(self.lengths)
+        self.lengths.append(len(rows))
+        self.sums[shard.file] = note["sha256"]
+        self.dropped += [Dropped(*drop) for drop in note["dropped"]]
+        for name, judged in note.get(DOUBTS, ()):
+            self.doubts.add(name, judged)
+        self.bytes += note["bytes"]
+        self.widths = tuple(max([self.widths[i], *(len(row[i].encode()) for row in rows)]) for i in (0, 1))
+        places, following = np.full(len(shard.items), -1, np.int32), 0
+        for number, item in enumerate(shard.items):
+            if following < len(rows) and rows[following][0] == item.name:  # rows are in the order of the items
+                places[number] = first + following
+                following += 1
+        self.places.append(places)
 
 
-def _kept_pairs(content: RawSplit, rows: Sequence[Sequence]) -> tuple[list[tuple[str, str]], collections.Counter[str]]:
-    """(names of the pairs that can be used, why the others cannot)."""
-    joints = {row[0]: row[4] for row in rows}
-    kept, lost = [], collections.Counter()
-    for source, target in content.pairs:
-        names = content.items[source].name, content.items[target].name
-        if any(name not in joints for name in names):
-            lost[NO_RECORD] += 1
-        elif joints[names[1]] == 0:
-            lost[NO_JOINT] += 1
-        else:
-            kept.append(names)
-    return kept, lost
+def _kept_pairs(pairs: np.ndarray, record_of: np.ndarray, joints: np.ndarray) -> tuple[np.ndarray, dict[str, int]]:
+    """(records of the pairs that can be used, int32 [m 2]; why the others cannot and how many). record_of: of every item."""
+    found = record_of[np.asarray(pairs, np.int64).reshape(-1, 2)]
+    there = (found >= 0).all(axis=1)
+    posed = there & (joints[found[:, 1]] > 0)
+    lost = {NO_RECORD: int((~there).sum()), NO_JOINT: int((there & ~posed).sum())}
+    return found[posed], {why: count for why, count in lost.items() if count}
 
 
 def _write_info(raw: RawSet, out: pathlib.Path, plan: dict, lengths: dict[str, list[int]], report: dict) -> None:
@@ -339,18 +370,17 @@ def write_shard(path: pathlib.Path, work: pathlib.Path, writer: RecordWriter, re
 
 def write_whole(path: pathlib.Path, text: str) -> None:
     """Writes a file that is there whole or not at all."""
+    with _replacing(path) as partial:
+        partial.write_text(text, encoding="utf-8")
+
+
+@contextlib.contextmanager
+def _replacing(path: pathlib.Path) -> Iterator[pathlib.Path]:
+    """A name to write to, which becomes `path` at the end."""
     partial = path.with_name(f"{path.name}.{uuid.uuid4().hex[:8]}.partial")  # several parts may write the same file at once
     try:
-        partial.write_text(text, encoding="utf-8")
+        yield partial
         os.replace(partial, path)
     finally:
         with contextlib.suppress(OSError):
             partial.unlink(missing_ok=True)
-
-
-def write_csv(path: pathlib.Path, columns: Sequence[str], rows: Sequence[Sequence]) -> None:
-    text = io.StringIO()
-    table = csv.writer(text, lineterminator="\n")
-    table.writerow(columns)
-    table.writerows(rows)
-    write_whole(path, text.getvalue())

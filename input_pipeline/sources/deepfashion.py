@@ -61,7 +61,7 @@ LISTS_FROM = (
 )
 DESCRIPTION = (
     "DeepFashion In-shop Clothes Retrieval, high-resolution photos, for pose transfer: PATN's pairs and OpenPose-18 "
-    "joints. One record is one image; the pairs are in pairs-SPLIT.csv."
+    "joints. One record is one image; the pairs are in pairs-SPLIT.npy."
 )
 CITATION = """@inproceedings{liu2016deepfashion,
   author = {Liu, Ziwei and Luo, Ping and Qiu, Shi and Wang, Xiaogang and Tang, Xiaoou},

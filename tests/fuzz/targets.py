@@ -207,7 +207,7 @@ TARGETS = (
            [*PHOTOS, "parsing/c.png", "keypoints/d.json", "pairs.csv"], (*CERTAIN, BYTES), 0.3, certain=False),
     Target("records (check)", lambda words: prepare.main(["check", *words]), ["records"],
            ["records/dataset_info.json", "records/features.json", "records/metadata.json", "records/checksums.json",
-            "records/images-train.csv", "records/pairs-train.csv"],
+            "records/images-train.npy", "records/pairs-train.npy"],
            (*CERTAIN, BYTES, BYTES), 0.5, certain=False),
     Target("records (reader)", _reads(_tokens), ["records"],
            ["records/metadata.json", "records/checksums.json", "records/dataset_info.json"], (*CERTAIN, JSON, JSON), 1),

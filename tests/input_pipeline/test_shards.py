@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 import pathlib
+import shutil
 import signal
 import time
 
@@ -22,7 +23,7 @@ from input_pipeline.schema import InputError
 from input_pipeline.shards import WHOLE, Shard
 from tests.evaluate.test_evaluate import folder
 from tests.process import of_code
-from tests.records import built, noise_set
+from tests.records import IN_RECORD_1, built, noise_set
 from truepose_jax import prepare
 from truepose_jax.detection import parsing_model
 from truepose_jax.evaluate import __main__ as evaluation
@@ -99,7 +100,7 @@ def test_what_names_no_part_is_one_line(text, environ, words):
 
 def test_a_command_without_parts_takes_none(capsys):
     with pytest.raises(SystemExit) as ended:
-        prepare.main(["check", "x", "--shard=0/2"])
+        prepare.main(["inspect", "--synthetic=1", "--out=x.png", "--shard=0/2"])
     error = capsys.readouterr().err
     assert ended.value.code == 2 and "--shard=0/2" in error and error.count("\n") == 1
 
@@ -172,6 +173,24 @@ def test_a_part_killed_outright_is_done_again(alone, tmp_path):
     for shard in (*parts(3), MERGE):
         build_records(noise_set(train=20, p3={"bad": True}), tmp_path / "r", shard_records=4, share=shard)
     assert contents(tmp_path / "r") == contents(alone)
+
+
+@pytest.mark.parametrize("count", [3, 8])
+def test_a_check_in_parts_says_what_one_says(alone, tmp_path, count):
+    root = shutil.copytree(alone, tmp_path / "r")
+    shard = next(root.glob("*train*00001-of-00005"))
+    shard.write_bytes(shard.read_bytes()[:IN_RECORD_1] + b"?" + shard.read_bytes()[IN_RECORD_1 + 1 :])
+    whole = check_records(root)
+    assert any("is corrupt" in line for line in whole[0]) and len(whole[0]) > 1 and len(whole[1]) > 1
+    *most, last = parts(count, seed=count)
+    for part in most:
+        assert check_records(root, share=part) == ([], [])
+    if last.index < 6:
+        with pytest.raises(InputError, match=r"[12] of 6 checked files of records are not there"):
+            check_records(root, share=MERGE)
+    assert prepare.main(["check", str(root), f"--shard={last.index}/{count}"]) == 0
+    assert check_records(root, share=MERGE) == whole
+    assert not list((root / "build").glob("checked-*")) and contents(root).keys() == contents(alone).keys()
 
 
 @pytest.mark.parametrize("count", [3, 8])

@@ -77,7 +77,8 @@ def test_every_launcher_starts_the_other_programs(program):
     assert "JAX_PROCESS_ID=$(of agent-worker-number)" in remote and "--worker=all" in words
     words = shlex.split(shell("tpu_pod.sh", "--dry-run", "slice", "us-east5-a", *given, "--shard=merge").stdout)
     assert "--worker=0" in words and not any("JAX_PROCESS_ID" in word for word in words)
-    for kind, count in ((("tpu", "pose", "i", "tpu-v5-lite-podslice", "4x4"), "4"), (("gpu", "pose", "i", "2", "8"), "2")):
+    kinds = {("tpu", "pose", "i", "tpu-v5-lite-podslice", "4x4"): "4", ("gpu", "pose", "i", "2", "8"): "2"}
+    for kind, count in (kinds | {("cpu", "pose", "i", "64", "8"): "64"}).items():
         (container,) = jobset(*kind, "--", *given)[2]["containers"]
         assert container["command"] == ["python", "-m", f"truepose_jax.{program}"]
         assert container["args"] == given[1:]
@@ -190,6 +191,7 @@ def test_gke_gpu_dry_run():
         (["tpu", "pose", "i", "t", "4by4", "--", "a"], "TOPOLOGY '4by4'"),
         (["gpu", "pose", "i", "two", "8", "--", "a"], "launch/gke.sh"),
         (["gpu", "pose", "i", "2", "8", *TRAIN], "launch/gke.sh"),
+        (["cpu", "pose", "i", "2", "8", "--", "train", "a"], "training takes tpu or gpu"),
         (["--claim=data", "gpu", "pose", "i", "2", "8", "--", "a"], "--claim=data is not NAME:PATH"),
         (["--bucket=gs://b:/b", "gpu", "pose", "i", "2", "8", "--", "a"], "is not NAME:PATH"),
         (["--volume=b:/b", "gpu", "pose", "i", "2", "8", "--", "a"], "launch/gke.sh"),
@@ -328,7 +330,7 @@ def test_the_device_counts_that_the_readme_names():
 
 
 def test_nobody_is_told_to_write_into_an_address():
-    for path in LAUNCH.iterdir():
+    for path in filter(pathlib.Path.is_file, LAUNCH.rglob("*")):
         assert "gs://" not in path.read_text(), path
 
 

@@ -28,7 +28,7 @@ from truepose_jax.runtime.choices import NAMINGS
 
 @dataclasses.dataclass(frozen=True)
 class RecordRow:
-    """A picture to make: record `source` in the pose of record `target`. line: of pairs-SPLIT.csv."""
+    """A picture to make: record `source` in the pose of record `target`. line: of the split's pairs, from 1."""
 
     line: int
     images: RecordImages
@@ -122,7 +122,7 @@ def record_rows(images: RecordImages, out_dir: pathlib.Path, naming: str) -> lis
     if len(images.pairs) == 0:
         raise InputError(f"{images.root}: its split '{images.split}' has no pairs to make pictures of")
     rows, taken = [], {}
-    for line, (source, target) in enumerate(images.pairs.tolist(), start=2):
+    for line, (source, target) in enumerate(images.pairs.tolist(), start=1):
         names = {"source": patn_name(images.names[source]), "target": patn_name(images.names[target])}
         out = out_dir / NAMINGS[naming].format(**names)
         if not out.resolve().is_relative_to(out_dir.resolve()):

@@ -17,8 +17,9 @@ skeleton, the region boxes CLIP sees, and the mask M for a target pose. Wrong la
 glance; it also prints, for every joint, the labels that lie under it. `codec` fits the linear autoencoder of
 config.model.autoencoder "patches" to photos of one's own.
 
-The work of `build`, `label` and `annotate` can be done in parts: --shard=I/N, in folders that all of them see, and --shard=merge
-when all are done, for tables and metadata. SLURM, Kubernetes and JAX_PROCESS_ID say the part where nothing is given.
+The work of `build`, `label`, `annotate` and `check` can be done in parts: --shard=I/N, in folders that all of them see, and
+--shard=merge when all are done, for tables, metadata and the verdict. SLURM, Kubernetes and JAX_PROCESS_ID say the part where
+nothing is given.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ from truepose_jax.prepare.sheet import PANEL_HEIGHT
 from truepose_jax.runtime.cli import Parser, run_program
 from truepose_jax.runtime.shards import add_shard_flag, shard_of, signals_as_exits
 
-SHARED = ("build", "label", "annotate")
+SHARED = ("build", "label", "annotate", "check")
 """Sub-commands whose work comes in parts."""
 
 __all__ = ["PANEL_HEIGHT", "main"]

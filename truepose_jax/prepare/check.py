@@ -6,6 +6,7 @@ import argparse
 
 from input_pipeline.records.check import check_records
 from input_pipeline.schema import InputError
+from input_pipeline.shards import Shard
 
 
 def add_check(commands) -> None:
@@ -15,9 +16,13 @@ def add_check(commands) -> None:
     parser.set_defaults(run=check)
 
 
-def check(flags: argparse.Namespace) -> None:
-    """Prints the facts and every defect. Raises InputError (exit code 2) where there is one."""
-    defects, facts = check_records(flags.records)
+def check(flags: argparse.Namespace, share: Shard) -> None:
+    """Prints the facts and every defect. Raises InputError (exit code 2) where there is one; a part of several leaves that to
+    the call that merges."""
+    defects, facts = check_records(flags.records, share=share)
+    if not share.finishes:
+        print(f"{flags.records}: {share} is done")
+        return
     for line in facts:
         print(line)
     for line in defects:

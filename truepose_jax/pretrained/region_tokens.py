@@ -13,7 +13,8 @@ import json
 import logging
 import math
 import pathlib
-from collections.abc import Sequence
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -29,6 +30,7 @@ from input_pipeline.batches.transforms import flip_record
 from input_pipeline.schema import MAX_CLASSES, ImageRecord, ImageSet, InputError, TokenTable
 from truepose_jax.config import ClipConfig, ConfigError
 from truepose_jax.models.clip import CLIPVisionConfig, CLIPVisionModelWithProjection
+from truepose_jax.pretrained.conversion.safetensors_io import ConversionError, SafetensorsSource
 from truepose_jax.pretrained.frozen_networks import folder_fingerprint, load_torch_folder, read_torch_config
 from truepose_jax.runtime import files
 from truepose_jax.runtime.distributed import is_seen
@@ -38,6 +40,8 @@ IMAGES_PER_CHUNK = 64
 CALIBRATION_CROPS = 256
 DIGEST = "sha256"
 """Of a cache's metadata."""
+PARTS = ("tokens", "valid", "flipped_tokens", "flipped_valid")
+"""Arrays of a cache: those of TokenTable."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -196,7 +200,8 @@ def token_table(
 ) -> TokenTable:
     """Tokens of every image of the set (and of its mirror image where `flip`), from `cache` where they lie there.
 
-    cache: a folder, or None. fingerprint: names the images; with the encoder's it names the cache file, so that a
+    cache: a folder, or None; tokens that lie there are mapped, not read into memory.
+    fingerprint: names the images; with the encoder's it names the cache file, so that a
     file is never taken for another's. Images that cannot be read get no tokens (their batch rows are invalid).
 
     Of several processes the first makes the file and the others wait for it, in a `cache` that all of them see; not in a
@@ -205,7 +210,7 @@ def token_table(
     key = hashlib.sha256(f"{fingerprint}|{encoder.fingerprint}|{flip}".encode()).hexdigest()[:20]
     path = pathlib.Path(cache) / f"region_tokens_{key}.safetensors" if cache else None
     if path is None:
-        return _made(images, encoder, flip)
+        return TokenTable(*(np.concatenate(columns) for columns in zip(*_parts(images, encoder, flip), strict=True)))
     if jax.process_index() == 0:
         return _kept(path, images, encoder, flip)
     is_seen(path, within=math.inf)
@@ -223,11 +228,31 @@ def _kept(path: pathlib.Path, images: ImageSet, encoder: RegionEncoder | LazyEnc
             return table
         logging.warning("%s: %s; its region tokens are made anew", path, why)
     files.make_folder(path.parent)
-    table = _made(images, encoder, flip)
-    packed = _pack(table)
-    with files.atomic_write(path) as partial:
+    with files.atomic_write(path) as partial, tempfile.TemporaryDirectory(suffix=".partial", dir=path.parent) as work:
+        for part in _parts(images, encoder, flip):
+            for name, array in zip(PARTS, part, strict=False):
+                with open(pathlib.Path(work) / name, "ab") as file:
+                    array.tofile(file)
+        columns = part[0].shape[1], MAX_CLASSES + 1
+        packed = {
+            name: _column(pathlib.Path(work) / name, dtype, width)
+            for name, dtype, width in zip(PARTS[: len(part)], 2 * (np.float32, np.bool_), 2 * columns, strict=False)
+        }
         save_file(packed, partial, metadata={DIGEST: _digest(packed)})
-    return table
+    return _mapped(path)
+
+
+def _column(path: pathlib.Path, dtype: type, width: int) -> np.ndarray:
+    """[n width] in a file of nothing else, which may be empty."""
+    if not path.stat().st_size:
+        return np.zeros((0, width), dtype)
+    return np.memmap(path, dtype, "r").reshape(-1, width)
+
+
+def _mapped(path: pathlib.Path) -> TokenTable:
+    """The table in a whole file. Memory holds the pages of it that were looked at."""
+    source = SafetensorsSource([path])
+    return TokenTable(*(source.map(name) for name in PARTS if name in source.infos))
 
 
 def _read(path: pathlib.Path, count: int) -> tuple[TokenTable | None, str]:
@@ -235,39 +260,52 @@ def _read(path: pathlib.Path, count: int) -> tuple[TokenTable | None, str]:
     try:
         with safe_open(path, "numpy") as opened:
             said = (opened.metadata() or {}).get(DIGEST)
-            packed = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
-    except (OSError, SafetensorError) as error:
+        source = SafetensorsSource([path])
+        found = _digest({name: source.map(name) for name in source.infos})
+    except (OSError, SafetensorError, ConversionError) as error:
         return None, f"cannot be read ({one_line(error)})"
     if said is None:
         return None, "says no digest, as an older version wrote it"
-    if said != _digest(packed):
+    if said != found:
         return None, "is damaged: its digest is not that of its contents"
-    table = _unpack(packed)
-    return (table, "") if len(table.tokens) == count else (None, f"holds {len(table.tokens)} images for a set of {count}")
+    table = _mapped(path)
+    return (table, "") if len(table.valid) == count else (None, f"holds {len(table.valid)} images for a set of {count}")
 
 
-def _digest(packed: dict[str, np.ndarray]) -> str:
+def _digest(packed: Mapping[str, np.ndarray]) -> str:
     digest = hashlib.sha256()
     for name, array in sorted(packed.items()):
         digest.update(f"{name} {array.dtype} {array.shape}".encode())
-        digest.update(np.ascontiguousarray(array).data)
+        for block in _blocks(array):
+            digest.update(block)
     return digest.hexdigest()
 
 
-def _made(images: ImageSet, encoder: RegionEncoder | LazyEncoder, flip: bool) -> TokenTable:
+def _blocks(array: np.ndarray) -> Iterator[bytes]:
+    """The bytes of a mapped array, read from its file: pages of a map would count as memory of this process."""
+    left = array.nbytes
+    if left:
+        with open(array.filename, "rb") as file:
+            file.seek(array.offset)
+            while left:
+                block = file.read(min(left, 1 << 20))
+                yield block
+                left -= len(block)
+
+
+def _parts(images: ImageSet, encoder: RegionEncoder | LazyEncoder, flip: bool) -> Iterator[tuple[np.ndarray, ...]]:
+    """PARTS (the first two without `flip`) of IMAGES_PER_CHUNK images after the other."""
     names = label_set(images.labels)
-    parts: list[tuple] = []
     bar = tqdm.tqdm(total=len(images), desc="region tokens", unit="image", disable=len(images) < 1000, delay=1)
     for start in range(0, len(images), IMAGES_PER_CHUNK):
         records = [_record(images, i) for i in range(start, min(start + IMAGES_PER_CHUNK, len(images)))]
-        part = encoder.tokens(records, images.labels)
+        dense = encoder.tokens(records, images.labels)
         if flip:
             mirrored = [None if r is None else flip_record(r, names) for r in records]
-            part += encoder.tokens(mirrored, images.labels)
-        parts.append(part)
+            dense += encoder.tokens(mirrored, images.labels)
+        yield tuple(array for tokens, valid in zip(dense[::2], dense[1::2], strict=True) for array in (tokens[valid], valid))
         bar.update(len(records))
     bar.close()
-    return TokenTable(*(np.concatenate(columns) for columns in zip(*parts, strict=True)))
 
 
 def _record(images: ImageSet, index: int) -> ImageRecord | None:
@@ -276,22 +314,3 @@ def _record(images: ImageSet, index: int) -> ImageRecord | None:
     except InputError as error:
         logging.warning("%s (no region tokens for it)", error)
         return None
-
-
-def _pack(table: TokenTable) -> dict[str, np.ndarray]:
-    """Only the rows that exist: a person has about 8 of 21."""
-    packed = {"tokens": table.tokens[table.valid], "valid": table.valid}
-    if table.flipped_tokens is not None:
-        packed |= {"flipped_tokens": table.flipped_tokens[table.flipped_valid], "flipped_valid": table.flipped_valid}
-    return packed
-
-
-def _unpack(packed: dict[str, np.ndarray]) -> TokenTable:
-    found = []
-    for name in ("", "flipped_"):
-        if f"{name}valid" in packed:
-            valid, rows = packed[f"{name}valid"], packed[f"{name}tokens"]
-            tokens = np.zeros((*valid.shape, rows.shape[-1]), np.float32)
-            tokens[valid] = rows
-            found += [tokens, valid]
-    return TokenTable(*found)

@@ -22,7 +22,7 @@ LAYOUT = pair_layout(width=WIDTH)
 def tokens_of(count: int) -> TokenTable:
     rng = np.random.default_rng(5)
     make = lambda: rng.standard_normal((count, 21, WIDTH)).astype(np.float32)  # noqa: E731
-    return TokenTable(make(), rng.random((count, 21)) < 0.5, make(), rng.random((count, 21)) < 0.5)
+    return TokenTable.packed(make(), rng.random((count, 21)) < 0.5, make(), rng.random((count, 21)) < 0.5)
 
 
 @pytest.fixture(scope="module")
@@ -111,10 +111,9 @@ def test_rows_hold_what_they_say(images, tokens):
             source, flipped = index_of(images, batch["source"][row // 2])
             target, target_flipped = index_of(images, batch["target"][row])
             assert flipped == target_flipped and source != target and source // 4 == target // 4
-            expected = tokens.flipped_tokens if flipped else tokens.tokens
-            np.testing.assert_array_equal(batch["region_tokens"][row // 2], expected[source])
-            valid = tokens.flipped_valid if flipped else tokens.valid
-            np.testing.assert_array_equal(batch["region_valid"][row // 2], valid[source])
+            expected, valid = tokens.of(source, flip=flipped)
+            np.testing.assert_array_equal(batch["region_tokens"][row // 2], expected)
+            np.testing.assert_array_equal(batch["region_valid"][row // 2], valid)
             record = images.image(target)
             record = flip_record(record, labels) if flipped else record
             np.testing.assert_array_equal(batch["target_joints"][row], record.joints)
@@ -242,7 +241,7 @@ def test_errors_in_one_line(images, tokens):
     cases = {
         "not a multiple": {"batch_size": 6, "targets_per_source": 4},
         "2 hosts": {"batch_size": 3, "host_count": 2},
-        "flipped_tokens": {"flip": True, "tokens": TokenTable(tokens.tokens, tokens.valid)},
+        "flipped_rows": {"flip": True, "tokens": TokenTable(tokens.rows, tokens.valid)},
         "token table": {"tokens": tokens_of(3)},
     }
     for words, changes in cases.items():

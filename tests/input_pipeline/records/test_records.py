@@ -1,6 +1,12 @@
 """Records: the schema, reading them back as an image set, and what happens where a shard is broken."""
 
+import csv
 import io
+import os
+import pathlib
+import pickle
+import re
+import shutil
 import sys
 
 import numpy as np
@@ -10,6 +16,8 @@ from PIL import Image
 from configs.demo import get_config
 from input_pipeline.annotations.photo import read_photo
 from input_pipeline.batches.loader import eval_batches
+from input_pipeline.files import MappedArray
+from input_pipeline.records import reader
 from input_pipeline.records.encode import make_fields
 from input_pipeline.records.reader import RecordImages
 from input_pipeline.records.schema import (
@@ -21,6 +29,8 @@ from input_pipeline.records.schema import (
     unpack_latents,
     unpack_tokens,
 )
+from input_pipeline.records.tables import IMAGE_COLUMNS, PAIR_COLUMNS, read_tables, table_files
+from input_pipeline.records.writer import records_of_a_shard
 from input_pipeline.schema import InputError, TokenTable
 from input_pipeline.sources.folder import FolderImages
 from input_pipeline.sources.own_photos import read_folder
@@ -95,7 +105,7 @@ def test_records_equal_the_folder_they_were_made_of(tmp_path, size):
     built(tmp_path / "r", read_folder(root, labels="atr18", pairs="self"))
     folder = FolderImages(root, labels="atr18", size=size or (64, 48))
     images = RecordImages(tmp_path / "r", "train", size=size)
-    assert images.labels == "atr18" and images.names == folder.names and len(images) == 4
+    assert images.labels == "atr18" and list(images.names) == folder.names and len(images) == 4
     np.testing.assert_array_equal(images.pairs, folder.pairs)
     for i in range(4):
         ours, theirs = images.image(i), folder.image(i)
@@ -152,25 +162,67 @@ def test_a_broken_shard_is_named_and_keeps_its_slots(tmp_path, caplog, how):
     with pytest.raises(InputError, match=rf"{shard.name}, record 1 \(p005\): cannot be read") as caught:
         images.image(5)
     assert "\n" not in str(caught.value)
-    tokens = TokenTable(np.zeros((8, 21, 2), np.float32), np.zeros((8, 21), bool))
+    tokens = TokenTable.packed(np.zeros((8, 21, 2), np.float32), np.zeros((8, 21), bool))
     (batch,) = eval_batches(images, tokens, pair_layout(width=2), np.array([[0, 1], [5, 6], [1, 5], [1, 0]]), 4)
     np.testing.assert_array_equal(batch["valid"], [1, 0, 0, 1])
     assert "record 1 (p005)" in caplog.text
 
 
-def test_stored_tokens(tmp_path):
-    def annotate(records):
-        for i, fields in enumerate(records):
-            valid = np.arange(21) >= 18 + i
-            fields["region_tokens"], fields["region_valid"] = pack_tokens(np.full((21, 3), 1.5 * i), valid)
+def as_before(root, split="train"):
+    """The build with the tables that earlier versions wrote."""
+    images, pairs = read_tables(root, split)
+    rows = [(row["name"].decode(), row["identity"].decode(), *row.tolist()[2:]) for row in images]
+    named = [(rows[source][0], rows[target][0]) for source, target in pairs]
+    for file, columns, lines in zip(table_files(split), (IMAGE_COLUMNS, PAIR_COLUMNS), (rows, named), strict=True):
+        (root / file).unlink()
+        with open((root / file).with_suffix(".csv"), "w", newline="", encoding="utf-8") as table:
+            csv.writer(table, lineterminator="\n").writerows([columns, *lines])
+    return root
 
-    built(tmp_path / "r", noise_set(train=2), annotators=[annotate])
-    table = RecordImages(tmp_path / "r", "train").stored_tokens()
-    assert table.tokens.shape == (2, 21, 3) and table.flipped_tokens is None
-    np.testing.assert_array_equal(table.valid.sum(1), [3, 2])
-    assert table.tokens[1, 20, 0] == 1.5 and table.tokens[1, 0, 0] == 0
-    built(tmp_path / "plain")
-    assert RecordImages(tmp_path / "plain", "train").stored_tokens() is None
+
+def test_builds_of_earlier_versions_open(tmp_path):
+    ours = RecordImages(built(tmp_path / "r", noise_set(train=8, p3={"bad": True}, p5={"posed": False})), "train")
+    theirs = RecordImages(as_before(shutil.copytree(tmp_path / "r", tmp_path / "before")), "train")
+    for name in ("pairs", "joint_counts"):
+        np.testing.assert_array_equal(getattr(theirs, name), getattr(ours, name))
+    assert list(theirs.names) == list(ours.names) and list(theirs.identities[2:]) == list(ours.identities)[2:]
+    assert len(ours) == 7 and ours.names[3] == "p004" and 4 not in ours.pairs[:, 1] and 4 in ours.pairs[:, 0]
+    assert isinstance(ours.pairs, MappedArray) and isinstance(ours.names.column.base, MappedArray)
+
+
+def test_few_files_are_open_at_once_also_in_another_process(tmp_path, monkeypatch):
+    monkeypatch.setattr(reader, "OPEN_SHARDS", 2)
+    images = RecordImages(built(tmp_path / "r", noise_set(train=12), shard_records=2), "train")
+    again = pickle.dumps(images)  # before a shard is open, and after
+    for index in (0, 11, 5, 3, 0, 8):
+        assert images.fields(index)["name"] == f"p{index:03d}"
+        opened = [os.path.realpath(file) for file in pathlib.Path("/proc/self/fd").iterdir()]
+        assert 1 <= sum(name.startswith(f"{tmp_path / 'r' / 'noise-train.array_record'}") for name in opened) <= 2
+    assert len(again) == len(pickle.dumps(images)) < 5000
+    assert pickle.loads(pickle.dumps(images)).image(7).name == "p007"
+
+
+def test_shards_grow_with_the_set():
+    sizes = {37_016: 1024, 1 << 20: 1024, (1 << 20) + 1: 2048, 10**7: 8192, 10**8: 8192}
+    assert {images: records_of_a_shard(images) for images in sizes} == sizes
+
+
+TABLES = {
+    "text": (lambda file: file.write_text("source,target\n"), "no .npy file"),
+    "cut": (lambda file: file.write_bytes(file.read_bytes()[:-1]), "cannot read the table of the build"),
+    "objects": (lambda file: np.save(file, np.array([{}]), allow_pickle=True), "cannot read the table"),
+    "others": (lambda file: np.save(file, np.zeros((3, 2))), "float64 [3, 2] is no list of pairs"),
+    "gone": (pathlib.Path.unlink, "build the dataset again"),
+}
+
+
+@pytest.mark.parametrize("how", TABLES)
+def test_a_broken_table_is_one_line(tmp_path, how):
+    root = built(tmp_path / "r", noise_set(train=2, test=0))
+    damage, words = TABLES[how]
+    damage(root / "pairs-train.npy")
+    with pytest.raises(InputError, match=re.escape(words)):
+        RecordImages(root, "train")
 
 
 def test_what_is_not_a_build_says_so(tmp_path):
@@ -181,6 +233,7 @@ def test_what_is_not_a_build_says_so(tmp_path):
         RecordImages(tmp_path / "absent", "train")
     with pytest.raises(InputError, match="not a build"):
         RecordImages(tmp_path, "train")
+    as_before(root)
     (root / "pairs-train.csv").write_text("source,target\np000,elsewhere\n")
     with pytest.raises(InputError, match="1 images that have no record, such as elsewhere"):
         RecordImages(root, "train")

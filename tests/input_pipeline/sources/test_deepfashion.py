@@ -103,7 +103,7 @@ def test_what_is_missing_is_dropped_or_fatal(tmp_path, capsys):
     assert printed.err.count("\n") == 1 and "--allow-missing" in printed.err and not (tmp_path / "r").exists()
     assert prepare.main([*flags, "--allow-missing"]) == 0
     assert "train: 2 images of 1 identities, 1 pairs" in capsys.readouterr().out
-    assert RecordImages(tmp_path / "r", "train").names == CANONICAL[:2]
+    assert list(RecordImages(tmp_path / "r", "train").names) == CANONICAL[:2]
     assert prepare.main([*flags[:3], f"--out={tmp_path}/l", *flags[4:], "--limit=1"]) == 0
 
 
@@ -247,7 +247,7 @@ def test_ccp_maps_its_classes_and_refuses_training(tmp_path, capsys):
     images = RecordImages(tmp_path / "r", "train")
     classes = [LABEL_SETS[LABELS].classes[i] for i in images.image(0).parsing[::2, 0]]
     assert classes == ["Background", "Bag", "Face", "Left-shoe", "Pants"]
-    assert images.names == ["1"] and len(images.pairs) == 0 and not images.joint_counts.any()
+    assert list(images.names) == ["1"] and len(images.pairs) == 0 and not images.joint_counts.any()
     assert prepare.main(["check", f"{tmp_path}/r"]) == 0
     assert "cannot be trained on" in capsys.readouterr().out
     write_ccp(tmp_path / "other", ["null", "rucksack"], {})

@@ -94,6 +94,11 @@ class SafetensorsSource:
         count = int(np.prod(info.shape, dtype=np.int64))
         return np.fromfile(file, dtype=info.dtype, count=count, offset=offset).reshape(info.shape)
 
+    def map(self, name: str) -> files.MappedArray:
+        """The tensor in its file, for reading pages of it."""
+        info, (file, offset) = self.infos[name], self._where[name]
+        return files.MappedArray(file, info.dtype, "r", offset, info.shape)
+
 
 def _read_header(file: Path) -> tuple[dict[str, tuple[TensorInfo, int]], dict[str, str]]:
     """({name: (info, offset of its first byte in the file)}, texts)."""
