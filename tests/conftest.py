@@ -20,7 +20,7 @@ def quick_flags() -> str:
     """Most of the suite's time is compilation, and with these XLA needs a third of it."""
     libraries = pathlib.Path(jaxlib.__file__).parent.glob("libjax_common*")
     words = [mmap.mmap(os.open(library, os.O_RDONLY), 0, access=mmap.ACCESS_READ) for library in libraries]
-    known = [flag for flag in QUICK if any(each.find(flag.encode()) >= 0 for each in words)]  # XLA ends at unknown ones
+    known = [flag for flag in QUICK if any(each.find(b"\0%s\0" % flag.encode()) >= 0 for each in words)]
     return " ".join(f"--{flag}={QUICK[flag]}" for flag in known)
 
 
