@@ -18,19 +18,31 @@ import ml_dtypes
 import numpy as np
 import tqdm
 
+from configs import fpdm_deepfashion_512, imagpose_deepfashion_512
 from configs.base import get_config
-from truepose_jax.config import Config, from_config_dict, to_dict
+from truepose_jax.config import Config, ConfigError, from_config_dict, to_dict, with_defaults
 from truepose_jax.flags.convert import MODELS, make_parser
 from truepose_jax.inference import hub
 from truepose_jax.inference.exported import Exported
 from truepose_jax.inference.pipeline import Run
 from truepose_jax.methods import make_method
 from truepose_jax.models.clip import CLIPVisionConfig, CLIPVisionModelWithProjection
+from truepose_jax.models.fpdm import ImagePoseFusion
 from truepose_jax.models.patch_codec import PatchAutoencoder
 from truepose_jax.models.unet import UNetConfig
 from truepose_jax.models.vae import AutoencoderKLConfig, KLAutoencoder, PixelAutoencoder
-from truepose_jax.pretrained.conversion import animate_anyone, lora, readers, report, weights_folder
-from truepose_jax.pretrained.conversion.plan import Plan, Shapes, Tree
+from truepose_jax.pretrained.conversion import (
+    animate_anyone,
+    key_maps,
+    lora,
+    paper_files,
+    readers,
+    report,
+    weights_folder,
+)
+from truepose_jax.pretrained.conversion.export import CONFIG_FILE
+from truepose_jax.pretrained.conversion.origins import read_json
+from truepose_jax.pretrained.conversion.plan import Plan, Shapes, Source, Tree
 from truepose_jax.pretrained.conversion.safetensors_io import (
     STEMS,
     ArraySource,
@@ -102,6 +114,8 @@ def make_plan(flags: argparse.Namespace) -> Plan:
         if flags.clip or flags.variant:
             raise ConversionError("--clip and --variant are not for --model=lora: what --base holds comes along")
         return lora.plan_of(pathlib.Path(flags.src), flags.base, name=flags.src)
+    if flags.model in paper_files.FORMS:
+        return _paper(flags)
     if flags.model == "animate-anyone":
         return _animate_anyone(flags, shapes)
     folders = ("unet", "vae") if flags.model == "sd15" else ("source_net", "target_net")
@@ -118,11 +132,91 @@ def make_plan(flags: argparse.Namespace) -> Plan:
     else:
         if flags.variant:
             raise ConversionError("--variant is for --model=sd15: an export has one set of weights")
+        if (src / CONFIG_FILE).is_file():
+            config = _config_of(src / CONFIG_FILE, "truepose")
+            if not config.model.fusion.is_whole:
+                shapes = shapes._replace(truepose=lambda *_: method_shapes(config))
         plan = readers.truepose_export(src, shapes, name=name)
     if flags.clip:
         clip, name = _locate(flags.clip, [STEMS[1]], None)
         plan = readers.with_clip(plan, clip, shapes, name=name)
     return plan
+
+
+def _paper(flags: argparse.Namespace) -> Plan:
+    """FPDM or IMAGPose: an export of ours, or their public files."""
+    src, method = pathlib.Path(flags.src), flags.model
+    if flags.clip or flags.variant or not src.exists():
+        why = "no such file or folder" if not src.exists() else "--clip and --variant are not for it"
+        raise ConversionError(f"--model={method} --src={src}: {why}")
+    rename = None
+    if (src / CONFIG_FILE).is_file():
+        config = _config_of(src / CONFIG_FILE, method)
+        sources = paper_files.of_export(src, method, _open_any)
+    elif method == "imagpose":
+        sources = paper_files.of_stages(src, _open_any)
+        config = published(method, "stage3")
+    else:
+        source = paper_files.of_checkpoint(src, _open_any(src))
+        sources, rename = {"unet": source, "fpdm": source}, paper_files.released_name
+        width = source.tensors.infos.get(f"sd_model.unet.{key_maps.FIRST_CONTEXT}")
+        config = published(method, "sd21" if width and width.shape[1] == 1024 else "sd15")
+        fused = "sd_model.unet.class_embedding.net.0.weight" in source.tensors.infos
+        config = dataclasses.replace(config, model=dataclasses.replace(config.model, fusion_embedding=fused))
+
+    def source_of(path: str) -> tuple[Source, str]:
+        stem, tensor = paper_files.FORMS[method].place_of(path)
+        if "/motion_modules_" in path:
+            stem = paper_files.MOTION if paper_files.MOTION in sources else stem
+        if stem not in sources:
+            raise ConversionError(f"{src} holds no file {stem}, where {path} should be")
+        return sources[stem], rename(stem, tensor) if rename else tensor
+
+    config = paper_files.sized(config, source_of)
+    plan = paper_files.plan_of(src, config, method_shapes(config), source_of, name=flags.src)
+    if rename and config.model.fusion_embedding:
+        clip, shapes = _first_stage_of(sources["unet"].tensors)
+        items, texts = paper_files.first_stage_items(sources["unet"], shapes, clip)
+        plan = dataclasses.replace(plan, items={**plan.items, **items}, texts=texts)
+    return plan
+
+
+def published(method: str, variant: str) -> Config:
+    """The sizes of a public model, which its files do not tell."""
+    configs = {"fpdm": fpdm_deepfashion_512, "imagpose": imagpose_deepfashion_512}
+    return from_config_dict(Config, configs[method].get_config(variant))
+
+
+def _config_of(file: pathlib.Path, method: str) -> Config:
+    try:
+        config = from_config_dict(Config, with_defaults(Config, read_json(file)))
+    except ConfigError as error:
+        raise ConversionError(f"{file}: {error}") from error
+    if config.model.method != method:
+        raise ConversionError(f"{file.parent} is of method {config.model.method!r}; --model={method} reads its own")
+    return config
+
+
+def _first_stage_of(tensors: TensorSource) -> tuple[CLIPVisionConfig, Tree]:
+    """(CLIP's configuration, the first stage's parameters as shapes), told by the shapes in FPDM's checkpoint."""
+    inside = "fusion_model.img_encoder."
+    try:
+        infos = {name.removeprefix(inside): x.shape for name, x in tensors.infos.items() if name.startswith(inside)}
+        width, _, patch, _ = infos["vision_model.embeddings.patch_embedding.weight"]
+        cells = infos["vision_model.embeddings.position_embedding.weight"][0] - 1
+        layers = {name.split(".")[3] for name in infos if name.startswith("vision_model.encoder.layers.")}
+        config = CLIPVisionConfig(
+            hidden_size=width,
+            intermediate_size=infos["vision_model.encoder.layers.0.mlp.fc1.weight"][0],
+            projection_dim=infos["visual_projection.weight"][0],
+            num_hidden_layers=len(layers),
+            num_attention_heads=max(width // 64, 1),
+            image_size=patch * math.isqrt(cells),
+            patch_size=patch,
+        )
+    except (KeyError, ValueError) as error:
+        raise ConversionError(f"{inside}* is no CLIP vision tower ({error})") from error
+    return config, first_stage_shapes(config)
 
 
 def _animate_anyone(flags: argparse.Namespace, shapes: Shapes) -> Plan:
@@ -131,10 +225,7 @@ def _animate_anyone(flags: argparse.Namespace, shapes: Shapes) -> Plan:
         why = "--variant is for --model=sd15" if flags.variant else "no such folder; name the one that holds the files"
         raise ConversionError(f"--src={src}: {why}")
 
-    def open_file(file: pathlib.Path) -> TensorSource:
-        return _open_ckpt(file)[0] if file.suffix == ".pth" else open_source(file)
-
-    plan = animate_anyone.plan_of(src, open_file, shapes, name=flags.src)
+    plan = animate_anyone.plan_of(src, _open_any, shapes, name=flags.src)
     if flags.clip:
         clip, name = _locate(flags.clip, [STEMS[1]], None)
         plan = readers.with_clip(plan, clip, shapes, name=name)
@@ -182,9 +273,19 @@ def paper_shapes(method: str, unet: UNetConfig) -> Tree:
     model.size = (64, 64)
     with model.ignore_type():
         model.unet = to_dict(unet)
-    config = from_config_dict(Config, values)
+    return method_shapes(from_config_dict(Config, values))
+
+
+def method_shapes(config: Config) -> Tree:
+    """The parameters of the configuration's method as shapes."""
     made, _ = planned(config)
     return jax.eval_shape(lambda: made.init(jax.random.key(0), batch_spec(config)))
+
+
+def first_stage_shapes(clip: CLIPVisionConfig) -> Tree:
+    """Of FPDM's first stage around this CLIP."""
+    picture = jax.ShapeDtypeStruct((1, clip.image_size, clip.image_size, 3), np.float32)
+    return jax.eval_shape(ImagePoseFusion(clip).init, jax.random.key(0), picture, picture)["params"]
 
 
 def autoencoder_shapes(config: Mapping[str, Any]) -> Tree:
@@ -223,6 +324,10 @@ def _locate(src: str, weights: Sequence[str], variant: str | None) -> tuple[path
     return found, f"{src}@{found.name}"
 
 
+def _open_any(file: pathlib.Path) -> TensorSource:
+    return open_source(file) if file.suffix == ".safetensors" else _open_ckpt(file)[0]
+
+
 def _open_ckpt(file: pathlib.Path) -> tuple[ArraySource, dict[str, int]]:
     """(tensors, {why: how many other things}) of a PyTorch checkpoint, of which nothing but tensors is ever unpickled."""
     try:
@@ -234,8 +339,9 @@ def _open_ckpt(file: pathlib.Path) -> tuple[ArraySource, dict[str, int]]:
         loaded = torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
     except pickle.UnpicklingError as error:
         raise ConversionError(
-            f"{file} holds pickled Python objects, which could run any code, and is not opened; take the .safetensors "
-            "file of the same model, or let somebody you trust save its state_dict alone"
+            f"{file} holds pickled Python objects, which could run any code, and is not opened; take the .safetensors file of "
+            "the same model, or, where you trust who made it, save its tensors alone: "
+            f"state = torch.load({file.name!r}, weights_only=False); torch.save(state['state_dict'], 'state.pth')"
         ) from error
     except Exception as error:  # its unpickler fails in any way on what is no checkpoint
         raise ConversionError(f"{file} is no PyTorch checkpoint ({' '.join(repr(error).split())[:200]})") from error

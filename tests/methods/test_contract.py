@@ -8,10 +8,14 @@ import numpy as np
 import pytest
 
 from tests import tiny, tiny_methods
+from truepose_jax import convert
 from truepose_jax.config import ConfigError
 from truepose_jax.diffusion.schedule import Schedule
 from truepose_jax.methods import PAPERS, needs
+from truepose_jax.pretrained.conversion import paper_files
+from truepose_jax.pretrained.conversion.weights_folder import open_weights
 from truepose_jax.sampling.sampler import Sampler, Sampling
+from truepose_jax.training.init import resolve_init_from
 from truepose_jax.training.step import Trainer
 
 ROWS = 4
@@ -118,6 +122,21 @@ def test_pictures_do_not_depend_on_their_batch(method):
     order = np.array([2, 0, 3, 1])
     moved = sample(params, frozen, {name: x[order] for name, x in batch.items()}, keys[order])
     np.testing.assert_allclose(moved, images[order], atol=2e-4)
+
+
+@denoisers
+def test_an_export_comes_back_bit_for_bit(method, tmp_path):
+    cfg, _, _, params = tiny_methods.one(method)
+    paper_files.write(tmp_path / "out", params, config=cfg)
+    words = [f"--model={method}", f"--src={tmp_path / 'out'}", f"--dst={tmp_path / 'back'}"]
+    assert convert.main(["from-torch", *words]) == 0
+    weights = open_weights(tmp_path / "back")
+    want = tiny.named(params)
+    assert weights.infos.keys() == want.keys() and not weights.fresh and weights.method == method
+    for path, array in want.items():
+        np.testing.assert_array_equal(weights.read(path), array, err_msg=path)
+    again = tiny_methods.config(method, {"init_from": str(tmp_path / "back")})
+    assert resolve_init_from(again).model.unet == cfg.model.unet
 
 
 @denoisers

@@ -7,14 +7,16 @@ from-torch makes a weights folder, which a run begins with: train --config.init_
 folder of Stable Diffusion 1.5 (unet/, vae/, scheduler/) or its original single file (.safetensors, .ckpt) and makes
 TruePose's starting point, or that of the method that --for names (whose folder may be of SD2.x); --model=truepose reads what
 to-torch wrote. --model=animate-anyone reads reference_unet, denoising_unet and pose_guider, .pth or .safetensors, and what it
-writes is a whole model, which generate takes as --workdir. --model=lora adds the adapters of a file of diffusers' or PEFT's to
-the weights folder that --base names. --clip is a transformers folder with CLIP's vision tower. A name such as
-openai/clip-vit-large-patch14 that is no path is fetched from the Hugging Face hub. Everything is checked before the first byte
-is written; --dry-run stops there and prints the table.
+writes is a whole model, which generate takes as --workdir. --model=fpdm and imagpose read what to-torch wrote of such a run,
+FPDM's public checkpoint saved as a plain state_dict, or a folder of IMAGPose's stage files. --model=lora adds the adapters of a
+file of diffusers' or PEFT's to the weights folder that --base names. --clip is a transformers folder with CLIP's vision tower. A
+name such as openai/clip-vit-large-patch14 that is no path is fetched from the Hugging Face hub. Everything is checked before the
+first byte is written; --dry-run stops there and prints the table.
 
 to-torch exports a run's last checkpoint: SourceNet and TargetNet as folders that diffusers opens, HPFA and the pose encoder
-beside them, configs, the noise schedule and a model card. generate and study take the folder for a run's. Of a run that trains
-adapters (config.optim.lora) it writes these alone, or with --merge the model with them added.
+beside them, configs, the noise schedule and a model card. generate and study take the folder for a run's. FPDM, IMAGPose and
+AnimateAnyone's form leave under their public code's names, for from-torch. Of a run that trains adapters (config.optim.lora) it
+writes these alone, or with --merge the model with them added.
 """
 
 from __future__ import annotations
@@ -26,7 +28,7 @@ from truepose_jax.pretrained.conversion.to_torch import DTYPES
 from truepose_jax.runtime.choices import WEIGHTS
 from truepose_jax.runtime.cli import Parser
 
-MODELS = ("sd15", "truepose", "animate-anyone", "lora")
+MODELS = ("sd15", "truepose", "animate-anyone", "fpdm", "imagpose", "lora")
 METHODS = ("truepose", "fpdm", "imagpose")
 """That have a starting point in a Stable Diffusion."""
 

@@ -16,7 +16,7 @@ from input_pipeline.schema import InputError
 from truepose_jax.config import Config
 from truepose_jax.data.datasets import about_records
 from truepose_jax.inference.exported import Converted, Exported
-from truepose_jax.pretrained.conversion import animate_anyone, lora, weights_folder
+from truepose_jax.pretrained.conversion import animate_anyone, lora, paper_files, weights_folder
 from truepose_jax.pretrained.conversion.export import write_export
 from truepose_jax.pretrained.conversion.first_stage import write_first_stage
 from truepose_jax.pretrained.conversion.safetensors_io import ConversionError
@@ -71,18 +71,16 @@ def save(run: Run, folder: str | os.PathLike[str], *, dtype: str | None = None, 
             f"{run.workdir} is a weights folder, which no run made; convert made it of what it would become"
         )
     model = run.config.model
-    if model.method not in ("truepose", "ipf"):
-        raise ConversionError(
-            f"{run.workdir} is of config.model.method {model.method!r}, which has no form in PyTorch here yet"
-        )
-    if model.method == "ipf" or animate_anyone.is_one(model):
+    if model.method != "truepose" or animate_anyone.is_one(model):
         if with_clip:
             raise ConversionError(
                 "--with-clip: this network's files are their authors', and CLIP is in them or beside them"
             )
         params = run.params(_host())
-        if model.method != "ipf":
+        if model.method == "truepose":
             return animate_anyone.write(folder, params, dtype)
+        if model.method in paper_files.FORMS:
+            return paper_files.write(folder, params, config=run.config, dtype=dtype)
         about = {"step": run.step, "weights": run.weights}
         return write_first_stage(folder, params, model=model, run=about, dtype=dtype)
     metadata, clip = read_metadata(run.workdir), run.config.model.clip.path
@@ -123,7 +121,9 @@ def push(
 
     with tempfile.TemporaryDirectory(prefix="truepose_push_") as place:
         folder = pathlib.Path(place) / "model"
-        save(run, folder)
+        said = save(run, folder)
+        if not (folder / "README.md").is_file():
+            raise ConversionError(f"{said}: without a model card; only TruePose's own form is pushed")
         card = ModelCard.load(folder / "README.md")
         card.data.pipeline_tag = "image-to-image"
         card.save(folder / "README.md")

@@ -9,18 +9,17 @@ Each is a file of plain tensors without a prefix, .pth or .safetensors. What the
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 from truepose_jax.config import DenoiserModel, UNetConfig, to_dict
-from truepose_jax.pretrained.conversion import key_maps, to_torch
+from truepose_jax.pretrained.conversion import key_maps, paper_files
 from truepose_jax.pretrained.conversion.key_maps import ModelKeys
 from truepose_jax.pretrained.conversion.plan import Plan, Shapes, Source, parameters
-from truepose_jax.pretrained.conversion.safetensors_io import ConversionError, TensorSource, write_safetensors
+from truepose_jax.pretrained.conversion.safetensors_io import ConversionError, TensorSource
 from truepose_jax.pretrained.conversion.truepose_names import block_of_site
-from truepose_jax.pretrained.conversion.weights_folder import PARAMS_FILE, check_destination, new_folder
+from truepose_jax.pretrained.conversion.weights_folder import PARAMS_FILE
 
 STEMS = ("reference_unet", "denoising_unet", "pose_guider")
 SUFFIXES = (".safetensors", ".pth")
@@ -130,21 +129,5 @@ def plan_of(src: Path, open_file: Callable[[Path], TensorSource], shapes: Shapes
 
 def write(dst: Path, params: Mapping[str, Any], dtype: str | None = None) -> str:
     """Writes a run's parameters as these files, .safetensors, and says so. Raises ConversionError before the first byte."""
-    trees: dict[str, dict[str, Any]] = {stem: {} for stem in STEMS}
-    for path, leaf in key_maps.leaves(params):
-        stem, tensor = place_of(path)
-        if tensor:
-            trees[stem][path] = leaf
-
-    def name_of(path: str) -> str:
-        return place_of(path)[1]
-
-    infos = {stem: to_torch.infos(key_maps.nest(tree), dtype, name_of) for stem, tree in trees.items()}
-    size = sum(info.dtype.itemsize * math.prod(info.shape) for found in infos.values() for info in found.values())
-    check_destination(dst, size)
-    with new_folder(dst, size) as partial:
-        for stem, tree in trees.items():
-            tensors = to_torch.stream(key_maps.nest(tree), dtype, name_of)
-            write_safetensors(partial / f"{stem}.safetensors", infos[stem], tensors)
-    counts = ", ".join(f"{stem}.safetensors {len(found)} tensors" for stem, found in infos.items())
-    return f"{dst}: AnimateAnyone's files: {counts}"
+    files = {stem: f"{stem}.safetensors" for stem in STEMS}
+    return f"AnimateAnyone's files: {paper_files.write_files(dst, params, place_of, files, {}, dtype)}"

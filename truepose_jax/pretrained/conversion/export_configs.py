@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from truepose_jax.config import Config, DiffusionConfig, TruePoseModel, to_dict
+from truepose_jax.config import Config, DenoiserModel, DiffusionConfig, to_dict
 
 # Fields of a diffusers UNet that are the same in every network of ours (SD1.5's).
 _FIXED = {
@@ -26,7 +26,11 @@ _BETAS = {"scaled_linear": "scaled_linear", "linear": "linear", "cosine": "squar
 _PREDICTIONS = {"eps": "epsilon", "v": "v_prediction", "x0": "sample"}
 
 
-def unet_config(model: TruePoseModel) -> dict[str, Any]:
+EXCHANGED = ("features", "texture", "alignment", "source_attention", "score")
+"""Settings of config.model.fusion in which an ablation or another reading differs from the method itself."""
+
+
+def unet_config(model: DenoiserModel) -> dict[str, Any]:
     """config.json of a UNet2DConditionModel. attention_head_dim is the number of heads there too."""
     unet, factor = to_dict(model.unet), model.latent_factor
     return {
@@ -58,7 +62,7 @@ def scheduler_config(diffusion: DiffusionConfig) -> dict[str, Any]:
         "steps_offset": 1,
         "timestep_spacing": diffusion.spacing,
         "thresholding": False,
-        "rescale_betas_zero_snr": False,
+        "rescale_betas_zero_snr": schedule.zero_snr,
     }
 
 
@@ -96,6 +100,7 @@ def settings(config: Config, *, classes: int, run: Mapping[str, Any]) -> dict[st
             "carry_latents": fusion.carry_latents,
             "cosine": fusion.cosine,
             "residual": fusion.residual,
+            **({} if fusion.is_whole else {name: getattr(fusion, name) for name in EXCHANGED}),
         },
         "carry": to_dict(model.carry),
         "pose_encoder": {"features": model.unet.block_out_channels[0], "stride": model.latent_factor},

@@ -152,7 +152,7 @@ class Stranger:
         return self.axis is None or (self.axis < len(shape) and shape[self.axis] == self.size)
 
 
-_FIRST_CONTEXT = "down_blocks.0.attentions.0.transformer_blocks.0.attn2.to_k.weight"
+FIRST_CONTEXT = "down_blocks.0.attentions.0.transformer_blocks.0.attn2.to_k.weight"
 
 UNET = ModelKeys(
     title="UNet2DConditionModel",
@@ -160,7 +160,7 @@ UNET = ModelKeys(
         Stranger("an SDXL UNet (it has an added text-and-size embedding)", "add_embedding.linear_1.weight"),
         Stranger("an inpainting UNet (9 input channels)", "conv_in.weight", 1, 9),
         Stranger("an InstructPix2Pix or image-variation UNet (8 input channels)", "conv_in.weight", 1, 8),
-        Stranger("an SD2.x UNet (context of width 1024, SD1.5 has 768)", _FIRST_CONTEXT, 1, 1024),
+        Stranger("an SD2.x UNet (context of width 1024, SD1.5 has 768)", FIRST_CONTEXT, 1, 1024),
         Stranger("an autoencoder", "quant_conv.weight"),
         Stranger("a CLIP model", "vision_model.embeddings.class_embedding"),
         Stranger("an original LDM checkpoint (single file)", "model.diffusion_model.input_blocks.0.0.weight"),

@@ -39,7 +39,8 @@ def parsed(path: Path, config: Mapping[str, Any], parse: Callable[[Mapping[str, 
 
 
 def schedule_of(config: Mapping[str, Any], place: Path | str) -> dict[str, Any]:
-    """{betas, beta_start, beta_end, steps, prediction}, as diffusion.Schedule has them, of a scheduler_config.json.
+    """{betas, beta_start, beta_end, steps, prediction} and zero_snr where it is on, as diffusion.Schedule has them, of a
+    scheduler_config.json.
 
     Raises ConversionError for a schedule that is not fully said or that we do not have.
     """
@@ -52,16 +53,15 @@ def schedule_of(config: Mapping[str, Any], place: Path | str) -> dict[str, Any]:
     prediction = config.get("prediction_type", "epsilon")
     if prediction not in _PREDICTIONS:
         raise ConversionError(f"{place}: prediction_type is {prediction!r}; known: {tuple(_PREDICTIONS)}")
-    for field in ("trained_betas", "rescale_betas_zero_snr"):
-        if config.get(field):
-            raise ConversionError(f"{place}: {field} is {str(config[field])[:40]}; such betas are not supported")
+    if betas := config.get("trained_betas"):
+        raise ConversionError(f"{place}: trained_betas is {str(betas)[:40]}; such betas are not supported")
     found = {
         "betas": _BETAS[config["beta_schedule"]],
         "beta_start": config["beta_start"],
         "beta_end": config["beta_end"],
         "steps": config["num_train_timesteps"],
         "prediction": _PREDICTIONS[prediction],
-    }
+    } | ({"zero_snr": True} if config.get("rescale_betas_zero_snr") else {})
     check_schedule(found, place)
     return found
 
