@@ -371,9 +371,9 @@ class TruePose(nn.Module):
         folder = Path(folder)
         settings = json.loads((folder / "truepose.json").read_text())
         settings["fusion"] = dict.fromkeys(OURS, False) | settings["fusion"]  # older exports do not say them
-        if settings.get("carry", {}).get("head"):
+        if settings.get("carry", {}).get("head") or "texture" in settings["fusion"]:
             raise RuntimeError(
-                f"{folder}: carry.head is on, and this program has no half-cell head; truepose_jax runs it"
+                f"{folder}: this program has no half-cell head (carry.head) and no ablation; truepose_jax runs it"
             )
         nets = []
         for name in ("source_net", "target_net"):

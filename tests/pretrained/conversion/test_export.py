@@ -16,12 +16,15 @@ import torch
 from diffusers import DDIMScheduler, UNet2DConditionModel
 
 from configs import synthetic_ablation
+from configs.variants import vary
 from tests import tiny
 from tests.pretrained.conversion.sd15 import assert_bit_equal
 from tests.records import built, noise_set
+from truepose_jax import convert
 from truepose_jax.config import Config, from_config_dict, to_dict
 from truepose_jax.data.datasets import about_records
 from truepose_jax.inference.exported import Exported
+from truepose_jax.interop import torch_truepose
 from truepose_jax.models import patch_codec
 from truepose_jax.models.unet import UNetConfig
 from truepose_jax.pretrained.conversion import from_torch, key_maps
@@ -29,7 +32,10 @@ from truepose_jax.pretrained.conversion.export import FILES, write_export
 from truepose_jax.pretrained.conversion.origins import SCHEDULE_FIELDS, UNKNOWN_LICENCE, licence_of, schedule_of
 from truepose_jax.pretrained.conversion.safetensors_io import ConversionError, SafetensorsSource
 from truepose_jax.pretrained.conversion.truepose_names import Place, path_of, place_of
+from truepose_jax.pretrained.conversion.weights_folder import open_weights
+from truepose_jax.pretrained.factory import planned
 from truepose_jax.pretrained.frozen_networks import load_autoencoder
+from truepose_jax.training.init import batch_spec
 
 RUN = {"step": 1234, "weights": "ema", "frozen": {"autoencoder": "a" * 64, "clip": "c" * 64}}
 ORIGIN = {
@@ -356,11 +362,27 @@ def test_another_configurations_parameters_are_an_error(tmp_path):
         write_export(tmp_path / "out", case("linear")[1], config=wider, run=RUN)
 
 
-def test_ablations_have_no_form_in_pytorch(tmp_path):
-    cfg, params = case("linear")
-    variant = tiny.config({"model": {"unet": to_dict(cfg.model.unet), "fusion": {"texture": "concat"}}})
-    with pytest.raises(ConversionError, match="is an ablation or another reading"):
-        write_export(tmp_path / "out", params, config=variant, run=RUN)
+@pytest.mark.parametrize("variant", ["B1", "B2", "B3", "B4"])
+def test_ablations_leave_and_come_back(variant, tmp_path):
+    """Bit for bit, as a run and as weights to begin with; TargetNet as diffusers' own. B1 has no SourceNet."""
+    settings = tiny.settings(tiny.MIDDLE_ONLY, {"model": {"clip": {"hidden_size": 16, "layers": 1}}})
+    config = from_config_dict(Config, vary(settings, variant))
+    shapes = jax.eval_shape(lambda: planned(config)[0].init(jax.random.key(0), batch_spec(config)))
+    params = jax.device_get(tiny.randomise(shapes, 0))
+    write_export(tmp_path / "out", params, config=config, run=RUN)
+    assert (tmp_path / "out/source_net").exists() == (variant != "B1")
+    found = Exported.open(tmp_path / "out").restore_part("ema")
+    assert_bit_equal({path: np.asarray(x) for path, x in leaves(found).items()}, leaves(params))
+    _, info = UNet2DConditionModel.from_pretrained(
+        tmp_path / "out", subfolder="target_net", output_loading_info=True, low_cpu_mem_usage=False
+    )
+    assert not any(info.values()), info
+    words = ["--model=truepose", f"--src={tmp_path / 'out'}", f"--dst={tmp_path / 'w'}"]
+    assert convert.main(["from-torch", *words]) == 0
+    weights = open_weights(tmp_path / "w")
+    assert_bit_equal({path: weights.read(path) for path in weights.infos}, leaves(params))
+    with pytest.raises(RuntimeError, match="ablation"):
+        torch_truepose.TruePose.from_pretrained(tmp_path / "out")
 
 
 def test_nothing_is_overwritten(tmp_path):

@@ -9,7 +9,8 @@
     patch_codec.safetensors    the patch codec, where it is not the one that comes along
     README.md                  the model card
 
-exported.py opens the folder as a run of ours, and truepose_jax/interop/torch_truepose.py as a PyTorch TruePose (without a head).
+exported.py opens the folder as a run of ours, and truepose_jax/interop/torch_truepose.py as a PyTorch TruePose (without a head,
+and no ablation). B1 has no SourceNet.
 """
 
 from __future__ import annotations
@@ -117,14 +118,10 @@ def write_export(
         raise ConversionError(f"export dtype is {dtype!r}; choose one of {tuple(to_torch.DTYPES)} or none")
     if run["weights"] not in WEIGHTS:
         raise ConversionError(f"export weights are {run['weights']!r}; choose one of {WEIGHTS}")
-    if not config.model.fusion.is_whole:
-        raise ConversionError(
-            "this run is an ablation or another reading of TruePose (config.model.fusion: features, texture, alignment, "
-            "source_attention, score); only the method itself has a form in PyTorch"
-        )
     trees = _by_file(params)
     infos = {file: to_torch.infos(tree, dtype, _tensor_name) for file, tree in trees.items()}
-    _check_whole(infos, config)
+    if config.model.fusion.is_whole:
+        _check_whole(infos, config)
     size = sum(info.dtype.itemsize * math.prod(info.shape) for found in infos.values() for info in found.values())
     inside = [] if clip is None else [clip / "config.json", *weight_files(clip)]
     copied = {f"{CLIP_FOLDER}/{file.name}": file for file in inside} | ({CODEC_FILE: codec} if codec else {})
@@ -174,7 +171,7 @@ def _by_file(params: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
             flat[FILES[place_of(path).stem]][path] = leaf
         except ValueError as error:
             raise ConversionError(str(error)) from error
-    return {file: key_maps.nest(found) for file, found in flat.items()}
+    return {file: key_maps.nest(found) for file, found in flat.items() if found}
 
 
 def _check_whole(infos: Mapping[str, Mapping[str, TensorInfo]], config: Config) -> None:
@@ -220,10 +217,10 @@ def _texts(
 ) -> dict[str, str]:
     """{file: its text}, for all that is no tensor. copied: files of frozen networks in the folder."""
     unet = unet_config(config.model)
+    nets = [net for net in (SOURCE_NET, TARGET_NET) if FILES[net] in infos]
     classes = infos[FILES[EXTRAS]].get("parsing_encoder.class_bias.weight")
     found = {
-        f"{SOURCE_NET}/config.json": unet,
-        f"{TARGET_NET}/config.json": unet,
+        **{f"{net}/config.json": unet for net in nets},
         "scheduler/scheduler_config.json": scheduler_config(config.diffusion),
         SETTINGS_FILE: settings(config, classes=classes.shape[1] if classes else 0, run=run),
         CONFIG_FILE: to_dict(config),

@@ -8,7 +8,7 @@ from collections.abc import Container, Mapping
 from typing import Any
 
 from truepose_jax.config import Config, TruePoseModel, to_dict
-from truepose_jax.pretrained.conversion.export_configs import labels_of
+from truepose_jax.pretrained.conversion.export_configs import EXCHANGED, labels_of
 from truepose_jax.pretrained.conversion.origins import UNKNOWN_LICENCE
 from truepose_jax.pretrained.conversion.weights_folder import CLIP_FOLDER, CODEC_FILE
 from truepose_jax.runtime.choices import SAMPLERS
@@ -68,7 +68,8 @@ _TWIN = (
     "```",
 )
 _NO_TWIN = (
-    "Only truepose_jax runs the whole of it: `interop/torch_truepose.py` has no half-cell head and refuses the folder.",
+    "Only truepose_jax runs the whole of it: `interop/torch_truepose.py` has no half-cell head and refuses the folder. The same "
+    "holds for ablations.",
 )
 
 
@@ -82,6 +83,7 @@ def _ours(model: TruePoseModel) -> list[str]:
         "limb coordinates and a half-cell head (`carry_source`, `carry_target`), which needs the source's pose": model.carry.head,
         "the source moved limb by limb, which that head mixes in": model.carry.limb_warp,
     }
+    used |= {f"an ablation or another reading, {name} {getattr(fusion, name)}": not fusion.is_whole for name in EXCHANGED}
     found = "; ".join(what for what, on in used.items() if on)
     return [f"- Not the paper's but truepose_jax's: {found}."] if found else []
 
@@ -164,7 +166,7 @@ def _text(
         "HPFA, the pose encoder and, where there are some, the parsing encoder and the half-cell head are in "
         "`truepose.safetensors`; `truepose.json` says how they are wired.",
         "",
-        *(_NO_TWIN if model.carry.head else _TWIN),
+        *(_TWIN if model.fusion.is_whole and not model.carry.head else _NO_TWIN),
         "",
         "## Training configuration",
         "",

@@ -151,11 +151,12 @@ def truepose_export(src: Path, shapes: Shapes, *, name: str) -> Plan:
             f"{settings.get('source_parsing')!r}; expected an export of TruePose by `convert to-torch`"
         )
     configs = {}
-    for network in (truepose_names.SOURCE_NET, truepose_names.TARGET_NET):
+    twins = (truepose_names.TARGET_NET, truepose_names.SOURCE_NET)
+    for network in twins if settings.get("fusion", {}).get("features") != "clip" else twins[:1]:
         file = src / network / "config.json"
         configs[network] = parsed(file, read_json(file), UNetConfig.from_diffusers)
-    unet = configs[truepose_names.SOURCE_NET]
-    if configs[truepose_names.TARGET_NET] != unet:
+    unet = configs[truepose_names.TARGET_NET]
+    if any(found != unet for found in configs.values()):
         raise ConversionError(f"{src}: the configs of source_net and target_net differ; they are twins")
     tree = parsed(settings_file, unet, lambda unet: shapes.truepose(unet, settings))
     sources = {network: _open(src / network, key_maps.UNET, None) for network in configs}

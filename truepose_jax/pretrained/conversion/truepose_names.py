@@ -13,6 +13,7 @@ diffusers class has:
         parsing_encoder.class_bias.weight          (only with model.source_parsing "coverage")
         limb_encoder. ..., carry_source. ..., carry_target. ..., hpfa. ... .limbs.weight and .limb_scale
                                                    (only with model.carry.head)
+        clip_source. ...                           (ablation B1, in SourceNet's place)
 
 Arrays are laid out as PyTorch has them: key_maps.torch_layout(path, array) and its inverse.
 """
@@ -44,7 +45,7 @@ _NORM = re.compile(r"(?:alpha_|out_)?norm\d*|conv_norm_out")
 HEAD = ("limb_encoder", "carry_source", "carry_target")
 """Networks of the half-cell head."""
 
-_BESIDE = ("pose_encoder", "parsing_encoder", *HEAD)
+_BESIDE = ("pose_encoder", "parsing_encoder", "clip_source", *HEAD)
 """Networks that lie whole in truepose.safetensors, under their own names."""
 
 
