@@ -37,28 +37,18 @@ def finish(processes, code=0):
 
 
 @pytest.mark.slow
-def test_two_processes_with_the_parameters_cut_over_both(tmp_path, straight):
-    """Slow for its compilation alone: the optimizer's update of hundreds of arrays, in each process."""
-    finish(by_flags(tmp_path, 2, "--config.mesh.data=1", "--config.mesh.fsdp=2", "--config.optim.layout=tree"))
-    same_run(tmp_path, straight)
-
-
-@pytest.mark.slow
-def test_two_processes_of_one_tensor_group_hold_the_same_rows(tmp_path, straight):
-    finish(by_flags(tmp_path, 2, "--config.mesh.data=1", "--config.mesh.tensor=2", "--config.optim.layout=tree"))
-    same_run(tmp_path, straight)
-
-
-@pytest.mark.slow
-def test_four_processes(tmp_path, straight):
-    finish(by_flags(tmp_path, 4))
-    same_run(tmp_path, straight)
-
-
-@pytest.mark.slow
-def test_four_processes_in_groups_of_two(tmp_path, straight):
-    """Gloo connects each group by itself, after distributed.start has connected all."""
-    finish(by_flags(tmp_path, 4, "--config.mesh.data=2", "--config.mesh.fsdp=2", "--config.optim.layout=tree"))
+@pytest.mark.parametrize(
+    ("count", "mesh"),
+    [
+        (2, {"data": 1, "fsdp": 2}),  # slow for its compilation alone: hundreds of updates in each process
+        (2, {"data": 1, "tensor": 2}),  # of one tensor group, which hold the same rows
+        (4, {}),
+        (4, {"data": 2, "fsdp": 2}),  # Gloo connects each group by itself, after distributed.start has connected all
+    ],
+)
+def test_several_processes_are_one_run(tmp_path, straight, count, mesh):
+    layout = ["--config.optim.layout=tree"] if mesh else []
+    finish(by_flags(tmp_path, count, *(f"--config.mesh.{axis}={n}" for axis, n in mesh.items()), *layout))
     same_run(tmp_path, straight)
 
 

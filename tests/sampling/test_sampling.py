@@ -10,25 +10,13 @@ import pytest
 
 from input_pipeline.schema import MAX_CLASSES, WHOLE_IMAGE
 from tests import oracle, tiny
+from tests.methods.test_truepose import KEYS, N, batch, other
 from tests.models.test_masks import brute_force, brute_force_mask
 from truepose_jax.methods.truepose import TruePose
 from truepose_jax.models.vae import PixelAutoencoder
 from truepose_jax.sampling.sampler import Sampler, Sampling, cast_kernels, compiler_options
 
-N = tiny.TARGETS
 STEPS, GUIDANCE = 3, 3.5
-KEYS = functools.cache(lambda: tiny.keys(3, N))
-
-
-@functools.cache
-def batch():
-    return tiny.batch(tiny.base()[0], 1, targets=N)
-
-
-@functools.cache
-def other():
-    """As good a batch, with nothing in common."""
-    return tiny.batch(tiny.base()[0], 2, targets=N)
 
 
 def without(params, *names):

@@ -9,6 +9,8 @@ import pathlib
 from collections.abc import Mapping
 from typing import Any
 
+from flax.traverse_util import flatten_dict
+
 from truepose_jax.config import ConfigError
 from truepose_jax.runtime import atomic, files
 
@@ -41,7 +43,7 @@ class Table:
             self.rows = _read(rows)
 
     def _check_same(self, now: Mapping[str, Any], before: Any) -> None:
-        new, old = _flat(now), _flat(before)
+        new, old = (flatten_dict(each, sep=".") for each in (now, before))
         for key in dict.fromkeys((*new, *old)):
             if new.get(key) != old.get(key):
                 raise ConfigError(
@@ -74,12 +76,3 @@ def _read(path: pathlib.Path) -> Any:
         return json.loads(path.read_text())
     except (OSError, ValueError) as error:
         raise ConfigError(f"cannot read {path}: {error}") from error
-
-
-def _flat(tree: Any, prefix: str = "") -> dict[str, Any]:
-    if not isinstance(tree, Mapping):
-        return {prefix: tree}
-    found: dict[str, Any] = {}
-    for key, value in tree.items():
-        found |= _flat(value, f"{prefix}.{key}" if prefix else key)
-    return found

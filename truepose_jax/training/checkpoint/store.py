@@ -23,6 +23,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
+from flax.traverse_util import unflatten_dict
 from jax.experimental import multihost_utils
 from jax.sharding import NamedSharding, PartitionSpec, Sharding, SingleDeviceSharding
 from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, EveryNSteps, LatestN
@@ -77,18 +78,6 @@ def bit_sums(leaves: Mapping[str, jax.Array]) -> dict[str, int]:
 
 def _by_path(tree: Any) -> dict[str, Any]:
     return {path_of(key_path): leaf for key_path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
-
-
-def _nested(leaves: Mapping[str, Any]) -> dict[str, Any]:
-    """Nested dicts from {'a/b/kernel': leaf}."""
-    tree: dict[str, Any] = {}
-    for path, leaf in leaves.items():
-        *groups, name = path.split("/")
-        group = tree
-        for part in groups:
-            group = group.setdefault(part, {})
-        group[name] = leaf
-    return tree
 
 
 def _describe(leaves: Mapping[str, jax.Array]) -> dict[str, dict[str, Any]]:
@@ -310,7 +299,7 @@ class Checkpoints:
             path: jax.ShapeDtypeStruct(leaf["shape"], leaf["dtype"], sharding=place)
             for path, leaf in saved[name].items()
         }
-        return _nested(self._read(step, {name: wanted}, saved, alone=alone)[name])
+        return unflatten_dict(self._read(step, {name: wanted}, saved, alone=alone)[name], sep="/")
 
     def restore_like(self, name: str, abstract: Any, step: int | None = None) -> tuple[Any, int]:
         """(one part, step) in the structure and shardings of `abstract`: another run's weights. Raises CheckpointError."""

@@ -18,6 +18,7 @@ from typing import IO, Any
 
 import jax
 import jax.numpy as jnp
+from flax.traverse_util import flatten_dict
 
 import truepose_jax
 from input_pipeline import files
@@ -140,13 +141,6 @@ def has_steps(workdir: str | os.PathLike[str]) -> bool:
     return any(path.name.isdigit() for path in Path(workdir).glob("checkpoints/*"))
 
 
-def _flat(tree: Any, prefix: str = "") -> dict[str, Any]:
-    if not isinstance(tree, Mapping):
-        return {prefix: tree}
-    items = [_flat(value, f"{prefix}.{key}" if prefix else key) for key, value in tree.items()]
-    return {key: value for item in items for key, value in item.items()}
-
-
 def check_same_config(workdir: str | os.PathLike[str], config: Config) -> None:
     """Refuses to go on in a workdir of another configuration. One without a saved step is fine: after a first step that
     found no memory the next try has a smaller batch. Raises CheckpointError."""
@@ -156,8 +150,8 @@ def check_same_config(workdir: str | os.PathLike[str], config: Config) -> None:
     if not (folder / "metadata.json").exists():
         raise CheckpointError(f"{folder} holds checkpoints but no metadata.json; take another --workdir")
     sides = {
-        "was": _flat(_saved(workdir)),
-        "is": _flat(json.loads(json.dumps(to_dict(config)))),
+        "was": flatten_dict(_saved(workdir), sep="."),
+        "is": flatten_dict(json.loads(json.dumps(to_dict(config))), sep="."),
     }
     differing = []
     for key in dict.fromkeys((*sides["is"], *sides["was"])):
