@@ -31,6 +31,7 @@ from truepose_jax.models.fpdm import ImagePoseFusion
 from truepose_jax.models.patch_codec import PatchAutoencoder
 from truepose_jax.models.unet import UNetConfig
 from truepose_jax.models.vae import AutoencoderKLConfig, KLAutoencoder, PixelAutoencoder
+from truepose_jax.pretrained import vision_networks
 from truepose_jax.pretrained.conversion import (
     animate_anyone,
     key_maps,
@@ -116,6 +117,8 @@ def make_plan(flags: argparse.Namespace) -> Plan:
         return lora.plan_of(pathlib.Path(flags.src), flags.base, name=flags.src)
     if flags.model in paper_files.FORMS:
         return _paper(flags)
+    if flags.dino:
+        raise ConversionError(f"--dino is for --model=fpdm and imagpose; --model={flags.model} has no DINOv2")
     if flags.model == "animate-anyone":
         return _animate_anyone(flags, shapes)
     folders = ("unet", "vae") if flags.model == "sd15" else ("source_net", "target_net")
@@ -172,12 +175,20 @@ def _paper(flags: argparse.Namespace) -> Plan:
             raise ConversionError(f"{src} holds no file {stem}, where {path} should be")
         return sources[stem], rename(stem, tensor) if rename else tensor
 
-    config = paper_files.sized(config, source_of)
-    plan = paper_files.plan_of(src, config, method_shapes(config), source_of, name=flags.src)
+    config, items, texts = paper_files.sized(config, source_of), {}, {}
     if rename and config.model.fusion_embedding:
-        clip, shapes = _first_stage_of(sources["unet"].tensors)
-        items, texts = paper_files.first_stage_items(sources["unet"], shapes, clip)
-        plan = dataclasses.replace(plan, items={**plan.items, **items}, texts=texts)
+        clip, shapes = _first_stage_of(source.tensors)
+        items, texts = paper_files.first_stage_items(source, shapes, clip)
+        ipf = dataclasses.replace(config.model.ipf, image_size=clip.image_size)
+        config = dataclasses.replace(config, model=dataclasses.replace(config.model, ipf=ipf))
+    plan = paper_files.plan_of(src, config, method_shapes(config), source_of, name=flags.src)
+    plan = dataclasses.replace(plan, items={**plan.items, **items}, texts=texts)
+    if flags.dino:
+        try:
+            _, shapes, _ = vision_networks.plan("dino", dataclasses.replace(config.model.dino, path=flags.dino))
+        except ConfigError as error:
+            raise ConversionError(f"--dino={flags.dino}: {error}") from error
+        plan = readers.with_dino(plan, pathlib.Path(flags.dino), shapes, width=config.model.dino.hidden_size)
     return plan
 
 

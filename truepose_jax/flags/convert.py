@@ -44,6 +44,7 @@ def make_parser() -> argparse.ArgumentParser:
     add("--src", required=True, help="folder, single file, or hub name")
     add("--for", dest="method", choices=METHODS, default=METHODS[0], help="the method that starts from it (truepose)")
     add("--clip", metavar="DIR", help="folder or hub name of CLIP")
+    add("--dino", metavar="DIR", help="of --model=fpdm, imagpose: folder of DINOv2, so that generate takes what is written")
     add("--base", type=pathlib.Path, metavar="DIR", help="of --model=lora: the weights folder that it was trained on")
     add("--dst", type=pathlib.Path, metavar="DIR", help="the weights folder, new or empty")
     add("--variant", help="of --src: fp16, non_ema, ...")

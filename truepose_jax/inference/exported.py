@@ -17,6 +17,7 @@ import numpy as np
 from jax.sharding import Sharding
 
 from truepose_jax.config import Config, ConfigError, from_config_dict, to_dict, with_defaults
+from truepose_jax.methods import needs
 from truepose_jax.pretrained.conversion import key_maps
 from truepose_jax.pretrained.conversion.export import CONFIG_FILE
 from truepose_jax.pretrained.conversion.origins import read_json
@@ -24,7 +25,7 @@ from truepose_jax.pretrained.conversion.plan import Shapes
 from truepose_jax.pretrained.conversion.readers import truepose_export
 from truepose_jax.pretrained.conversion.truepose_names import SETTINGS_FILE
 from truepose_jax.pretrained.conversion.weights_folder import CODEC_FILE, PARAMS_FILE, WEIGHTS_FILE, open_weights
-from truepose_jax.pretrained.factory import planned
+from truepose_jax.pretrained.factory import VISION, planned
 from truepose_jax.pretrained.frozen_networks import KINDS
 from truepose_jax.training.checkpoint import CheckpointError
 from truepose_jax.training.init import batch_spec
@@ -84,6 +85,22 @@ def _none_here(config: Mapping[str, Any]) -> Any:
     raise AssertionError("an export holds no other network")
 
 
+def _with_what_lies_there(folder: pathlib.Path, values: Any) -> Config:
+    """The configuration in a weights folder, its frozen networks found beside the weights. Raises CheckpointError."""
+    try:
+        config = from_config_dict(Config, with_defaults(Config, values))
+    except (AttributeError, ConfigError) as error:
+        raise CheckpointError(f"{folder / WEIGHTS_FILE}: {error}") from error
+    inside = {kind: str(folder) for kind, of in KINDS.items() if (folder / of.inside / "config.json").is_file()}
+    for role in needs(config).networks:
+        if role in VISION and role not in inside:
+            raise CheckpointError(
+                f"{folder} holds no {role}, through which its network sees the source: convert again with --dino=DIR, or train "
+                f"from it by config.init_from and config.model.{role}.path"
+            )
+    return dataclasses.replace(config, model=config.model.located(inside, anew=True))
+
+
 @dataclasses.dataclass(frozen=True)
 class Converted:
     """A weights folder in the place of a run's Checkpoints, where `convert from-torch` made it of a whole model that was trained
@@ -105,6 +122,8 @@ class Converted:
         """Reads headers. Raises CheckpointError for a starting point, and ConversionError."""
         found = open_weights(folder)
         told = found.settings
+        if "config" in told:
+            return cls(folder, _with_what_lies_there(folder, told["config"]))
         if found.fresh or "sampling" not in told:
             raise CheckpointError(
                 f"{folder} is a starting point, not a trained model ({', '.join(found.fresh) or 'no sampling settings'}): train "

@@ -33,7 +33,7 @@ from truepose_jax.pretrained.conversion.safetensors_io import (
     open_source,
     weight_files,
 )
-from truepose_jax.pretrained.conversion.weights_folder import CLIP_FOLDER
+from truepose_jax.pretrained.conversion.weights_folder import CLIP_FOLDER, DINO_FOLDER
 
 T = TypeVar("T")
 
@@ -68,7 +68,7 @@ KINDS = {
     "dino": Kind(
         key_maps.DINOV2,
         "config.model.dino.path",
-        "dino",
+        DINO_FOLDER,
         "give a transformers folder with DINOv2 (config.json and safetensors) such as facebook/dinov2-large",
     ),
     "ipf": Kind(

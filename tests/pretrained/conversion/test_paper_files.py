@@ -11,6 +11,7 @@ pytest.importorskip("diffusers")
 
 from diffusers import UNet2DConditionModel  # noqa: E402
 from safetensors.numpy import load_file  # noqa: E402
+from transformers import Dinov2Config, Dinov2Model  # noqa: E402
 
 from tests import tiny, tiny_methods  # noqa: E402
 from tests.parity.compare import randomise  # noqa: E402
@@ -18,11 +19,13 @@ from tests.parity.test_papers_torch import TorchCombiner, TorchPoseEncoder  # no
 from tests.pretrained.conversion import sd15  # noqa: E402
 from truepose_jax import convert  # noqa: E402
 from truepose_jax.config import ConfigError, to_dict  # noqa: E402
+from truepose_jax.inference.pipeline import Run  # noqa: E402
 from truepose_jax.models.pose_encoder import CONTROLNET  # noqa: E402
 from truepose_jax.pretrained import vision_networks  # noqa: E402
 from truepose_jax.pretrained.conversion import paper_files  # noqa: E402
 from truepose_jax.pretrained.conversion.key_maps import nest  # noqa: E402
 from truepose_jax.pretrained.conversion.weights_folder import open_weights  # noqa: E402
+from truepose_jax.training.checkpoint import CheckpointError  # noqa: E402
 from truepose_jax.training.init import resolve_init_from  # noqa: E402
 
 WIDTH, DINO, HIDDEN = sd15.UNET.cross_attention_dim, 20, 6
@@ -40,8 +43,8 @@ def tiny_size(monkeypatch):
     monkeypatch.setattr(convert, "published", lambda method, variant: sized(method))
 
 
-def from_torch(method, src, dst) -> int:
-    return convert.main(["from-torch", f"--model={method}", f"--src={src}", f"--dst={dst}"])
+def from_torch(method, src, dst, *more) -> int:
+    return convert.main(["from-torch", f"--model={method}", f"--src={src}", f"--dst={dst}", *more])
 
 
 def read(folder) -> dict[str, np.ndarray]:
@@ -73,11 +76,17 @@ def fpdm_state() -> dict[str, torch.Tensor]:
     return whole.state_dict()
 
 
-def test_fpdms_checkpoint(tmp_path):
+def test_fpdms_checkpoint(tmp_path, capsys):
     """Every tensor of it in its place, the first stage as config.model.ipf.path takes it; and a run begins with both."""
     state = fpdm_state()
     torch.save(state, tmp_path / "state.pth")
-    assert from_torch("fpdm", tmp_path / "state.pth", tmp_path / "w") == 0
+    small = Dinov2Config(
+        hidden_size=DINO, num_hidden_layers=1, num_attention_heads=2, image_size=12, patch_size=4, mlp_ratio=2
+    )
+    randomise(Dinov2Model(small), 7).save_pretrained(tmp_path / "dino")
+    assert from_torch("fpdm", tmp_path / "state.pth", tmp_path / "w", f"--dino={tmp_path / 'dino'}") == 0
+    said = capsys.readouterr().out
+    assert "configs/fpdm_deepfashion_512.py" in said and "--config.model.vae=DIR" in said and "--config.model.dino" not in said
     found, theirs = read(tmp_path / "w"), {name: x.numpy() for name, x in state.items()}
     for path, name in {
         "source_projection/fc1/kernel": "srcimage_proj_model.net.0.weight",
@@ -99,6 +108,11 @@ def test_fpdms_checkpoint(tmp_path):
     model = to_dict(sized("fpdm").model) | {"dino": {"hidden_size": DINO}, "ipf": {"image_size": image}}
     config = resolve_init_from(tiny_methods.config("fpdm", {"init_from": str(tmp_path / "w"), "model": model}))
     assert config.model.ipf.path == str(tmp_path / "w")
+    run = Run.open(tmp_path / "w")  # what generate opens
+    assert run.params().keys() == {"unet", "context", "pose_encoder", "source_projection", "fusion_embedding"}
+    assert run.config.model.dino.path == run.config.model.ipf.path == str(tmp_path / "w")
+    tokens = vision_networks.load("dino", run.config.model.dino).params
+    np.testing.assert_array_equal(tokens["layernorm"]["bias"], load_file(tmp_path / "dino/model.safetensors")["layernorm.bias"])
     frozen = vision_networks.load("ipf", config.model.ipf).params
     np.testing.assert_array_equal(frozen["combiner"]["output_layer"]["bias"], combiner["output_layer.bias"])
     paper_files.write(tmp_path / "out", nest(found), config=config)
@@ -141,6 +155,8 @@ def test_imagposes_stages(stages, tmp_path, capsys):
     folder, want = stages
     assert from_torch("imagpose", folder, tmp_path / "w") == 0
     assert "motion_module is a whole UNet" in capsys.readouterr().out
+    with pytest.raises(CheckpointError, match="holds no dino, through which its network sees the source"):
+        Run.open(tmp_path / "w")
     found = read(tmp_path / "w")
     assert found.keys() == want.keys() and any("/motion_modules_" in path for path in want)
     for path, array in want.items():

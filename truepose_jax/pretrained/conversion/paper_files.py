@@ -261,6 +261,6 @@ def plan_of(
             "fresh": [],
             "schedule": schedule,
             "origin": {"model": model.method, "name": name, "licence": licence_of(src)},
-            "settings": settings | {"positions": model.positions},
+            "settings": settings | {"positions": model.positions, "config": to_dict(config)},
         },
     )

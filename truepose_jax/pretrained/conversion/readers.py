@@ -22,7 +22,7 @@ from truepose_jax.pretrained.conversion.origins import (
     read_text,
     schedule_of,
 )
-from truepose_jax.pretrained.conversion.plan import Item, Plan, Shapes, Source, copies, parameters
+from truepose_jax.pretrained.conversion.plan import Item, Plan, Shapes, Source, Tree, copies, parameters
 from truepose_jax.pretrained.conversion.safetensors_io import (
     STEMS,
     ConversionError,
@@ -30,7 +30,7 @@ from truepose_jax.pretrained.conversion.safetensors_io import (
     TensorSource,
     weight_files,
 )
-from truepose_jax.pretrained.conversion.weights_folder import CLIP_FOLDER, CODEC_FILE, PARAMS_FILE
+from truepose_jax.pretrained.conversion.weights_folder import CLIP_FOLDER, CODEC_FILE, DINO_FOLDER, PARAMS_FILE
 
 SD15_FOLDERS = ("unet", "vae", "scheduler")
 SCHEDULER_FILE = "scheduler/scheduler_config.json"
@@ -205,6 +205,20 @@ def with_clip(plan: Plan, src: Path, shapes: Shapes, *, name: str) -> Plan:
         items=dict(plan.items) | {CLIP_FILE: copies(tree, clip)},
         texts=dict(plan.texts) | {f"{CLIP_FOLDER}/config.json": text},
         details=dict(plan.details) | {"origin": origin},
+    )
+
+
+def with_dino(plan: Plan, src: Path, tree: Tree, *, width: int) -> Plan:
+    """The plan with DINOv2 from a transformers folder, whose parameters as shapes are `tree`; the network it is for reads tokens
+    of `width`. Raises ConversionError."""
+    found = tree["layernorm"]["scale"].shape[0]
+    if found != width:
+        raise ConversionError(f"{src}: this DINOv2 gives tokens of {found}; the network reads {width}")
+    dino = _open(src, key_maps.DINOV2, None, DINO_FOLDER)
+    return dataclasses.replace(
+        plan,
+        items=dict(plan.items) | {f"{DINO_FOLDER}/{STEMS[1]}.safetensors": copies(tree, dino)},
+        texts=dict(plan.texts) | {f"{DINO_FOLDER}/config.json": read_text(src / "config.json")},
     )
 
 

@@ -7,7 +7,14 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from truepose_jax.pretrained.conversion.plan import CheckedPlan, Item
-from truepose_jax.pretrained.conversion.weights_folder import CLIP_FOLDER, PARAMS_FILE, gib
+from truepose_jax.pretrained.conversion.weights_folder import CLIP_FOLDER, DINO_FOLDER, PARAMS_FILE, gib
+
+NEXT = {
+    "truepose": ("truepose_deepfashion_256", {"vae": "vae", CLIP_FOLDER: "clip.path"}),
+    "fpdm": ("fpdm_deepfashion_512", {"vae": "vae", DINO_FOLDER: "dino.path", CLIP_FOLDER: "ipf.path"}),
+    "imagpose": ("imagpose_deepfashion_512", {"vae": "vae", DINO_FOLDER: "dino.path"}),
+}
+"""Of each method: its configuration, and the frozen networks that training needs, {folder: setting}."""
 
 
 def table(checked: CheckedPlan) -> Iterator[str]:
@@ -67,10 +74,11 @@ def closing(checked: CheckedPlan, dst: Path, *, peak: int) -> Iterator[str]:
     size = checked.bytes
     share = f", {peak / size:.2f} of that" if size >= 2**30 else ""  # below, the program itself is most of it
     yield f"wrote {gib(size)} to {dst}; peak memory {gib(peak)}{share}"
+    config, wanted = NEXT[checked.plan.details["method"]]
     lacks = [
         f"--config.model.{setting}=DIR"
-        for folder, setting in (("vae", "vae"), (CLIP_FOLDER, "clip.path"))
+        for folder, setting in wanted.items()
         if not any(file.startswith(f"{folder}/") for file in checked.plan.items)
     ]
-    yield "next: python -m truepose_jax.train --config=configs/truepose_deepfashion_256.py --workdir=DIR \\"
+    yield f"next: python -m truepose_jax.train --config=configs/{config}.py --workdir=DIR \\"
     yield f"    {' '.join([f'--config.init_from={dst}', *lacks])}"
