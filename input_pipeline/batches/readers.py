@@ -9,12 +9,12 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Mapping
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 
 from input_pipeline.annotations.keypoints import flip_joints
-from input_pipeline.annotations.parsing import LabelSet, decode_parsing, flip_parsing, label_set, whole_photo
+from input_pipeline.annotations.parsing import LabelSet, flip_parsing, label_set
 from input_pipeline.annotations.photo import Framing, decode_photo
 from input_pipeline.batches.transforms import SQUARES, flip_record
 from input_pipeline.fields import LATENT_FACTOR, Layout
@@ -55,25 +55,9 @@ class RecordTokens:
             raise InputError(f"the tokens of {len(self.images)} records for a set of {images} images")
 
 
-class Reader(Protocol):
-    """Images for a batch by their index; every method raises InputError where a record cannot be read."""
-
-    size: tuple[int, int]
-    labels: LabelSet
-    layout: Layout
-
-    def source(self, index: int, *, flip: bool) -> tuple[ImageRecord, Tokens | None]:
-        """With its region tokens, where the layout has them."""
-        ...
-
-    def target(self, index: int, *, flip: bool) -> ImageRecord:
-        """The map may be missing (None) where the batch has none of the target."""
-        ...
-
-
 @dataclasses.dataclass(frozen=True)
-class TableReader:
-    """Reader of any ImageSet."""
+class Reader:
+    """Images for a batch by their index; every method raises InputError where a record cannot be read."""
 
     images: ImageSet
     tokens: TokenTable | RecordTokens | None
@@ -85,6 +69,18 @@ class TableReader:
         return label_set(self.images.labels)
 
     def source(self, index: int, *, flip: bool) -> tuple[ImageRecord, Tokens | None]:
+        """With its region tokens, where the layout has them."""
+        raise NotImplementedError
+
+    def target(self, index: int, *, flip: bool) -> ImageRecord:
+        """The map may be missing (None) where the batch has none of the target."""
+        raise NotImplementedError
+
+
+class TableReader(Reader):
+    """Of any ImageSet."""
+
+    def source(self, index: int, *, flip: bool) -> tuple[ImageRecord, Tokens | None]:
         return self.target(index, flip=flip), None if self.tokens is None else self.tokens.of(index, flip=flip)
 
     def target(self, index: int, *, flip: bool) -> ImageRecord:
@@ -92,18 +88,10 @@ class TableReader:
         return flip_record(record, self.labels) if flip else record
 
 
-@dataclasses.dataclass(frozen=True)
-class StoredReader:
-    """Reader of records: what the layout asks for of each, stored latents in the place of photos where it says so."""
+class StoredReader(Reader):
+    """Of records: what the layout asks for of each, stored latents in the place of photos where it says so."""
 
     images: RecordImages
-    tokens: TokenTable | RecordTokens | None
-    size: tuple[int, int]
-    layout: Layout
-
-    @functools.cached_property
-    def labels(self) -> LabelSet:
-        return label_set(self.images.labels)
 
     def source(self, index: int, *, flip: bool) -> tuple[ImageRecord, Tokens | None]:
         fields = self.images.fields(index)
@@ -120,20 +108,9 @@ class StoredReader:
         fields = self.images.fields(index)
         return self._record(fields, index, flip=flip, mapped="target_parsing" in self.layout)
 
-    def _framing(self, fields: Mapping[str, Any]) -> Framing:
-        h, w = fields["size"].tolist()
-        return Framing.fit((h, w), self.size)
-
-    def _parsing(self, fields: Mapping[str, Any], index: int, hw: tuple[int, int]) -> np.ndarray:
-        if fields["parsing"]:
-            return decode_parsing(fields["parsing"], self.labels, hw, name=self.images.place(index))
-        if self.images.labels == "whole":
-            return whole_photo(hw)
-        raise InputError(f"{self.images.place(index)}: has no parsing map; the set's are {self.images.labels}")
-
     def _record(self, fields: Mapping[str, Any], index: int, *, flip: bool, mapped: bool) -> ImageRecord:
-        framing = self._framing(fields)
-        parsing = framing.parsing(self._parsing(fields, index, framing.photo_hw)) if mapped else None
+        framing = Framing.fit(tuple(fields["size"].tolist()), self.size)
+        parsing = framing.parsing(self.images.parsing(fields, index, framing.photo_hw)) if mapped else None
         joints = fields["joints"] if framing.photo_hw == self.size else framing.joints(fields["joints"])
         if not self.layout.stored:
             photo = decode_photo(fields["image"], name=self.images.place(index))

@@ -80,15 +80,9 @@ class RecordImages:
 
     def image(self, index: int) -> ImageRecord:
         """The photo with its map and joints. Raises InputError, naming shard and record, where it cannot be read."""
-        fields, where = self.fields(index), self.place(index)
-        photo = decode_photo(fields["image"], name=where)
-        if fields["parsing"]:
-            parsing = decode_parsing(fields["parsing"], self._label_set, photo.shape[:2], name=where)
-        elif self.labels == "whole":
-            parsing = whole_photo(photo.shape[:2])
-        else:
-            raise InputError(f"{where}: has no parsing map, though the set's labels are {self.labels}")
-        joints = fields["joints"]
+        fields = self.fields(index)
+        photo = decode_photo(fields["image"], name=self.place(index))
+        parsing, joints = self.parsing(fields, index, photo.shape[:2]), fields["joints"]
         if self.size is not None:
             photo, parsing, joints, _ = fit_photo(photo, parsing, joints, self.size)
         return ImageRecord(photo, parsing, joints, fields["name"], fields["identity"])
@@ -99,6 +93,15 @@ class RecordImages:
             return parse_record(self._bytes(index))
         except (RuntimeError, ValueError, OSError) as error:  # array_record raises RuntimeError for a broken file
             raise InputError(f"{self.place(index)}: cannot be read ({one_line(error)}); see `prepare check`") from error
+
+    def parsing(self, fields: Mapping[str, Any], index: int, hw: tuple[int, int]) -> np.ndarray:
+        """The map of a record that is read already, whose photo is hw. Raises InputError."""
+        where = self.place(index)
+        if fields["parsing"]:
+            return decode_parsing(fields["parsing"], self._label_set, hw, name=where)
+        if self.labels == "whole":
+            return whole_photo(hw)
+        raise InputError(f"{where}: has no parsing map, though the set's labels are {self.labels}")
 
     def _bytes(self, index: int) -> bytes:
         shard, position = self._where(index)
