@@ -18,7 +18,7 @@ import tqdm
 from truepose_jax.config import Config, ConfigError, from_config_dict, to_dict
 from truepose_jax.runtime import atomic, files
 from truepose_jax.runtime.cli import enable_compilation_cache, parse_size, run_with_config
-from truepose_jax.scaling import batch, devices, memory
+from truepose_jax.scaling import batch, batch_report, devices, memory
 from truepose_jax.scaling import flags as told
 from truepose_jax.scaling.flags import (
     BATCHES,
@@ -95,11 +95,6 @@ def _batch(config: Config, folder: pathlib.Path) -> Work:
     for run in runs:
         batch.config_of(run, config, settings)  # raises where it cannot be
 
-    def report(found: Table) -> pathlib.Path:
-        from truepose_jax.scaling.batch_report import write_report
-
-        return write_report(found, config, settings, _commands(folder))
-
     shared = dataclasses.asdict(settings)
     if settings.target is not None:
         del shared["examples"]  # only where a run gives up: more may be allowed later
@@ -107,7 +102,7 @@ def _batch(config: Config, folder: pathlib.Path) -> Work:
         common={"study": "batch", "config": to_dict(config), "settings": shared},
         runs=runs,
         row=lambda run: batch.row(run, config, settings, folder),
-        report=report,
+        report=lambda found: batch_report.write_report(found, config, settings, _commands(folder)),
         again=lambda run, row: batch.again(run, row, config, settings),
     )
 
@@ -127,17 +122,11 @@ def _devices(config: Config, folder: pathlib.Path) -> Work:
     for run in runs:
         devices.config_of(run, config)
 
-    def row(run: devices.Run) -> Row:
-        return devices.row(run, config, settings, folder, on_cpu=on_cpu, tpu_python=TPU_PYTHON.value)
-
-    def report(found: Table) -> pathlib.Path:
-        return devices.write_report(found, config, settings, _commands(folder), notes)
-
     return Work(
         common={"study": "devices", "config": to_dict(config), "settings": dataclasses.asdict(settings)},
         runs=runs,
-        row=row,
-        report=report,
+        row=lambda run: devices.row(run, config, settings, folder, on_cpu=on_cpu, tpu_python=TPU_PYTHON.value),
+        report=lambda found: devices.write_report(found, config, settings, _commands(folder), notes),
     )
 
 
@@ -163,17 +152,11 @@ def _memory(config: Config, folder: pathlib.Path) -> Work:
     for run in runs:
         memory.config_of(run, config, config.data.targets_per_source)
 
-    def row(run: memory.Run) -> Row:
-        return memory.row(run, config, settings, folder, on_cpu=on_cpu, tpu_python=TPU_PYTHON.value)
-
-    def report(found: Table) -> pathlib.Path:
-        return memory.write_report(found, config, settings, _commands(folder), notes, on_cpu=on_cpu)
-
     return Work(
         common={"study": "memory", "config": to_dict(config), "settings": dataclasses.asdict(settings)},
         runs=runs,
-        row=row,
-        report=report,
+        row=lambda run: memory.row(run, config, settings, folder, on_cpu=on_cpu, tpu_python=TPU_PYTHON.value),
+        report=lambda found: memory.write_report(found, config, settings, _commands(folder), notes, on_cpu=on_cpu),
     )
 
 
