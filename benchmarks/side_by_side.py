@@ -30,7 +30,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks.side_by_side_case import Case
-from benchmarks.side_by_side_forms import GRAPHS, OURS, PREPARE
+from benchmarks.side_by_side_forms import GRAPHS, OURS, PREPARE, PROGRAMS
 from benchmarks.side_by_side_report import report, summary
 from input_pipeline.schema import InputError
 from truepose_jax.kernels.attention.api import IMPLEMENTATIONS
@@ -122,7 +122,7 @@ def python_path() -> str:
     return os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
 
 
-def environment_of(case: Case, xla_flags: str) -> dict[str, str]:
+def environment_of(case: Case, xla_flags: str, programs: pathlib.Path | None = None) -> dict[str, str]:
     found = os.environ | {"OMP_NUM_THREADS": str(case.threads), "PYTHONPATH": python_path()}
     found |= {"JAX_ENABLE_COMPILATION_CACHE": "false", "TORCHINDUCTOR_FORCE_DISABLE_CACHES": "1"}
     found["TORCHINDUCTOR_COMPILE_THREADS"] = str(case.threads)
@@ -130,6 +130,9 @@ def environment_of(case: Case, xla_flags: str) -> dict[str, str]:
     found["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"  # the forms share the card
     if case.dtype == "float32":
         found["JAX_DEFAULT_MATMUL_PRECISION"] = "highest"  # no TF32 on either side
+    if programs is not None:
+        cache = {"JAX_ENABLE_COMPILATION_CACHE": "true", "JAX_COMPILATION_CACHE_DIR": f"{programs.resolve() / 'cache'}"}
+        found |= cache | {PROGRAMS: f"{programs.resolve()}"}
     if xla_flags:
         found["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {xla_flags}".strip()
     return found
@@ -139,6 +142,7 @@ def measure(
     row: Row,
     *,
     xla_flags: str = "",
+    programs: pathlib.Path | None = None,
     known: Mapping[str, Any] | None = None,
     exports: pathlib.Path | None = None,
     about: Mapping[str, Any] | None = None,
@@ -156,7 +160,7 @@ def measure(
     with tempfile.TemporaryDirectory(prefix="side_by_side_") as root:
         folder = pathlib.Path(root)
         (folder / "case.json").write_text(json.dumps(dataclasses.asdict(case)))
-        environment = environment_of(case, xla_flags)
+        environment = environment_of(case, xla_flags, programs)
         stamp["machine"] = {**stamp.get("machine", {}), **_prepare(row, folder, exports, environment)}
         with _started(OURS, row, folder, environment) as ours:
             say(f"  {OURS}: ready")
@@ -377,6 +381,7 @@ def run(name: str, title: str, rows: Sequence[Row], flags: argparse.Namespace) -
                 measure(
                     dataclasses.replace(row, peers=missing),
                     xla_flags=flags.xla_flags,
+                    programs=flags.programs,
                     known=before,
                     exports=pathlib.Path(exports),
                     about={"machine": here, "commit": commit()},
@@ -422,6 +427,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--patience", type=float, help="seconds until a form that does not answer counts as failed")
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)), help="of either side")
     parser.add_argument("--xla-flags", default="", help="more of them, for ours")
+    parser.add_argument("--programs", type=pathlib.Path, help="folder of gpu_aot.py's programs, and of compiled ones to keep")
     parser.add_argument("--out", type=pathlib.Path, default=RESULTS)
     parser.add_argument("--again", action="store_true", help="replace the rows of this call where they are there")
 

@@ -38,6 +38,8 @@ PEERS = {
 layout; flex: Eq. 6 by FlexAttention; graphs: the denoiser as CUDA graphs (torch.compile's "reduce-overhead"), GPUs only."""
 GRAPHS = "graphs"
 PREPARE = "prepare"
+PROGRAMS = "BENCHMARK_PROGRAMS"
+"""Environment variable: the folder of side_by_side.py's --programs."""
 
 
 @dataclasses.dataclass
@@ -65,20 +67,28 @@ def our_form(case: Case) -> Form:
     return dataclasses.replace(form, device=jax.devices()[0].device_kind)
 
 
-def _compiled(function, *arguments, **options) -> tuple[Any, dict[str, Any]]:
-    """The program, and seconds of tracing and compiling with what it holds of memory."""
+def _compiled(case: Case, function, *arguments, **options) -> tuple[Any, dict[str, Any]]:
+    """The program, and seconds of tracing and compiling with what it holds of memory. One that gpu_aot.py compiled beforehand is
+    loaded where it fits."""
     import jax
 
-    start = time.perf_counter()
-    lowered = jax.jit(function, **options).lower(*arguments)
-    traced = time.perf_counter()
-    program = lowered.compile()
+    from benchmarks.gpu_aot import load
+
+    start = traced = time.perf_counter()
+    folder = os.environ.get(PROGRAMS)
+    program = load(pathlib.Path(folder) / f"{case.name}.program", function, arguments) if folder else None
+    loaded = program is not None
+    if not loaded:
+        lowered = jax.jit(function, **options).lower(*arguments)
+        traced = time.perf_counter()
+        program = lowered.compile()
     memory = program.memory_analysis()
     used = memory.argument_size_in_bytes + memory.output_size_in_bytes + memory.temp_size_in_bytes
     facts = {
         "trace_seconds": traced - start,
         "compile_seconds": time.perf_counter() - traced,
         "program_bytes": used - memory.alias_size_in_bytes,
+        "loaded": loaded,
     }
     return program, facts
 
@@ -96,7 +106,7 @@ def _our_training(case: Case, jax, cases) -> Form:
     trainer = Trainer(case.config(), cases.method_of(case))
     batch = jax.device_put(cases.batch_of(case))
     holder = [jax.jit(trainer.state_of)(cases.params_of(case))]
-    step, facts = _compiled(trainer.step, holder[0], {}, batch, donate_argnums=0)
+    step, facts = _compiled(case, trainer.step, holder[0], {}, batch, donate_argnums=0)
 
     def one() -> jax.Array:
         holder[0], metrics = step(holder[0], {}, batch)
@@ -121,7 +131,7 @@ def _our_sampling(case: Case, jax, cases) -> Form:
     params = jax.device_put(cast_kernels(cases.params_of(case), case.dtype))
     inputs = params, {}, jax.device_put(cases.batch_of(case))
     inputs = (*inputs, cases.sampling_keys(case))
-    program, facts = _compiled(sampler.sample, *inputs, compiler_options=compiler_options())
+    program, facts = _compiled(case, sampler.sample, *inputs, compiler_options=compiler_options())
     return Form(
         check=lambda: np.asarray(program(*inputs)),
         call=lambda: jax.block_until_ready(program(*inputs)),

@@ -24,8 +24,8 @@ FULL_WIDTHS = (320, 640, 1280, 1280)
 FULL = (
     ((512, 352), 2, False, False),
     ((256, 176), 8, False, False),
-    ((512, 352), 12, True, True),
-    ((256, 176), 60, True, True),
+    ((512, 352), 12, False, True),
+    ((256, 176), 60, False, True),
 )
 """(size, batch, rematerialisation, apart): batches at which one card holds ours and a peer at once (28.9 GB each of weights,
 gradients and AdamW's moments), and what the paper trained with, one form after the other."""

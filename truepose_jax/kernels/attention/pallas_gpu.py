@@ -129,7 +129,7 @@ def _product(left, right, width: int) -> Array:
 def _product_turned(s: Sizes, left, right) -> Array:
     """left [64 d] right [64 d]^T -> float32 [64 64]."""
     if not s.interpret:
-        return _product(left, plgpu.transpose_ref(right, (1, 0)), BLOCK)
+        return _product(left, right.transpose((1, 0)), BLOCK)
 
     def compute(copy):  # the interpreter's wgmma takes no transposed reference
         copy[...] = right[...].T
@@ -140,6 +140,7 @@ def _product_turned(s: Sizes, left, right) -> Array:
 
 def _along(s: Sizes, ref, axis: int) -> Array:
     """A line of 64 numbers, spread over a tile so that it varies along `axis`."""
+    # JAX 0.10 wants the index that 0.11 warns of.
     line = ref[...] if s.interpret else plgpu.load(ref, (), layout=plgpu.Layout.WGMMA.reduce(1 - axis))
     return lax.broadcast_in_dim(line, (BLOCK, BLOCK), [axis])
 
