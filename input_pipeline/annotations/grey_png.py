@@ -1,4 +1,4 @@
-"""8-bit grey PNGs whose rows carry no filter: how records store parsing maps.
+"""8-bit grey PNGs whose rows carry no filter: how `prepare label` writes parsing maps, and older builds stored them.
 
 Any PNG reader reads them. Label maps compress better so than with filters, and reading one back is little more than
 zlib: 0.16 ms for 512x352 where Pillow takes 0.5 and cv2 0.24 (benchmarks/loader_speed.py).

@@ -16,6 +16,7 @@ import numpy as np
 from input_pipeline.annotations.grey_png import decode_grey_png
 from input_pipeline.annotations.keypoints import inside
 from input_pipeline.annotations.photo import MAX_PIXELS, one_line, open_picture
+from input_pipeline.annotations.run_lengths import decode_runs
 from input_pipeline.files import MAX_PICTURE, MAX_SETTINGS, read_bytes, read_text
 from input_pipeline.schema import MAX_CLASSES, NUM_JOINTS, InputError
 
@@ -228,7 +229,9 @@ def read_parsing(path: str | pathlib.Path, labels: LabelSet, image_hw: tuple[int
 
 def decode_parsing(data: bytes, labels: LabelSet, image_hw: tuple[int, int], *, name: object) -> np.ndarray:
     """The same from an encoded map in memory; `name` is what errors call it."""
-    parsing = decode_grey_png(data, max_pixels=MAX_PIXELS)
+    parsing = decode_runs(data, max_pixels=MAX_PIXELS)
+    if parsing is None:
+        parsing = decode_grey_png(data, max_pixels=MAX_PIXELS)
     if parsing is not None:
         return check_parsing(parsing, labels, image_hw, name=name)
     with open_picture(data, name=name, what="parsing map") as image:

@@ -14,11 +14,11 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from input_pipeline.annotations.grey_png import encode_grey_png
 from input_pipeline.annotations.parsing import label_set, whole_photo
 from input_pipeline.annotations.photo import fit_photo
 from input_pipeline.annotations.plausibility import judge
 from input_pipeline.annotations.regions import region_boxes
+from input_pipeline.annotations.run_lengths import encode_runs
 from input_pipeline.records.schema import new_fields
 from input_pipeline.schema import InputError
 from input_pipeline.sources.base import Dropped, Item, RawPicture, Unusable
@@ -96,7 +96,7 @@ def _make(item: Item, labels: str, size: tuple[int, int] | None) -> dict[str, An
     doubts = judge(picture.joints, picture.parsing, label_set(labels), hw)
     return {DOUBTS: doubts} | new_fields(
         image=picture.jpeg or encode_jpeg(picture.image),
-        parsing=b"" if picture.parsing is None else encode_grey_png(picture.parsing),
+        parsing=b"" if picture.parsing is None else encode_runs(picture.parsing),
         joints=picture.joints,
         size=hw,
         name=item.name,

@@ -46,7 +46,7 @@ _LATENTS = (2, "l", "l", 4)
 
 RECORD_FIELDS: Mapping[str, RecordField] = {
     "image": RecordField("image", ("h", "w", 3), "uint8", "RGB", "JPEG; the photo's own bytes unless it was resized"),
-    "parsing": RecordField("bytes", ("h", "w"), "uint8", "class id", "PNG, mode L, of the set's labels", "empty"),
+    "parsing": RecordField("bytes", ("h", "w"), "uint8", "class id", "annotations/run_lengths.py; in old builds a PNG", "empty"),
     "joints": RecordField("array", (None, 3), "float32", "pixels of the image; visible 0/1",
                           "x, y, visible; of a set of input_pipeline/skeletons.py; may lie outside the picture", "rows of zeros"),
     "size": RecordField("array", (2,), "int32", "pixels", "height, width of the image"),

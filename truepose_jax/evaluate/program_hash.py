@@ -14,7 +14,7 @@ import scipy
 
 FILES = {
     "truepose_jax.evaluate": ("protocols.py", "scores.py", "statistics.py"),
-    "input_pipeline.annotations": ("photo.py", "parsing.py", "grey_png.py"),
+    "input_pipeline.annotations": ("photo.py", "parsing.py", "grey_png.py", "run_lengths.py"),
 }
 """What numbers depend on besides all of truepose_jax.metrics."""
 

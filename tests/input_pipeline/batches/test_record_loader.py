@@ -11,6 +11,7 @@ from PIL import Image
 from input_pipeline.annotations.grey_png import decode_grey_png, encode_grey_png
 from input_pipeline.annotations.parsing import LABEL_SETS
 from input_pipeline.annotations.regions import region_boxes
+from input_pipeline.annotations.run_lengths import decode_runs, encode_runs
 from input_pipeline.batches.loader import make_loader
 from input_pipeline.batches.readers import RecordTokens
 from input_pipeline.records.annotate import rewrite_records
@@ -228,6 +229,34 @@ def test_grey_png_is_a_png(tmp_path, hw):
         np.testing.assert_array_equal(np.asarray(image), grey)
     np.testing.assert_array_equal(decode_grey_png(data, max_pixels=10**6), grey)
     assert decode_grey_png(data, max_pixels=grey.size - 1) is None
+
+
+@pytest.mark.parametrize("hw", [(1, 1), (7, 13), (300, 230)])
+def test_run_lengths_come_back(hw):
+    """Noise, stripes and runs of more than 65,535 cells; what is cut off, spoiled, larger or of another kind is nobody's."""
+    noise = np.random.default_rng(0).integers(0, 256, hw, dtype=np.uint8)
+    for grey in (noise, noise // 128, np.zeros(hw, np.uint8), noise[:, ::-1] // 100):
+        data = encode_runs(grey)
+        np.testing.assert_array_equal(decode_runs(data, max_pixels=10**6), grey)
+        assert decode_runs(data, max_pixels=grey.size - 1) is None
+        assert decode_runs(data[:-1], max_pixels=10**6) is None and decode_grey_png(data, max_pixels=10**6) is None
+    for place in range(len(data)) if hw == (7, 13) else ():
+        spoiled = bytearray(data)
+        spoiled[place] ^= 0x55
+        found = decode_runs(bytes(spoiled), max_pixels=10**6)
+        assert found is None or np.array_equal(found, grey)
+    assert decode_runs(encode_grey_png(noise), max_pixels=10**6) is None and decode_runs(b"runs", max_pixels=10) is None
+
+
+def test_maps_of_older_builds_are_read(root, tmp_path):
+    """PNGs in the records, as they were written before run lengths."""
+    images = RecordImages(root, "train", size=SIZE)
+    fields = {**images.fields(1)}
+    map_ = images.image(1).parsing
+    stored = decode_runs(fields["parsing"], max_pixels=10**6)
+    data = RecordWriter().serialise(fields | {"parsing": encode_grey_png(stored)})
+    images._bytes = lambda index: data
+    np.testing.assert_array_equal(images.image(1).parsing, map_)
 
 
 def test_grey_png_leaves_other_files_to_others(tmp_path):
