@@ -114,8 +114,7 @@ class Sampler:
             began, stop = time.perf_counter(), min(start + chunk, steps)
             state = jax.block_until_ready(go(params, fixed, state, start, stop))
             progress(stop, steps)
-            if time.perf_counter() - began < SOON:
-                chunk *= 2
+            chunk = max(int(SOON * (stop - start) / (time.perf_counter() - began)), 1)
             start = stop
         return finish(frozen, fixed, state)
 
