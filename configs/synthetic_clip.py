@@ -1,6 +1,6 @@
 """A region encoder for synthetic people, trained to know a garment again in another pose; minutes on two CPU cores.
 
-    python -m truepose_jax.train_clip --config=configs/synthetic_clip.py --out=runs/synthetic_clip
+    python -m experiments.train_clip --config=configs/synthetic_clip.py --out=runs/synthetic_clip
 
 Not a row of the paper: its CLIP is OpenAI's. An untrained one cannot test what rests on CLIP (CAA, and ablation B1), so
 the synthetic benchmark (configs/synthetic_ablation.py) trains this one first, on people of its own, and freezes it. The

@@ -111,7 +111,7 @@ def call(command: Sequence[str], log: pathlib.Path, *, core: int | None = None) 
 def prepare(bench: Bench) -> None:
     """The region encoder and the records with its tokens, where they are not there yet."""
     if not (bench.clip / "model.safetensors").is_file():
-        encoder = ["truepose_jax.train_clip", "--config=configs/synthetic_clip.py", f"--out={bench.clip}"]
+        encoder = ["experiments.train_clip", "--config=configs/synthetic_clip.py", f"--out={bench.clip}"]
         looks = [f"--config.synthetic.patterns={bench.patterns}", f"--config.size={CLIP_SIZE}"]
         call([*encoder, *looks], bench.log("clip"))
     build = ["truepose_jax.prepare", "build", "--dataset=synthetic", f"--size={SIZE}", f"--limit={TRAIN_PAIRS}"]

@@ -24,10 +24,10 @@ from configs import (
 )
 from configs.base import get_config
 from configs.variants import RECIPE, VARIANTS, vary
+from experiments.contrastive import ClipTraining
 from tests import tiny
 from truepose_jax.config import Config, ConfigError, from_config_dict, to_dict, with_defaults
 from truepose_jax.training.checkpoint import read_config
-from truepose_jax.training.contrastive import ClipTraining
 
 
 def paths(group, prefix=""):

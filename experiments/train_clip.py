@@ -1,7 +1,7 @@
-"""Trains a region encoder for synthetic people: python -m truepose_jax.train_clip --config=FILE --out=FOLDER.
+"""Trains a region encoder for synthetic people: python -m experiments.train_clip --config=FILE --out=FOLDER.
 
 Run the same command again to go on where it stopped. It is a transformers CLIP vision folder, for config.model.clip.path.
-See training/contrastive.py and configs/synthetic_clip.py.
+See experiments/contrastive.py and configs/synthetic_clip.py.
 """
 
 from __future__ import annotations
@@ -13,11 +13,11 @@ import shutil
 from absl import flags
 from ml_collections import config_flags
 
+from experiments.contrastive import ClipTraining, Stopped, train, write
 from truepose_jax.config import ConfigError, from_config_dict
 from truepose_jax.runtime.cli import run_with_config
 from truepose_jax.runtime.files import make_folder
 from truepose_jax.training.checkpoint import STOPPED, lock_workdir
-from truepose_jax.training.contrastive import ClipTraining, Stopped, train, write
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "configs/synthetic_clip.py", lock_config=True)
 OUT = flags.DEFINE_string("out", None, "The folder to write; it must not exist.")
@@ -28,7 +28,7 @@ def main(argv: list[str]) -> int:
         raise ConfigError(f"unknown argument {argv[1]!r}; settings are --config.key=value")
     for name, value in (("config", CONFIG.value), ("out", OUT.value)):
         if not value:
-            raise ConfigError(f"--{name} is missing: python -m truepose_jax.train_clip --config=FILE --out=FOLDER")
+            raise ConfigError(f"--{name} is missing: python -m experiments.train_clip --config=FILE --out=FOLDER")
     config = from_config_dict(ClipTraining, CONFIG.value)
     folder = pathlib.Path(OUT.value)
     if folder.exists():

@@ -10,11 +10,11 @@ import torch
 import transformers
 
 from configs.synthetic_clip import get_config
+from experiments import contrastive
+from experiments.contrastive import Crops, draw_pairs, info_nce, known_again
 from tests.process import run
 from truepose_jax.config import from_config_dict
-from truepose_jax.training import contrastive
 from truepose_jax.training.checkpoint import CheckpointError
-from truepose_jax.training.contrastive import Crops, draw_pairs, info_nce, known_again
 
 ROWS, WIDTH = 6, 5
 
@@ -68,7 +68,7 @@ def test_a_small_run(tmp_path):
     """It learns, and transformers opens what it wrote; a folder that exists is left alone."""
     out = tmp_path / "clip"
     command = [
-        "-m", "truepose_jax.train_clip", "--config=configs/synthetic_clip.py", f"--out={out}",
+        "-m", "experiments.train_clip", "--config=configs/synthetic_clip.py", f"--out={out}",
         "--config.total_steps=12", "--config.identities_per_step=6", "--config.synthetic.identities=8",
         "--config.synthetic.heldout_identities=4", "--config.synthetic.poses_per_identity=2",
         "--config.size=(32, 24)", "--config.width=8", "--config.clip.hidden_size=16", "--config.clip.layers=1",
@@ -103,7 +103,7 @@ def test_it_goes_on_where_it_was_stopped(tmp_path, monkeypatch):
 
 
 def test_the_place_is_tried_before_the_training():
-    code, _, errors = run("-m", "truepose_jax.train_clip", "--config=configs/synthetic_clip.py", "--out=/proc/x/clip")
+    code, _, errors = run("-m", "experiments.train_clip", "--config=configs/synthetic_clip.py", "--out=/proc/x/clip")
     assert code == 2 and errors.count("\n") == 1 and "cannot be written" in errors
 
 
@@ -111,5 +111,5 @@ def test_the_place_is_tried_before_the_training():
 def test_missing_flags(flag):
     given = {"--config": "configs/synthetic_clip.py", "--out": "nowhere"}
     command = [f"{name}={value}" for name, value in given.items() if name != flag]
-    code, _, errors = run("-m", "truepose_jax.train_clip", *command)
+    code, _, errors = run("-m", "experiments.train_clip", *command)
     assert code == 2 and f"{flag} is missing" in errors
