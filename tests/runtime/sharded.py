@@ -7,6 +7,7 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
 from tests import tiny
+from tests.training.test_step import FROZEN, Toy, toy_batch
 from truepose_jax.runtime.sharding import (
     WHOLE_BELOW,
     batch_parts,
@@ -133,6 +134,31 @@ def messages():
     return found
 
 
+def adapters():
+    """After a step of adapters alone: how far a mesh that cuts the frozen matrix is from one device, and where each lies."""
+    lora = {"rank": 2, "targets": "^net/kernel$"}
+    config = tiny.config({"init_from": "a base", "optim": {"lora": lora, "learning_rate": 0.1}})
+    made, batch = Trainer(config, Toy(noise=0.0)), toy_batch(0, targets=8, sources=8)
+    state = made.init_state(jax.random.key(7), {})
+    want, _ = tiny.jit(made.step)(state, FROZEN, batch)
+    mesh = make_mesh(data=2, fsdp=2, tensor=2)
+    specs = param_specs(state.params, mesh, (("^net/kernel$", ("tensor", None)),), whole_below=0)
+    placed = jax.device_put(state, like_params(state, state.params, specs, mesh))
+    with jax.set_mesh(mesh):
+        found, _ = made.jitted(placed)(placed, replicate(mesh, FROZEN), put_global_batch(mesh, batch))
+    where = {path: leaf.sharding.spec for path, leaf in parameters_of(found.params).items()}
+    moments = {path: leaf.sharding.spec for path, leaf in parameters_of(found.opt_state).items() if "/mu/" in path}
+    return {
+        "apart": tiny.error(found.params, want.params),
+        "cut": {path: list(spec) for path, spec in where.items() if any(spec)},
+        "moments": {path.split("/mu/")[1]: list(spec) for path, spec in moments.items()},
+    }
+
+
+def parameters_of(tree):
+    return {path_of(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
+
+
 def main():
     assert jax.device_count() == 8
     cfg = tiny.config(tiny.MIDDLE_ONLY, {"batch_size": BATCH, "optim": {"ema_decay": 0.9}})
@@ -142,7 +168,7 @@ def main():
     keys = tiny.keys(1, BATCH)
     want = tiny.jit(step(made))(params, batch, keys)
     found = {name: on_mesh(sizes, made, cfg, params, batch, keys, want) for name, sizes in MESHES.items()}
-    print(json.dumps(found | {"batches": batches(), "messages": messages()}))
+    print(json.dumps(found | {"batches": batches(), "messages": messages(), "adapters": adapters()}))
 
 
 if __name__ == "__main__":

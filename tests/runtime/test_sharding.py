@@ -55,6 +55,12 @@ def test_parameters_are_really_cut(mesh, sharded):
     assert (found["cut"]["fsdp"] > 0, found["cut"]["tensor"] > 0) == (want[0] > 0, want[1] > 0)
 
 
+def test_adapters_train_the_same_beside_a_matrix_that_is_cut(sharded):
+    found = sharded["adapters"]
+    assert found["apart"] < 1e-6 and found["cut"]["net/kernel"] == ["tensor", None]
+    assert found["moments"] == {path: axes for path, axes in found["cut"].items() if path.startswith("lora/")} != {}
+
+
 def test_batches_are_cut_over_data_and_fsdp(sharded):
     found = sharded["batches"]
     assert found["parts"] == 4

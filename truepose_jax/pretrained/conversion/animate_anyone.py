@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from truepose_jax.config import DenoiserModel, UNetConfig, to_dict
-from truepose_jax.pretrained.conversion import key_maps, paper_files
+from truepose_jax.pretrained.conversion import key_maps
+from truepose_jax.pretrained.conversion.export import write_files
 from truepose_jax.pretrained.conversion.key_maps import ModelKeys
 from truepose_jax.pretrained.conversion.plan import Plan, Shapes, Source, parameters
 from truepose_jax.pretrained.conversion.safetensors_io import ConversionError, TensorSource
@@ -130,4 +131,4 @@ def plan_of(src: Path, open_file: Callable[[Path], TensorSource], shapes: Shapes
 def write(dst: Path, params: Mapping[str, Any], dtype: str | None = None) -> str:
     """Writes a run's parameters as these files, .safetensors, and says so. Raises ConversionError before the first byte."""
     files = {stem: f"{stem}.safetensors" for stem in STEMS}
-    return f"AnimateAnyone's files: {paper_files.write_files(dst, params, place_of, files, {}, dtype)}"
+    return f"AnimateAnyone's files: {write_files(dst, params, place_of, files, {}, dtype)}"

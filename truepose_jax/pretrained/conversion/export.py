@@ -19,7 +19,7 @@ import dataclasses
 import json
 import math
 import shutil
-from collections.abc import Container, Mapping
+from collections.abc import Callable, Container, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -147,6 +147,37 @@ def write_export(
         parameters={file: sum(math.prod(info.shape) for info in found.values()) for file, found in infos.items()},
         bytes=size,
     )
+
+
+def write_files(
+    dst: Path,
+    params: Mapping[str, Any],
+    place_of: Callable[[str], tuple[str, str]],
+    files: Mapping[str, str],
+    texts: Mapping[str, str],
+    dtype: str | None,
+) -> str:
+    """Writes a run's parameters as these files, where place_of names a tensor, and says so. Raises ConversionError before the
+    first byte."""
+    flat: dict[str, dict[str, Any]] = {stem: {} for stem in files}
+    for path, leaf in key_maps.leaves(params):
+        stem, tensor = place_of(path)
+        if tensor:
+            flat[stem][path] = leaf
+    trees = {files[stem]: key_maps.nest(found) for stem, found in flat.items() if found}
+
+    def name_of(path: str) -> str:
+        return place_of(path)[1]
+
+    infos = {file: to_torch.infos(tree, dtype, name_of) for file, tree in trees.items()}
+    size = sum(info.dtype.itemsize * math.prod(info.shape) for found in infos.values() for info in found.values())
+    check_destination(dst, size)
+    with new_folder(dst, size) as partial:
+        write_texts(partial, texts)
+        for file, tree in trees.items():
+            (partial / file).parent.mkdir(exist_ok=True)
+            write_safetensors(partial / file, infos[file], to_torch.stream(tree, dtype, name_of))
+    return f"{dst}: " + ", ".join(f"{file} {len(found)} tensors" for file, found in infos.items())
 
 
 def _at_home(config: Config, copied: Container[str]) -> Config:

@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from truepose_jax.config import FirstStageModel, to_dict
-from truepose_jax.pretrained.conversion import to_torch
-from truepose_jax.pretrained.conversion.key_maps import CLIP_VISION
-from truepose_jax.pretrained.conversion.safetensors_io import write_safetensors
-from truepose_jax.pretrained.conversion.weights_folder import CLIP_FOLDER, check_destination, new_folder
+from truepose_jax.pretrained.conversion import key_maps
+from truepose_jax.pretrained.conversion.export import write_files
+from truepose_jax.pretrained.conversion.weights_folder import CLIP_FOLDER
 
 COMBINER_FILE = "combiner.safetensors"
 SETTINGS_FILE = "ipf.json"
@@ -20,7 +18,7 @@ SETTINGS_FILE = "ipf.json"
 
 def clip_config(clip: Any) -> str:
     """config.json of the tower that a CLIPVisionConfig tells."""
-    kind = {"model_type": "clip_vision_model", "architectures": [CLIP_VISION.title]}
+    kind = {"model_type": "clip_vision_model", "architectures": [key_maps.CLIP_VISION.title]}
     return json.dumps(to_dict(clip) | kind, indent=2) + "\n"
 
 
@@ -29,15 +27,12 @@ def write_first_stage(
 ) -> str:
     """Writes the folder `dst`, which must not exist or be empty, and says what is in it. dtype: see export.write_export. Raises
     ConversionError before the first byte."""
-    files = {f"{CLIP_FOLDER}/model.safetensors": params["clip"], COMBINER_FILE: params["combiner"]}
-    infos = {file: to_torch.infos(tree, dtype) for file, tree in files.items()}
-    size = sum(info.dtype.itemsize * math.prod(info.shape) for found in infos.values() for info in found.values())
-    check_destination(dst, size)
-    about = {"method": model.method, "run": dict(run)}
-    with new_folder(dst, size) as partial:
-        (partial / CLIP_FOLDER).mkdir()
-        (partial / CLIP_FOLDER / "config.json").write_text(clip_config(model.clip))
-        (partial / SETTINGS_FILE).write_text(json.dumps(about, indent=2) + "\n")
-        for file, tree in files.items():
-            write_safetensors(partial / file, infos[file], to_torch.stream(tree, dtype))
-    return f"{dst}: the first stage, for config.model.ipf.path; {len(infos[COMBINER_FILE])} tensors beside CLIP's"
+    files = {"clip": f"{CLIP_FOLDER}/model.safetensors", "combiner": COMBINER_FILE}
+    about = json.dumps({"method": model.method, "run": dict(run)}, indent=2) + "\n"
+    texts = {f"{CLIP_FOLDER}/config.json": clip_config(model.clip), SETTINGS_FILE: about}
+
+    def place_of(path: str) -> tuple[str, str]:
+        network, _, inside = path.partition("/")
+        return network, key_maps.torch_name(inside)
+
+    return f"the first stage, for config.model.ipf.path: {write_files(dst, params, place_of, files, texts, dtype)}"

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import math
 import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -22,8 +21,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from truepose_jax.config import Config, to_dict
-from truepose_jax.pretrained.conversion import key_maps, to_torch
-from truepose_jax.pretrained.conversion.export import CONFIG_FILE
+from truepose_jax.pretrained.conversion import key_maps
+from truepose_jax.pretrained.conversion.export import CONFIG_FILE, write_files
 from truepose_jax.pretrained.conversion.export_configs import scheduler_config, unet_config
 from truepose_jax.pretrained.conversion.first_stage import COMBINER_FILE, clip_config
 from truepose_jax.pretrained.conversion.first_stage import SETTINGS_FILE as FIRST_STAGE_FILE
@@ -31,13 +30,10 @@ from truepose_jax.pretrained.conversion.key_maps import ModelKeys
 from truepose_jax.pretrained.conversion.origins import licence_of
 from truepose_jax.pretrained.conversion.paper_start import OF_UNET, unet_tensor
 from truepose_jax.pretrained.conversion.plan import Plan, Source, Tree, copies, parameters
-from truepose_jax.pretrained.conversion.safetensors_io import STEMS, ConversionError, TensorSource, write_safetensors
+from truepose_jax.pretrained.conversion.safetensors_io import STEMS, ConversionError, TensorSource
 from truepose_jax.pretrained.conversion.weights_folder import (
     CLIP_FOLDER,
     PARAMS_FILE,
-    check_destination,
-    new_folder,
-    write_texts,
 )
 
 Open = Callable[[Path], TensorSource]
@@ -85,37 +81,6 @@ FORMS = {
         "IMAGPose", imagpose_place, {stem: f"{stem}.safetensors" for stem in ("denoising_unet", "pose_guider", "patch")}
     ),
 }
-
-
-def write_files(
-    dst: Path,
-    params: Mapping[str, Any],
-    place_of: Callable[[str], tuple[str, str]],
-    files: Mapping[str, str],
-    texts: Mapping[str, str],
-    dtype: str | None,
-) -> str:
-    """Writes a run's parameters as these files, where place_of names a tensor, and says so. Raises ConversionError before the
-    first byte."""
-    flat: dict[str, dict[str, Any]] = {stem: {} for stem in files}
-    for path, leaf in key_maps.leaves(params):
-        stem, tensor = place_of(path)
-        if tensor:
-            flat[stem][path] = leaf
-    trees = {files[stem]: key_maps.nest(found) for stem, found in flat.items() if found}
-
-    def name_of(path: str) -> str:
-        return place_of(path)[1]
-
-    infos = {file: to_torch.infos(tree, dtype, name_of) for file, tree in trees.items()}
-    size = sum(info.dtype.itemsize * math.prod(info.shape) for found in infos.values() for info in found.values())
-    check_destination(dst, size)
-    with new_folder(dst, size) as partial:
-        write_texts(partial, texts)
-        for file, tree in trees.items():
-            (partial / file).parent.mkdir(exist_ok=True)
-            write_safetensors(partial / file, infos[file], to_torch.stream(tree, dtype, name_of))
-    return f"{dst}: " + ", ".join(f"{file} {len(found)} tensors" for file, found in infos.items())
 
 
 def write(dst: Path, params: Mapping[str, Any], *, config: Config, dtype: str | None = None) -> str:
