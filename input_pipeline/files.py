@@ -153,8 +153,9 @@ def map_npy(path: str | os.PathLike[str], what: str = "an array", *, advice: str
         try:
             np.lib.format.read_magic(file)
             shape, _, dtype = np.lib.format.read_array_header_1_0(file)
-        except ValueError as error:
-            raise InputError(_unreadable(path, what, f"no .npy file: {str(error).splitlines()[0]}", advice)) from error
+        except Exception as error:  # a header is read as Python's text, and raises whatever Python's parser does
+            why = str(error).splitlines()[0] if str(error) else type(error).__name__
+            raise InputError(_unreadable(path, what, f"no .npy file: {why}", advice)) from error
         offset, size = file.tell(), os.fstat(file.fileno()).st_size
     if dtype.hasobject or dtype.itemsize == 0 or size != offset + math.prod(shape) * dtype.itemsize:
         raise InputError(_unreadable(path, what, f"{size} bytes for {dtype} {list(shape)}", advice))

@@ -209,6 +209,7 @@ def test_shards_grow_with_the_set():
 
 TABLES = {
     "text": (lambda file: file.write_text("source,target\n"), "no .npy file"),
+    "header": (lambda file: file.write_bytes(file.read_bytes().replace(b"'shape': (", b"'shape': (((", 1)), "no .npy file"),
     "cut": (lambda file: file.write_bytes(file.read_bytes()[:-1]), "cannot read the table of the build"),
     "objects": (lambda file: np.save(file, np.array([{}]), allow_pickle=True), "cannot read the table"),
     "others": (lambda file: np.save(file, np.zeros((3, 2))), "float64 [3, 2] is no list of pairs"),
