@@ -219,11 +219,12 @@ def report(found: dict[str, Any]) -> str:
 
 def _of_process(name: str, limit: float, keep: pathlib.Path | None) -> dict[str, Any]:
     command = [sys.executable, __file__, f"--case={name}", *([f"--keep={keep}"] if keep else [])]
+    before = sum(os.times()[2:4])
     environment = os.environ | {"JAX_PLATFORMS": "cpu", "MOSAIC_GPU_DUMP_PTXAS": "1", "JAX_TRACEBACK_FILTERING": "off"}
     try:
         call = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=limit)
     except subprocess.TimeoutExpired:
-        return {"failed": f"took over {limit:,.0f} s"}
+        return {"failed": f"took over {limit:,.0f} s, {sum(os.times()[2:4]) - before:.0f} of them of CPU time"}
     if call.returncode:
         return {"failed": call.stderr.strip().splitlines()[-1][:200]}
     return json.loads(call.stdout.splitlines()[-1]) | registers(call.stdout + call.stderr)

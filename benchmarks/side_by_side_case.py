@@ -6,9 +6,10 @@ The batch holds latents in the place of photos: the peer has no autoencoder, and
 from __future__ import annotations
 
 import dataclasses
-import functools
+import os
 import pathlib
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import jax
@@ -145,22 +146,22 @@ def batch_of(case: Case) -> dict[str, np.ndarray]:
 
 
 def params_of(case: Case) -> Any:
-    """float32, drawn on the device, every parameter random: matrices of unit gain, scales about 1, biases about 0."""
+    """float32 on the host, every parameter random: matrices of unit gain, scales about 1, biases about 0. Every core draws some:
+    by JAX on a device each shape would be a program to compile."""
     # An initialisation that reads latents: their shape is a batch's, not a photo's.
     batch = {name: jax.ShapeDtypeStruct(x.shape, x.dtype) for name, x in batch_of(case).items()}
     shapes = jax.eval_shape(lambda: method_of(case).init(jax.random.key(0), batch))
-    paths, leaves = zip(*jax.tree_util.tree_leaves_with_path(shapes), strict=True)
-    keys = jax.random.split(jax.random.key(SEED), len(leaves))
-    drawn = []
-    for key, path, leaf in zip(keys, paths, leaves, strict=True):
-        gain, mean = (1 / np.sqrt(np.prod(leaf.shape[:-1])), 0.0) if len(leaf.shape) > 1 else (0.1, path[-1].key == "scale")
-        drawn.append(_normal(key, leaf.shape) * np.float32(gain) + np.float32(mean))
-    return jax.tree.unflatten(jax.tree.structure(shapes), drawn)
+    leaves = jax.tree_util.tree_leaves_with_path(shapes)
 
+    def draw(number: int) -> np.ndarray:
+        path, leaf = leaves[number]
+        noise = np.random.default_rng((SEED, number)).standard_normal(leaf.shape, np.float32)
+        if len(leaf.shape) > 1:
+            return noise / np.float32(np.sqrt(np.prod(leaf.shape[:-1])))
+        return np.float32(0.1) * noise + np.float32(path[-1].key == "scale")
 
-@functools.partial(jax.jit, static_argnums=1)
-def _normal(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
-    return jax.random.normal(key, shape)
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        return jax.tree.unflatten(jax.tree.structure(shapes), pool.map(draw, range(len(leaves))))
 
 
 def sampling_keys(case: Case) -> jax.Array:
