@@ -36,9 +36,11 @@ def get_config(variant: str = "sd21"):
     config.log_every = 10
     config.model.unet.update(SD21)
     config.model.unet.update(VARIANTS[variant])
+    config.model.skeleton = "pidm"
     config.model.fusion_embedding = variant != "stage2_only"
-    config.model.dino.image_size = 512
-    config.model.ipf.image_size = 224
+    large = {"patch_size": 14, "hidden_size": 1024, "layers": 24, "heads": 16}  # for plans without the folders
+    config.model.dino.update(image_size=512, **large)
+    config.model.ipf.update(image_size=224, width=768, **large)
 
     config.diffusion.schedule.prediction = "eps" if variant == "sd15" else "v"
     config.diffusion.drop_rate = 0.2

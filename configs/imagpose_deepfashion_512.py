@@ -45,6 +45,8 @@ def get_config(variant: str = "stage3"):
     if not config.model.ilc_image:
         config.model.unet.in_channels = 5
     recipe(config)
+    config.model.skeleton = "openpose"
+    config.model.dino.update(patch_size=14, hidden_size=768, layers=12, heads=12)  # for plans without the folder
     config.data.dataset = "records"
     config.data.root = "data/deepfashion"
     config.data.labels = ""

@@ -42,7 +42,7 @@ def load(role: str, config: EncoderConfig) -> VisionNetwork:
     if config.path:
         return _LOAD[role](config)
     logging.warning(
-        "config.model.%s.path is empty: a small seeded network in its place, UNTRAINED: fine for synthetic people and for "
+        "config.model.%s.path is empty: a seeded network in its place, UNTRAINED: fine for synthetic people and for "
         "trying things out, useless for real clothes",
         role,
     )
