@@ -4,7 +4,8 @@
 
 ipf, then fpdm on what it exports, stage2_only (fpdm without it), imagpose, no_cva (imagpose without attention among its tiles).
 Writes JSON, and beside it a table and sheets. Stopped anywhere, the same command goes on where it was. --steps: another number
-of steps for all, which the file says. It ends with 1 where a threshold is missed.
+of steps for all, which the file says. --judge: train nothing, judge the runs as they are. It ends with 1 where a threshold is
+missed.
 """
 
 from __future__ import annotations
@@ -43,6 +44,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--scratch", type=pathlib.Path, required=True, help="for the runs")
     parser.add_argument("--only", help=f"some of {', '.join(RUNS)}")
     parser.add_argument("--steps", type=int, help="of every run, in place of the configurations'")
+    parser.add_argument("--judge", action="store_true", help="train nothing: the runs as they are")
     parser.add_argument("--out", type=pathlib.Path, default=ROOT / "experiments" / "results" / "methods.json")
     flags = parser.parse_args(argv)
     flags.wanted = list(RUNS) if flags.only is None else flags.only.split(",")
@@ -58,6 +60,8 @@ def call(*words: str) -> None:
 def train(name: str, flags: argparse.Namespace) -> pathlib.Path:
     """The run's folder, trained to its end."""
     workdir = (flags.scratch / name).resolve()
+    if flags.judge:
+        return workdir
     words = [f"--config={RUNS[name]}", f"--workdir={workdir}"]
     if flags.steps:
         words += [f"--config.total_steps={flags.steps}", f"--config.eval.every={flags.steps}"]
@@ -76,11 +80,13 @@ def exported(flags: argparse.Namespace) -> pathlib.Path:
 
 
 def found(name: str, workdir: pathlib.Path, sheet: pathlib.Path) -> dict[str, Any]:
-    """The last evaluation of the run, what is measured of it, and whether thresholds are met. Draws the sheet of pictures."""
-    last = json.loads((workdir / "eval.jsonl").read_text().splitlines()[-1])
-    row = {"date": datetime.date.today().isoformat(), "machine": machine(), "steps": last["step"], "eval": last["eval"]}
+    """The run's last evaluation, where it came to one; what is measured of it; whether thresholds are met. Draws the sheet of
+    pictures."""
+    run, evaluations = Run.open(workdir), workdir / "eval.jsonl"
+    last = json.loads(evaluations.read_text().splitlines()[-1])["eval"] if evaluations.exists() else {}
+    row = {"date": datetime.date.today().isoformat(), "machine": machine(), "steps": run.step, "eval": last}
     if name == "ipf":
-        row["galleries"] = first_stage(Run.open(workdir))
+        row["galleries"] = first_stage(run)
     else:
         kind, measure = ("canvases", canvases) if "imagpose" in RUNS[name] else ("judged", pictures)
         row[kind], drawn = measure(Pipeline.load(workdir))
@@ -101,13 +107,11 @@ def table(report: dict[str, Any]) -> str:
         note = f" {row['note']}." if "note" in row else ""
         lines += [f"{RUNS[name]}, {row['steps']} steps, {row['date']}, {row['machine']['cpu']}.{note}", ""]
         lines += [f"- {'met' if met else 'MISSED'}: {text}" for text, met in row["thresholds"].items()]
-        if "galleries" not in row:
-            costs = [
-                f"{key.removeprefix('swap_cost_')} {cost:.2f}"
-                for key, cost in row["eval"].items()
-                if "swap_cost" in key
-            ]
-            lines += ["- swaps, dB lost inside the person of the run's own evaluation: " + ", ".join(costs), ""]
+        costs = {key.removeprefix("swap_cost_"): cost for key, cost in row["eval"].items() if "swap_cost" in key}
+        if costs:
+            said = ", ".join(f"{swap} {cost:.2f}" for swap, cost in costs.items())
+            lines.append(f"- swaps, dB lost inside the person of the run's own evaluation: {said}")
+        lines.append("")
         for kind, each in row.get("judged", {}).items():
             regions = ("face", "clothes", "person", "whole")
             lines += [f"| PSNR, {kind} clothes | " + " | ".join(regions) + " |", "|---" * (1 + len(regions)) + "|"]
@@ -133,7 +137,9 @@ def main(argv: list[str]) -> int:
     flags.out.parent.mkdir(parents=True, exist_ok=True)
     for name in flags.wanted:
         row = found(name, train(name, flags), flags.out.with_name(f"{flags.out.stem}_{name}.png"))
-        report[name] = row | ({"note": f"{flags.steps} steps in place of the configuration's"} if flags.steps else {})
+        report[name] = row | (
+            {"note": f"{row['steps']} steps, not the configuration's"} if flags.steps or flags.judge else {}
+        )
         write_text(flags.out, json.dumps(report, indent=1) + "\n")
         write_text(flags.out.with_suffix(".md"), table(report))
         print(f"{name}: written to {flags.out}", flush=True)
