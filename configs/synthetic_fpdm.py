@@ -3,7 +3,7 @@
     python experiments/methods.py --scratch=runs/methods        (the stages one after the other, and what they reach)
 
 Not a row of the paper. The demo's recipe where it helps any method: x0 prediction, more of the noisy timesteps, positions, a
-tenth of the pairs with the source as its own target. DINOv2 is a seeded stand-in of two layers, untrained. Not run yet.
+tenth of the pairs with the source as its own target. DINOv2 is a seeded stand-in of two layers, untrained. Results: RESULTS.md.
 """
 
 from configs import base

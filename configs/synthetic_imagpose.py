@@ -3,7 +3,7 @@
     python experiments/methods.py --scratch=runs/methods        (trains it and judges its scenarios)
 
 Not a row of the paper. The recipe of synthetic_fpdm.py; one training stage in the place of three, CVA in it from the start. The
-reference's texture comes in patches of 4 cells. DINOv2 is a seeded stand-in of two layers, untrained. Not run yet.
+reference's texture comes in patches of 4 cells. DINOv2 is a seeded stand-in of two layers, untrained. Results: RESULTS.md.
 """
 
 from configs import base

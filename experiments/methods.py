@@ -1,6 +1,6 @@
 """The other papers' methods on drawn people, from nothing: trains the stages one after the other and judges them.
 
-    python experiments/methods.py --scratch=runs/methods [--only=ipf,fpdm] [--steps=N] [--out=experiments/results/methods.json]
+    python experiments/methods.py --scratch=runs/methods [--only=ipf,fpdm] [--steps=N] [--out=experiments/results/papers.json]
 
 ipf, then fpdm on what it exports, stage2_only (fpdm without it), imagpose, no_cva (imagpose without attention among its tiles).
 Writes JSON, and beside it a table and sheets. Stopped anywhere, the same command goes on where it was. --steps: another number
@@ -45,7 +45,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--only", help=f"some of {', '.join(RUNS)}")
     parser.add_argument("--steps", type=int, help="of every run, in place of the configurations'")
     parser.add_argument("--judge", action="store_true", help="train nothing: the runs as they are")
-    parser.add_argument("--out", type=pathlib.Path, default=ROOT / "experiments" / "results" / "methods.json")
+    parser.add_argument("--out", type=pathlib.Path, default=ROOT / "experiments" / "results" / "papers.json")
     flags = parser.parse_args(argv)
     flags.wanted = list(RUNS) if flags.only is None else flags.only.split(",")
     if unknown := [name for name in flags.wanted if name not in RUNS]:
