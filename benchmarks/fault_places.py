@@ -6,7 +6,7 @@ import shutil
 import subprocess
 import sys
 
-from benchmarks.fault_runs import EVERY, ROOT, SMALL, Bench, Run, committed, metrics, row
+from benchmarks.fault_runs import EVERY, ROOT, SMALL, TIMEOUT, Bench, Run, committed, environment, metrics, row
 
 
 def token_cache(bench: Bench) -> list[dict]:
@@ -69,25 +69,30 @@ def moved_checkpoints(bench: Bench) -> list[dict]:
 
 
 def full_before(bench: Bench) -> list[dict]:
-    """A disk without a free byte, and a standard output that takes none, from the start on."""
-    place = bench.workdir("full")
-    place.mkdir()
+    """Disks without a free byte, and too small for one checkpoint; a standard output that takes nothing."""
     train = [sys.executable, "-m", "truepose_jax.train", *SMALL]
-    fill = f"mount -t tmpfs -o size=64k none {place} && dd if=/dev/zero of={place}/filler bs=4k status=none; "
-    inside = ["unshare", "--user", "--map-root-user", "--mount", "sh", "-c", fill + 'exec "$@"', "sh", *train]
+
+    def on_disk(name: str, size: str, fill: str) -> list[str]:
+        place = bench.workdir(name)
+        place.mkdir()
+        inside = f"mount -t tmpfs -o size={size} none {place} && {fill.format(place)} exec \"$@\""
+        unshare = ["unshare", "--user", "--map-root-user", "--mount", "sh", "-c", inside, "sh"]
+        return [*unshare, *train, f"--workdir={place}/run"]
+
+    full = "dd if=/dev/zero of={}/filler bs=4k status=none;"
     rows = []
-    for name, command, out in (
-        ("disk full before the start (tmpfs)", [*inside, f"--workdir={place}/run"], subprocess.DEVNULL),
-        ("standard output full (/dev/full)", [*train, f"--workdir={bench.workdir('silent')}"], None),
+    for name, command, out, alone in (
+        ("disk full before the start (tmpfs)", on_disk("full", "64k", full), subprocess.DEVNULL, True),
+        ("disk of 3 MB, too small for a checkpoint (tmpfs)", on_disk("tiny", "3m", ""), subprocess.DEVNULL, False),
+        ("standard output full (/dev/full)", [*train, f"--workdir={bench.workdir('silent')}"], None, True),
     ):
-        with open("/dev/full", "w") as full:
-            done = subprocess.run(
-                command, cwd=ROOT, stdout=out or full, stderr=subprocess.PIPE, text=True, timeout=600
-            )
+        with open("/dev/full", "w") as takes_nothing:
+            how = {"cwd": ROOT, "env": environment(bench.scratch), "text": True, "timeout": TIMEOUT}
+            done = subprocess.run(command, stdout=out or takes_nothing, stderr=subprocess.PIPE, **how)
         errors = [x for x in done.stderr.splitlines() if x.strip() and not x.startswith(("dd:", "WARNING"))]
         said = errors[-1].replace(str(bench.scratch), "RUNS") if errors else ""
-        good = done.returncode == 2 and len(errors) == 1 and said.startswith("error: ")
-        rows.append(row(name, 1, int(good), 0, said, code=done.returncode))
+        good = done.returncode == 2 and said.startswith("error: ") and "Traceback" not in done.stderr
+        rows.append(row(name, 1, int(good and (len(errors) == 1 or not alone)), 0, said, code=done.returncode))
     return rows
 
 

@@ -50,6 +50,17 @@ LOOK = 0.005
 """Seconds between two looks at it."""
 
 
+def environment(scratch: pathlib.Path) -> dict[str, str]:
+    """Of every program: compiled quickly, and once for all of them."""
+    variables = {k: v for k, v in os.environ.items() if not k.startswith(("SLURM", "JAX_"))}
+    return variables | {
+        "JAX_PLATFORMS": "cpu",
+        "XLA_FLAGS": "--xla_backend_optimization_level=0",
+        "JAX_COMPILATION_CACHE_DIR": str(scratch / "programs"),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+    }
+
+
 class Run:
     """One start of a training program; what it says goes to files beside the workdir."""
 
@@ -60,14 +71,7 @@ class Run:
         self._old = inode(workdir / "metrics.jsonl")
         count = len(list(workdir.parent.glob(f"{workdir.name}.*.out")))
         self.out, self.err = (workdir.parent / f"{workdir.name}.{count}.{kind}" for kind in ("out", "err"))
-        variables = {k: v for k, v in os.environ.items() if not k.startswith(("SLURM", "JAX_"))}
-        variables |= {
-            "JAX_PLATFORMS": "cpu",
-            "XLA_FLAGS": "--xla_backend_optimization_level=0",
-            "JAX_ENABLE_COMPILATION_CACHE": "false" if cold else "true",
-            "JAX_COMPILATION_CACHE_DIR": str(workdir.parent / "programs"),
-            "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-        }
+        variables = environment(workdir.parent) | ({"JAX_ENABLE_COMPILATION_CACHE": "false"} if cold else {})
         command = [sys.executable, *program, f"--workdir={workdir}", *SMALL, *more]
         with self.out.open("w") as out, self.err.open("w") as err:
             self.process = subprocess.Popen(command, cwd=ROOT, env=variables, stdout=out, stderr=err)

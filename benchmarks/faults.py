@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import collections
-import csv
 import json
 import os
 import pathlib
@@ -30,12 +29,12 @@ from collections.abc import Sequence
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
 
 from benchmarks.fault_places import PLACES
+from benchmarks.fault_programs import PROGRAMS
 from benchmarks.fault_runs import (
     EVERY,
     FALL_BACK,
     ROOT,
     STEPS,
-    TIMEOUT,
     Bench,
     Run,
     committed,
@@ -381,36 +380,6 @@ def hosts(bench: Bench) -> list[dict]:
     return [*rows, row("SIGTERM to one of two hosts", 1, int(stopped), 0, f"both: {ends[0]}", codes=codes)]
 
 
-def generating(bench: Bench) -> list[dict]:
-    """`generate` over a list of 40, asked to stop between batches of 2."""
-    from tests.shared_data import write_folder
-
-    photos = write_folder(bench.workdir("photos"), [f"{i:02d}" for i in range(8)], hw=(32, 24))
-    with (photos / "pairs.csv").open("w", newline="") as file:
-        writer = csv.writer(file)
-        writer.writerow(["source", "parsing", "pose", "out"])
-        for i in range(40):
-            a, b = f"{i % 8:02d}", f"{i // 8:02d}"
-            writer.writerow([f"image/{a}.png", f"parsing/{a}.png", f"keypoints/{b}.json", f"{i:02d}.png"])
-    out = bench.workdir("generated")
-    flags = ["-m", "truepose_jax.generate", f"--workdir={bench.straight()}", f"--pairs={photos / 'pairs.csv'}"]
-    flags += [f"--out-dir={out}", "--labels=atr18", "--pose-frame=32x24", "--batch-size=2", "--steps=20"]
-    start = lambda: subprocess.Popen(  # noqa: E731
-        [sys.executable, *flags], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
-    )
-    process, deadline = start(), time.monotonic() + TIMEOUT
-    while not list(out.glob("*.png")) and process.poll() is None and time.monotonic() < deadline:
-        time.sleep(0.005)
-    process.send_signal(signal.SIGTERM)
-    said = process.communicate()[0].splitlines()[-1]
-    there = len(list(out.glob("*.png")))
-    again = start()
-    text = again.communicate()[0]
-    good = process.returncode == 143 and 0 < there < 40 and there % 2 == 0 and again.returncode == 0
-    good = good and f"{there} of them done before" in text and len(list(out.glob("*.png"))) == 40
-    return [row("SIGTERM to generate, between batches", 1, int(good), 0, said, code=process.returncode)]
-
-
 CASES = {
     "kills": kills,
     "sigterm": sigterm,
@@ -420,8 +389,7 @@ CASES = {
     "two_runs": two_runs,
     "not_finite": not_finite,
     "corrupt_records": corrupt_records,
-    "generating": generating,
-} | PLACES
+} | PROGRAMS | PLACES
 
 
 def short(said: str) -> str:
@@ -439,7 +407,8 @@ def table(results: dict) -> str:
         "",
         f"`python benchmarks/faults.py`, {results['machine']}. Small demo model, {STEPS} steps, a checkpoint every {EVERY}.",
         "Survived: it ended as it should and, where it is started again, went on from its newest intact checkpoint with the",
-        "losses of an undisturbed run, bit for bit. Lost: steps of intact checkpoints that it did not go on from; a newest",
+        "losses of an undisturbed run, bit for bit; other programs: with the bytes that an undisturbed call leaves. Lost: steps",
+        "of intact checkpoints that it did not go on from; a newest",
         f"checkpoint that was damaged on disk costs the {EVERY} steps since the one before it.",
         "",
         "| fault | injected | survived | committed steps lost | what the run said |",
