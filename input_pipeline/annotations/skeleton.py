@@ -31,16 +31,6 @@ FAR = 1 << 12
 """Joints farther out than this are clipped to it: cv2 takes 16 + 4 bit coordinates."""
 
 
-def draw_skeleton(joints: np.ndarray, *, joints_hw: tuple[int, int], out_hw: tuple[int, int]) -> np.ndarray:
-    """float32 [h w 3] in [0, 1], black where there is no limb.
-
-    joints: [n 3] of a set of JOINT_SETS, in pixels of a frame `joints_hw`, which is stretched over `out_hw` (h, w) whatever their
-    aspects, as CFLD stretches 176 columns to 256. Joints outside the frame are drawn as far as they reach
-    into it.
-    """
-    return draw_skeleton_uint8(joints, joints_hw=joints_hw, out_hw=out_hw).astype(np.float32) / np.float32(255)
-
-
 def draw_skeleton_uint8(
     joints: np.ndarray,
     *,
@@ -48,7 +38,11 @@ def draw_skeleton_uint8(
     out_hw: tuple[int, int],
     onto: np.ndarray | None = None,
 ) -> np.ndarray:
-    """The same as uint8 [h w 3]; drawn over a copy of the picture `onto` (uint8) where one is given."""
+    """uint8 [h w 3], black where there is no limb; drawn over a copy of the picture `onto` (uint8) where one is given.
+
+    joints: [n 3] of a set of JOINT_SETS, in pixels of a frame `joints_hw`, which is stretched over `out_hw` (h, w) whatever their
+    aspects, as CFLD stretches 176 columns to 256. Joints outside the frame are drawn as far as they reach into it.
+    """
     canvas = np.zeros((*out_hw, 3), np.uint8) if onto is None else np.ascontiguousarray(onto).copy()
     return draw_skeleton_into(canvas, joints, joints_hw=joints_hw)
 

@@ -103,7 +103,7 @@ def test_config_from_diffusers():
 
 
 def test_full_size_has_the_parameters_epsilons_and_latents_of_sd15():
-    ours = vae.make_autoencoder("kl")
+    ours = vae.KLAutoencoder()
     shapes = jax.eval_shape(ours.init, jax.random.key(0))
     assert sum(x.size for x in jax.tree.leaves(shapes)) == 83_653_863
     with torch.device("meta"):
@@ -118,7 +118,7 @@ def test_full_size_has_the_parameters_epsilons_and_latents_of_sd15():
 
 @pytest.mark.parametrize("factor", vae.PIXEL_FACTORS)
 def test_pixel_codec_is_exactly_invertible(factor):
-    codec = vae.make_autoencoder("pixels", factor=factor)
+    codec = vae.PixelAutoencoder(factor)
     images = normal(1, 2, 3 * factor, 2 * factor, 3)
     latents = codec.encode_mean({}, images)
     assert latents.shape == (2, 3, 2, codec.channels)
@@ -134,5 +134,3 @@ def test_what_does_not_fit_is_an_error():
         jax.eval_shape(vae.KLAutoencoder(SMALL).module.init, jax.random.key(0), normal(1, 1, 10, 8, 3))
     with pytest.raises(ValueError, match="factor is 9"):
         vae.PixelAutoencoder(9)
-    with pytest.raises(ValueError, match="choose one of"):
-        vae.make_autoencoder("vq")

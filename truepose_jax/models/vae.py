@@ -377,13 +377,3 @@ class MomentsAutoencoder:
 
     def decode(self, params, latents: Float[Array, "b h w c"]) -> Float[Array, "b H W 3"]:
         return self.encoder.decode(params, latents)
-
-
-AUTOENCODERS = {"kl": KLAutoencoder, "pixels": PixelAutoencoder}
-
-
-def make_autoencoder(name: str, **settings) -> Autoencoder:
-    """ "kl" (config, dtype) or "pixels" (factor). Raises ValueError for another name."""
-    if name not in AUTOENCODERS:
-        raise ValueError(f"autoencoder is {name!r}; choose one of {sorted(AUTOENCODERS)}")
-    return AUTOENCODERS[name](**settings)

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from input_pipeline.annotations.parsing import LABEL_SETS, class_on, flip_parsing
-from input_pipeline.annotations.skeleton import draw_skeleton
+from input_pipeline.annotations.skeleton import draw_skeleton_uint8
 from input_pipeline.batches.loader import RecordCache, TokenTable, eval_batches, make_loader
 from input_pipeline.batches.plans import GroupPlan
 from input_pipeline.batches.transforms import flip_record
@@ -119,8 +119,8 @@ def test_rows_hold_what_they_say(images, tokens):
             np.testing.assert_array_equal(batch["target_joints"][row], record.joints)
             np.testing.assert_array_equal(batch["target_parsing"][row], record.parsing)
             np.testing.assert_array_equal(batch["class_on"][row], class_on(record.joints, labels, hw=(64, 48)))
-            pose = draw_skeleton(record.joints, joints_hw=(64, 48), out_hw=(64, 48))
-            np.testing.assert_array_equal(batch["target_pose"][row], pose)
+            pose = draw_skeleton_uint8(record.joints, joints_hw=(64, 48), out_hw=(64, 48))
+            np.testing.assert_array_equal(batch["target_pose"][row], pose / np.float32(255))
             map_ = images.maps[source]
             np.testing.assert_array_equal(
                 batch["source_parsing"][row // 2], flip_parsing(map_, labels) if flipped else map_
