@@ -52,10 +52,8 @@ class RecordImages:
         self._paths = [f"{self.root / shard}" for shard in self.shards]
         images, self.pairs = read_tables(self.root, split)
         self.names, self.identities, self.joint_counts = Texts(images["name"]), Texts(images["identity"]), images["joints"]
-        if len(images) != self._ends[-1]:
-            raise InputError(
-                f"{root}: {table_files(split)[0]} has {len(images)} rows for {self._ends[-1]} records; build it again"
-            )
+        if len(images) != len(self):
+            raise InputError(f"{root}: {table_files(split)[0]} has {len(images)} rows for {len(self)} records; build it again")
 
     def __getstate__(self) -> dict[str, Any]:
         """Without the open shards."""
@@ -68,7 +66,7 @@ class RecordImages:
         vars(self).update(state)
 
     def __len__(self) -> int:
-        return self._ends[-1]
+        return self._ends[-1] if self._ends else 0
 
     @functools.cached_property
     def _shard(self) -> Callable[[str], Any]:
@@ -91,7 +89,7 @@ class RecordImages:
         """All fields of a record (records.schema.RECORD_FIELDS), pictures still encoded. Raises InputError."""
         try:
             return parse_record(self._bytes(index))
-        except (RuntimeError, ValueError, OSError) as error:  # array_record raises RuntimeError for a broken file
+        except (RuntimeError, ValueError, IndexError, OSError) as error:  # array_record: RuntimeError for a broken file
             raise InputError(f"{self.place(index)}: cannot be read ({one_line(error)}); see `prepare check`") from error
 
     def parsing(self, fields: Mapping[str, Any], index: int, hw: tuple[int, int]) -> np.ndarray:
