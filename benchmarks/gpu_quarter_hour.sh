@@ -47,7 +47,7 @@ side() {
 }
 
 trained() {
-  "$python" -m truepose_jax.demo --workdir="$out/run" "${recipe[@]}"
+  "$python" -m truepose_jax.demo --workdir="$out/run" --config=configs/demo.py "${recipe[@]}"
   local code=$?
   ((code <= 1)) || return "$code" # 1: a gate was missed; the sheet and the figures are there
   cp "$out/run/demo.json" "$out/recipe.json" && cp "$out/run/demo.png" "$out/recipe.png" || return

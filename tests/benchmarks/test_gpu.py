@@ -74,6 +74,7 @@ def test_one_stage_that_fails_and_one_that_hangs_leave_the_others_their_time(tmp
     assert codes == dict.fromkeys(STAGES, 0) | {"train": 3, "pallas": 124} and list(codes) == STAGES
     called = log.read_text()
     assert f"train_step.py --device=gpu --full --peers=eager,eager_nhwc --repeats=5 --out={out} --programs={programs}" in called
+    assert f"truepose_jax.demo --workdir={out}/run --config=configs/demo.py --minutes=3.2 --config.model" in called
     assert "--batch=12 --batch=60" in called and f"convert to-torch --workdir={out}/run --dtype=float16" in called
     assert (out / "weights.tar.aa").stat().st_size > 0 and '"plain": 1' in done.stdout and "| pallas | 124 |" in done.stdout
 
