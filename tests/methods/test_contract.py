@@ -1,6 +1,7 @@
 """What every method promises the trainer and the samplers, whatever paper it is. Every parameter random."""
 
 import functools
+import json
 
 import jax
 import jax.numpy as jnp
@@ -8,6 +9,8 @@ import numpy as np
 import pytest
 
 from tests import tiny, tiny_methods
+from tests.methods import sharded
+from tests.process import environment, run
 from truepose_jax import convert
 from truepose_jax.config import ConfigError
 from truepose_jax.diffusion.schedule import Schedule
@@ -76,6 +79,21 @@ def test_micro_batches_add_up(method):
     tiny.check_gradients(found, want, whole=1e-4)  # of two cores, sums come in other orders
     for name, value in metrics.items():
         np.testing.assert_allclose(cut_metrics[name], value, rtol=2e-4, atol=1e-6, err_msg=name)
+
+
+@pytest.fixture(scope="module")
+def meshes():
+    code, out, errors = run("-m", "tests.methods.sharded", env=environment(devices=4))
+    assert code == 0, errors[-3000:]
+    return json.loads(out.splitlines()[-1])
+
+
+@pytest.mark.parametrize("mesh", sharded.MESHES)
+@pytest.mark.parametrize("method", sharded.METHODS)
+def test_every_mesh_gives_the_same(method, mesh, meshes):
+    """Gradients (compared there) and loss of one device, ipf's matrix of the whole batch too, with parameters really cut."""
+    found = meshes[f"{method} {mesh}"]
+    assert found["loss"] < 1e-5 and found["cut"] > 0
 
 
 def test_a_loss_of_whole_batches_is_not_cut():
