@@ -22,6 +22,7 @@ def get_config(variant: str = "fpdm"):
         return first_stage()
     config = base.get_config("fpdm")
     on_cpu_cores(config)
+    config.total_steps = 6_000
     config.model.size = (64, 48)
     config.model.dino.update(image_size=64, patch_size=8, hidden_size=96, heads=3)
     config.model.ipf.update(image_size=32)

@@ -87,7 +87,7 @@ def test_what_is_refused_in_one_line_before_any_model(photos, tmp_path, capsys, 
     for flags, words in (
         ((f"--source={photos / 'noise.png'}", other, out), "noise.png: nobody found"),
         ((me, f"--pose={photos / 'noise.png'}", out), "noise.png: nobody found"),
-        ((me, other, out, "--person=2"), "me.png: holds 1 people; there is no --person=2"),
+        ((me, other, out, "--person=2"), "me.png: --person=2, but people found: 1"),
         ((f"--source={photos / 'two.png'}", other, out, "--person=0"), "there is no --person=0"),
         ((me, other, out, "--pose-frame=40x30"), "leave --pose-frame out"),
         ((me, other, out, "--labels=atr18"), "--parsing=auto knows its own"),

@@ -96,7 +96,7 @@ class BlazePose:
                 f"{name}: nobody found; take a photo of a whole person, or give its pose as a file (--source-pose, --pose)"
             )
         if not 1 <= person <= len(found):
-            raise NobodyFound(f"{name}: holds {len(found)} people; there is no --person={person}")
+            raise NobodyFound(f"{name}: --person={person}, but people found: {len(found)}")
         # The photo and its mirror are both looked at: of the two the network is surer of one, and so is it more often right.
         look = max(
             (self._look_twice(photo, found[person - 1], mirrored) for mirrored in (False, True)), key=lambda x: x.score
