@@ -12,7 +12,6 @@ from PIL import Image, ImageDraw
 from input_pipeline.annotations.keypoints import load_pose
 from input_pipeline.annotations.parsing import LABEL_SETS, read_parsing
 from input_pipeline.annotations.photo import read_photo
-from input_pipeline.annotations.skeleton import BONES
 from input_pipeline.schema import InputError
 from input_pipeline.skeletons import OPENPOSE
 from input_pipeline.synthetic.people import SyntheticPeople
@@ -96,7 +95,7 @@ def stick_figure(width: int) -> np.ndarray:
     joints = standing_joints(512, 352)[:, :2]
     picture = Image.new("RGB", (352, 512), "white")
     draw = ImageDraw.Draw(picture)
-    for a, b in BONES[:13]:
+    for a, b in OPENPOSE.bones[:13]:
         draw.line([tuple(joints[a]), tuple(joints[b])], fill="black", width=width)
     draw.circle(tuple(joints[0]), 32, outline="black", width=width)
     return np.asarray(picture)
@@ -145,7 +144,7 @@ def test_the_largest_of_several_is_taken_and_said(people, caplog):
         first, second = (find_person(both, person=n, name="two.jpg").joints for n in (1, 2))
     assert first[first[:, 2] > 0, 0].max() < 300 < second[second[:, 2] > 0, 0].min()
     assert "two.jpg: 2 people; number 1 by size is taken (--person=N)" in caplog.text
-    with pytest.raises(NobodyFound, match="holds 2 people; there is no --person=3"):
+    with pytest.raises(NobodyFound, match="--person=3, but people found: 2"):
         find_person(both, person=3, name="two.jpg")
 
 

@@ -350,7 +350,7 @@ def test_another_models_tensors_are_an_error(tmp_path):
     with pytest.raises(RuntimeError, match="parsing_encoder"):
         TruePose.from_pretrained(tmp_path / "export")
     (tmp_path / "export/truepose.json").write_text(json.dumps(settings | {"carry": {"head": True, "width": 40}}))
-    with pytest.raises(RuntimeError, match=r"carry\.head is on"):
+    with pytest.raises(RuntimeError, match=r"no half-cell head \(carry\.head\)"):
         TruePose.from_pretrained(tmp_path / "export")
 
 

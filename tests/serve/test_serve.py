@@ -90,8 +90,8 @@ def test_the_same_picture_everywhere(client, tmp_path, monkeypatch):
         ({}, {"model": "../../etc"}, "there is no model '../../etc'"),
         ({}, {"parsing": "/etc/passwd"}, "parsing is '/etc/passwd'"),
         ({}, {"sampler": "euler"}, "sampler is 'euler'"),
-        ({}, {"person": "2"}, "there is no --person=2"),
-        ({}, {"pose_person": "0"}, "there is no --person=0"),
+        ({}, {"person": "2"}, "--person=2, but people found: 1"),
+        ({}, {"pose_person": "0"}, "--person=0, but people found: 1"),
         ({}, {"seed": "1" * 30_000}, "exceeded maximum size"),
     ],
 )  # fmt: skip

@@ -15,7 +15,7 @@ from truepose_jax.pretrained.conversion.safetensors_io import ArraySource, Conve
 KEYS = ModelKeys("a layer", ignored=((r"ema\..*", "an EMA"),))
 TREE = {"conv": {"kernel": np.zeros((3, 2), np.float32), "bias": np.zeros(2, np.float32)}}
 DETAILS = {
-    "origin": {"name": "x", "licence": "y"}, "fresh": (),
+    "method": "truepose", "origin": {"name": "x", "licence": "y"}, "fresh": (),
     "schedule": {"betas": "linear", "beta_start": 1e-4, "beta_end": 0.02, "steps": 9, "prediction": "eps"},
 }  # fmt: skip
 
