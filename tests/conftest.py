@@ -36,8 +36,10 @@ if "PYTEST_XDIST_WORKER" not in os.environ:
     os.environ["JAX_COMPILATION_CACHE_DIR"] = _programs.name
 
 LONGEST = (
-    "test_killed", "test_truepose", "test_ablations", "test_truepose_torch", "test_unet", "test_annotate", "test_generate",
-    "test_memory", "test_sharding", "test_init", "test_carry_method", "test_generate_records", "test_full_size", "test_pipeline",
+    "test_killed", "test_contract", "test_train_papers", "test_ablations", "test_step", "test_truepose_torch", "test_checkpoint",
+    "test_truepose", "test_animate_anyone", "test_evaluate", "test_generate", "test_unet", "test_attention", "test_flops",
+    "test_papers_torch", "test_generate_canvas", "test_sharding", "test_wheel", "test_generate_records", "test_carry_method",
+    "test_annotate", "test_memory", "test_contrastive", "test_scaling", "test_noise_scale",
 )  # fmt: skip
 """Files of most seconds. They come first (pyproject.toml: files in this order), so that no worker begins one when the other
 has nothing left to do."""
