@@ -86,7 +86,8 @@ FUSED = "pallas_tpu"
 @dataclasses.dataclass(frozen=True)
 class Row:
     """topology as jax.experimental.topologies takes it. fsdp: chips that the state is cut over; the rest is data-parallel.
-    attention: an implementation of kernels/attention, "" for FUSED. network: "" or a key of NETWORKS."""
+    attention: an implementation of kernels/attention, "" for FUSED. network: "", a key of NETWORKS, or "flow", the
+    configuration's variant."""
 
     topology: str
     fsdp: int
@@ -128,6 +129,7 @@ ROWS += [
     Row("v6e:8x8", 16, "256x176", True),
     Row("v5e:4x4", 16, "256x176", True, "reference"),
     Row("v5e:4x4", 16, "256x176", True, network="two-level"),
+    Row("v5e:4x4", 16, "256x176", True, network="flow"),
 ]
 
 
@@ -148,7 +150,8 @@ def set_up(folder: pathlib.Path) -> pathlib.Path:
 def config_of(row: Row, per_chip: int):
     from truepose_jax.config import Config, from_config_dict
 
-    found = importlib.import_module(f"configs.{CONFIGS[row.size]}").get_config()
+    variant = ["flow"] if row.network == "flow" else []
+    found = importlib.import_module(f"configs.{CONFIGS[row.size]}").get_config(*variant)
     found.model.remat = row.remat
     found.model.unet.update(NETWORKS.get(row.network, {}))
     found.mesh.fsdp, found.mesh.data = row.fsdp, row.chips // row.fsdp
