@@ -39,7 +39,7 @@ def read_items(items: Sequence[Item], labels: str, size, workers: int) -> Iterat
     if workers <= 1:
         for chunk in chunks:
             for item in chunk:
-                yield _make(item, labels, size)
+                yield make_fields(item, labels, size)
         return
     # Spawned, not forked: the annotators' threads (JAX's, torch's) do not survive a fork.
     pool = ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn"), initializer=end_with_parent)
@@ -72,19 +72,11 @@ def end_with_parent() -> None:
 
 
 def _make_chunk(items: Sequence[Item], labels: str, size) -> list[dict[str, Any] | Dropped]:
-    return [_make(item, labels, size) for item in items]
+    return [make_fields(item, labels, size) for item in items]
 
 
 def make_fields(item: Item, labels: str, size: tuple[int, int] | None) -> dict[str, Any] | Dropped:
-    """The fields of the record of one image; a Dropped where it cannot be read."""
-    made = _make(item, labels, size)
-    if isinstance(made, dict):
-        del made[DOUBTS]
-    return made
-
-
-def _make(item: Item, labels: str, size: tuple[int, int] | None) -> dict[str, Any] | Dropped:
-    """The same, and DOUBTS."""
+    """The fields of the record of one image, and DOUBTS; a Dropped where it cannot be read."""
     try:
         picture = item.load()
     except Unusable as error:

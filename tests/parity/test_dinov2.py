@@ -10,7 +10,7 @@ from transformers import Dinov2Config as TorchConfig
 from transformers import Dinov2Model
 
 from tests.parity.compare import NETWORK, check, difference, epsilons, normal, randomise, torch_epsilons
-from truepose_jax.models.dinov2 import Dinov2, Dinov2Config, GatedMLP, tokens_of
+from truepose_jax.models.dinov2 import Dinov2, Dinov2Config, GatedMLP
 from truepose_jax.models.resample import bicubic_matrix
 from truepose_jax.pretrained.conversion import from_torch, key_maps
 
@@ -112,7 +112,10 @@ def test_sizes_of_the_published_models(width, layers, heads, gated, parameters):
     if gated:  # transformers 5 cuts weights_in in two; save_pretrained writes it whole
         ours, theirs = ({n: s for n, s in x.items() if ".mlp." not in n} for x in (ours, theirs))
     assert ours == {name: shape for name, shape in theirs.items() if "mask_token" not in name}
-    assert tokens_of(config, 512) == 1297 and tokens_of(config, 224) == 257
+    one = Dinov2(dataclasses.replace(config, num_hidden_layers=1))
+    for side, tokens in ((512, 1297), (224, 257)):  # pixels that fill no patch are dropped
+        picture = jax.ShapeDtypeStruct((1, side, side, 3), np.float32)
+        assert jax.eval_shape(one.init_with_output, jax.random.key(0), picture)[0].shape == (1, tokens, width)
 
 
 @pytest.mark.parametrize(

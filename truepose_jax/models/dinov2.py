@@ -83,11 +83,6 @@ class Dinov2Config:
         return cls(**fields, position_offset=position_offset)
 
 
-def tokens_of(config: Dinov2Config, side: int) -> int:
-    """Tokens of a square of `side` pixels: the class first, then the patches; pixels that fill no patch are dropped."""
-    return 1 + (side // config.patch_size) ** 2
-
-
 class Dinov2(nn.Module):
     """Normalised pixels [b H W 3] -> last_hidden_state [b 1+n c] after the final norm, the class token first."""
 
