@@ -18,6 +18,7 @@ from collections.abc import Callable
 import numpy as np
 from jaxtyping import Float
 from PIL import Image
+from scipy.linalg.lapack import dpstrf
 
 SIDE = 299
 
@@ -110,7 +111,6 @@ def frechet_distance(a: Statistics, b: Statistics) -> float:
 
 
 def _factor(covariance: np.ndarray) -> np.ndarray:
-    """L with L L^T = covariance, [d rank]."""
-    values, vectors = np.linalg.eigh(covariance)
-    kept = values > values[-1] * len(values) * np.finfo(np.float64).eps if values[-1] > 0 else values > np.inf
-    return vectors[:, kept] * np.sqrt(values[kept])
+    """L with L L^T = covariance, [d rank], by Cholesky's decomposition with pivots: a small part of the time of eigenvectors."""
+    factor, order, rank, _ = dpstrf(covariance, lower=1)
+    return np.tril(factor)[np.argsort(order), :rank]
