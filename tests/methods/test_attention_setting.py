@@ -34,7 +34,9 @@ def traced(caplog, name: str) -> set[tuple[str, str]]:
     jax.eval_shape(lambda p: method.loss(p, {}, batch, tiny.keys(0, 1)), params)
     lines = [record.getMessage() for record in caplog.records if record.name == api.__name__]
     assert {line.split(" of ")[0] for line in lines} == {"attention", "reweighted_attention"}
-    many = [line for line in lines if int(re.search(r", (\d+) keys", line)[1]) > api.FEW_KEYS]  # few go to what suits them
+    many = [
+        line for line in lines if int(re.search(r", (\d+) keys", line)[1]) > api.FEW_KEYS
+    ]  # few go to what suits them
     return {re.search(r": (\w+) \((.*)\)", line).groups() for line in many}
 
 
