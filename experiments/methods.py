@@ -2,7 +2,7 @@
 
     python experiments/methods.py --scratch=runs/methods [--only=ipf,fpdm] [--steps=N] [--out=experiments/results/papers.json]
 
-ipf, then fpdm on what it exports, stage2_only (fpdm without it), imagpose, no_cva (imagpose without attention among its tiles).
+ipf, then fpdm on what it exports, stage2_only (fpdm without it), imagpose, and its ablations at equal terms, full and B0 to B4.
 Writes JSON, and beside it a table and sheets. Stopped anywhere, the same command goes on where it was. --steps: another number
 of steps for all, which the file says. --judge: train nothing, judge the runs as they are. It ends with 1 where a threshold is
 missed.
@@ -23,6 +23,7 @@ from PIL import Image
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
 
 from benchmarks.side_by_side import machine
+from configs.imagpose_deepfashion_512 import ABLATIONS
 from experiments.methods_judge import canvases, first_stage, pictures, thresholds
 from truepose_jax.inference.pipeline import Pipeline, Run
 from truepose_jax.runtime.atomic import write_text
@@ -35,7 +36,7 @@ RUNS = {
     "fpdm": "configs/synthetic_fpdm.py:fpdm",
     "stage2_only": "configs/synthetic_fpdm.py:stage2_only",
     "imagpose": "configs/synthetic_imagpose.py",
-    "no_cva": "configs/synthetic_imagpose.py:no_cva",
+    **{name: f"configs/synthetic_imagpose.py:{name}" for name in ("full", *ABLATIONS)},
 }
 
 

@@ -87,7 +87,7 @@ def test_every_config_loads(file):
         (imagpose_deepfashion_512, [*imagpose_deepfashion_512.STAGES, "B0", "B1", "B2", "B3"]),
         (imagpose_market, ["stage1", "stage3"]),
         (synthetic_fpdm, synthetic_fpdm.VARIANTS),
-        (synthetic_imagpose, ["full", "no_cva"]),
+        (synthetic_imagpose, list(synthetic_imagpose.VARIANTS)),
     ],
     ids=lambda x: getattr(x, "__name__", ""),
 )
