@@ -377,6 +377,7 @@ def test_whole_numbers_have_a_range(path):
         ("model.clip.patch_size", 0, "config.model.clip.patch_size is 0; it must be above 0"),
         ("model.clip.patch_size", 33, "a patch must fit into the image"),
         ("model.clip.layers", 0, "config.model.clip.layers is 0; it must be above 0"),
+        ("model.attention", "flash", "config.model.attention is 'flash'; choose one of ('auto', 'reference'"),
         ("model.pixel_factor", 3, "config.model.pixel_factor is 3; choose one of (2, 4, 8)"),
         ("data.synthetic.poses_per_identity", 1, "poses_per_identity is 1; it must be 2 or more"),
         ("optim.b2", 1, "config.optim.b2 is 1.0; it must be in [0, 1)"),
