@@ -1,4 +1,4 @@
-"""How many finished pairs the loader makes a second, what limits it, and how many the demo's model takes. Prints JSON.
+"""How many finished pairs the loader makes a second, and what limits it. Prints JSON.
 
     taskset -c 1 python benchmarks/loader_speed.py [--photos=DIR] [--pairs=1500] [--out=FILE]
 
@@ -24,10 +24,8 @@ import time
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
 
 import cv2
-import jax
 import numpy as np
 
-from configs import demo
 from input_pipeline.annotations import photo
 from input_pipeline.annotations.keypoints import flip_joints
 from input_pipeline.annotations.parsing import class_on, decode_parsing, flip_parsing, label_set
@@ -44,13 +42,8 @@ from input_pipeline.records.schema import pack_latents, pack_tokens, unpack_toke
 from input_pipeline.records.writer import build_records
 from input_pipeline.sources.base import RawPicture, RawSet, RawSplit
 from input_pipeline.sources.own_photos import synthetic_people
-from truepose_jax.config import Config, from_config_dict
-from truepose_jax.data.datasets import training_batches, training_set
-from truepose_jax.methods import make_method, needs
-from truepose_jax.models.vae import PixelAutoencoder
-from truepose_jax.pretrained.region_tokens import LazyEncoder
-from truepose_jax.training.init import batch_spec
-from truepose_jax.training.step import Trainer
+from truepose_jax.config import Config
+from truepose_jax.methods import needs
 
 SIZE = (512, 352)
 BATCH = 12
@@ -192,44 +185,10 @@ def _each(call, repeats: int = 5) -> float:
     return best / 24 * 1e6
 
 
-def demo_rates(steps: int) -> dict[str, float]:
-    """The demo's model, and the loader with its settings, one after the other."""
-    config = demo.get_config()
-    config.data.synthetic.identities = 60
-    config = from_config_dict(Config, config)
-    data = training_set(config, LazyEncoder(config.model.clip, config.token_width), None)
-    loader = training_batches(config, data)
-    for _ in range(80):  # every person rendered once
-        batch = next(loader)
-    cpu = time.process_time()
-    for _ in range(200):
-        batch = next(loader)
-    loaded = 200 * config.batch_size / (time.process_time() - cpu)
-    trainer = Trainer(config, make_method(config, PixelAutoencoder(config.model.pixel_factor)))
-    state = trainer.init_state(jax.random.key(0), batch_spec(config))
-    step = jax.jit(trainer.step, donate_argnums=0)
-    for _ in range(3):
-        state, metrics = step(state, {}, batch)
-    jax.block_until_ready(metrics)
-    cpu, wall = time.process_time(), time.perf_counter()
-    for _ in range(steps):
-        state, metrics = step(state, {}, batch)
-    jax.block_until_ready(metrics)
-    cpu, wall = time.process_time() - cpu, time.perf_counter() - wall
-    done = steps * config.batch_size
-    return {
-        "size": "64x48",
-        "loader_pairs_per_cpu_second": round(loaded),
-        "model_pairs_per_cpu_second": round(done / cpu, 1),
-        "model_pairs_per_second": round(done / wall, 1),
-    }
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--photos", help="folder of JPEGs whose pixels the records get")
     parser.add_argument("--pairs", type=int, default=1500)
-    parser.add_argument("--steps", type=int, default=30, help="of the demo's model (0: leave it out)")
     parser.add_argument("--out", help="also write the JSON here")
     flags = parser.parse_args()
     cv2.setNumThreads(1)
@@ -255,8 +214,6 @@ def main() -> None:
                 f"{threads} thread{'s' * (threads > 1)}": loader_rate(images, form, threads, flags.pairs)
                 for threads in (1, 2)
             } | {"jpeg_kB": round(size / 1000, 1), "parts_us": parts(images, form)}
-    if flags.steps:
-        report["demo"] = demo_rates(flags.steps)
     text = json.dumps(report, indent=1)
     print(text)
     if flags.out:

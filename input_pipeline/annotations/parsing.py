@@ -227,21 +227,28 @@ def read_parsing(path: str | pathlib.Path, labels: LabelSet, image_hw: tuple[int
     return decode_parsing(data, labels, image_hw, name=str(path))
 
 
-def decode_parsing(data: bytes, labels: LabelSet, image_hw: tuple[int, int], *, name: object) -> np.ndarray:
-    """The same from an encoded map in memory; `name` is what errors call it."""
-    parsing = decode_runs(data, max_pixels=MAX_PIXELS)
-    if parsing is None:
-        parsing = decode_grey_png(data, max_pixels=MAX_PIXELS)
+def decode_parsing(
+    data: bytes, labels: LabelSet, image_hw: tuple[int, int], *, name: object, swap: bool = False
+) -> np.ndarray:
+    """The same from an encoded map in memory; `name` is what errors call it. swap: left and right ids in each other's places."""
+    parsing = decode_runs(data, max_pixels=MAX_PIXELS, table=_swapped(labels) if swap else None)
     if parsing is not None:
         return check_parsing(parsing, labels, image_hw, name=name)
+    parsing = check_parsing(_decode_png(data, name), labels, image_hw, name=name)
+    return cv2.LUT(parsing, _swapped(labels)) if swap else parsing
+
+
+def _decode_png(data: bytes, name: object) -> np.ndarray:
+    parsing = decode_grey_png(data, max_pixels=MAX_PIXELS)
+    if parsing is not None:
+        return parsing
     with open_picture(data, name=name, what="parsing map") as image:
         if image.format == "JPEG" or image.mode not in {"L", "P"}:
             seen = " (a picture of the map in colours?)" if image.mode.startswith("RGB") else ""
             raise InputError(
                 f"{name}: {image.format} of mode {image.mode}{seen}; a parsing map is a PNG of ids, mode L or P"
             )
-        parsing = np.array(image)
-    return check_parsing(parsing, labels, image_hw, name=name)
+        return np.array(image)
 
 
 def check_parsing(parsing: np.ndarray, labels: LabelSet, image_hw: tuple[int, int], *, name: object) -> np.ndarray:
@@ -282,9 +289,14 @@ def convert_parsing(parsing: np.ndarray, labels: LabelSet, wanted: LabelSet, *, 
 
 def flip_parsing(parsing: np.ndarray, labels: LabelSet) -> np.ndarray:
     """The map of the mirrored photo: columns reversed, left and right ids swapped. uint8 [h w]."""
-    table = np.zeros(256, np.uint8)
+    return cv2.LUT(cv2.flip(parsing, 1), _swapped(labels))  # six times as fast as indexing
+
+
+def _swapped(labels: LabelSet) -> np.ndarray:
+    """uint8 [256]: id -> the id of the other side; ids outside of the set stay."""
+    table = np.arange(256, dtype=np.uint8)
     table[:MAX_CLASSES] = labels.flipped
-    return cv2.LUT(cv2.flip(parsing, 1), table)  # six times as fast as indexing
+    return table
 
 
 def class_areas(parsing: np.ndarray) -> np.ndarray:

@@ -27,8 +27,9 @@ def encode_runs(grey: np.ndarray) -> bytes:
     return _HEADER.pack(_MARK, *grey.shape) + zlib.compress(cells[starts].tobytes() + lengths.tobytes(), 9)
 
 
-def decode_runs(data: bytes, *, max_pixels: int) -> np.ndarray | None:
-    """uint8 [h w]; None where these are no run lengths, or broken ones, or of more pixels."""
+def decode_runs(data: bytes, *, max_pixels: int, table: np.ndarray | None = None) -> np.ndarray | None:
+    """uint8 [h w], its ids through `table` (uint8 [256]) where there is one; None where these are no run lengths, or broken
+    ones, or of more pixels."""
     if not data.startswith(_MARK) or len(data) < _HEADER.size:
         return None
     _, h, w = _HEADER.unpack_from(data)
@@ -45,4 +46,4 @@ def decode_runs(data: bytes, *, max_pixels: int) -> np.ndarray | None:
     ids, lengths = np.frombuffer(runs, np.uint8, count), np.frombuffer(runs, "<u2", count, count)
     if lengths.sum(dtype=np.int64) != h * w:
         return None
-    return np.repeat(ids, lengths).reshape(h, w)
+    return np.repeat(ids if table is None else table[ids], lengths).reshape(h, w)

@@ -20,7 +20,7 @@ import numpy as np
 from input_pipeline.batches.plans import CanvasPlan, Group, GroupPlan, Plan, groups_of
 from input_pipeline.batches.readers import Reader, RecordTokens, make_reader
 from input_pipeline.batches.transforms import write_source, write_target, write_views
-from input_pipeline.fields import Layout
+from input_pipeline.fields import FIELDS, Layout
 from input_pipeline.records.encode import end_with_parent
 from input_pipeline.schema import ImageRecord, ImageSet, InputError, TokenTable
 
@@ -71,12 +71,18 @@ class BatchWriter:
     def __call__(self, groups: Sequence[Group], *, targets_per_source: int, rows: int | None = None) -> Batch:
         """The batch of these groups; `rows` > len(groups) leaves empty groups at the end."""
         k, reader, drawing = targets_per_source, self.reader, self.reader.layout.drawing
-        batch = reader.layout.empty(batch_size=(rows or len(groups)) * k, targets_per_source=k, size=reader.size)
+        rows = rows or len(groups)
+        shapes = reader.layout.shapes(batch_size=rows * k, targets_per_source=k, size=reader.size)
+        # Rows are written whole, so the memory is not cleared before: a tenth of the time.
+        batch = {name: np.empty(shape, dtype) for name, (shape, dtype) in shapes.items()}
+        batch["valid"].fill(0)
+        read = np.zeros(rows, bool)
         for row, group in enumerate(groups):
             found = self._read(reader.source, group.source, flip=group.flip)
             if found is None:
                 continue
             source, tokens = found
+            read[row] = True
             write_source(batch, row, source, tokens, hw=reader.size)
             targets = [
                 source if index == group.source else self._read(reader.target, index, flip=group.flip)
@@ -90,6 +96,8 @@ class BatchWriter:
             for i, target in enumerate(targets):
                 if target is not None:
                     write_target(batch, row * k + i, target, reader.labels, hw=reader.size, drawing=drawing)
+        for name, array in batch.items():
+            array[~read if FIELDS[name].shape[0] == "s" else batch["valid"] == 0] = 0
         return batch
 
     def _read(self, read: Callable[..., Any], index: int, *, flip: bool) -> Any:

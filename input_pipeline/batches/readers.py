@@ -11,10 +11,11 @@ import functools
 from collections.abc import Mapping
 from typing import Any
 
+import cv2
 import numpy as np
 
 from input_pipeline.annotations.keypoints import flip_joints
-from input_pipeline.annotations.parsing import LabelSet, flip_parsing, label_set
+from input_pipeline.annotations.parsing import LabelSet, label_set
 from input_pipeline.annotations.photo import Framing, decode_photo
 from input_pipeline.batches.transforms import SQUARES, flip_record
 from input_pipeline.fields import LATENT_FACTOR, Layout
@@ -110,20 +111,23 @@ class StoredReader(Reader):
 
     def _record(self, fields: Mapping[str, Any], index: int, *, flip: bool, mapped: bool) -> ImageRecord:
         framing = Framing.fit(tuple(fields["size"].tolist()), self.size)
-        parsing = framing.parsing(self.images.parsing(fields, index, framing.photo_hw)) if mapped else None
         joints = fields["joints"] if framing.photo_hw == self.size else framing.joints(fields["joints"])
-        if not self.layout.stored:
-            photo = decode_photo(fields["image"], name=self.images.place(index))
-            if photo.shape[:2] != framing.photo_hw:
-                raise InputError(f"{self.images.place(index)}: says {framing.photo_hw} and is {photo.shape[:2]}")
-            whole = photo if any(name in self.layout for name in SQUARES) else None
-            record = ImageRecord(framing.image(photo), parsing, joints, fields["name"], fields["identity"], whole)
-            return flip_record(record, self.labels) if flip else record
-        image = self._moments(fields, index, flip=flip)
-        if flip:  # the mirrored photo has latents of its own
+        parsing = photo = None
+        if mapped:  # ids swap sides as runs, of which there are fewer than pixels
+            parsing = framing.parsing(self.images.parsing(fields, index, framing.photo_hw, swap=flip))
+        if self.layout.stored:
+            image = self._moments(fields, index, flip=flip)  # the mirrored photo has latents of its own
+        else:
+            whole = decode_photo(fields["image"], name=self.images.place(index))
+            if whole.shape[:2] != framing.photo_hw:
+                raise InputError(f"{self.images.place(index)}: says {framing.photo_hw} and is {whole.shape[:2]}")
+            image = framing.image(whole)
+            photo = whole if any(name in self.layout for name in SQUARES) else None
+        if flip:
             joints = flip_joints(joints, self.size[1])
-            parsing = None if parsing is None else flip_parsing(parsing, self.labels)
-        return ImageRecord(image, parsing, joints, fields["name"], fields["identity"])
+            parsing, photo = (None if array is None else cv2.flip(array, 1) for array in (parsing, photo))
+            image = image if self.layout.stored else cv2.flip(image, 1)
+        return ImageRecord(image, parsing, joints, fields["name"], fields["identity"], photo)
 
     def _moments(self, fields: Mapping[str, Any], index: int, *, flip: bool) -> np.ndarray:
         """float16 [h/8 w/8 8]."""
@@ -136,8 +140,9 @@ class StoredReader(Reader):
             what = "no latents" if latents is None else f"latents of a {size[0]}x{size[1]} picture"
             raise InputError(f"{self.images.place(index)}: has {what}; run `prepare annotate` to the end")
         h, w = (side // LATENT_FACTOR for side in self.size)
-        cells = latents.view(np.uint64)[..., 0]  # four halves moved at once
-        return np.ascontiguousarray(cells.transpose(1, 2, 0)).view(np.float16).reshape(h, w, -1)
+        moments = np.empty((h * w, 2), np.uint64)  # four halves moved at once
+        moments[:, 0], moments[:, 1] = latents.view(np.uint64).reshape(2, -1)
+        return moments.view(np.float16).reshape(h, w, -1)
 
 
 def make_reader(images: ImageSet, tokens: TokenTable | RecordTokens | None, layout: Layout) -> Reader:

@@ -103,6 +103,7 @@ def write_views(
 def write_skeleton(joints: np.ndarray, joints_hw: tuple[int, int], drawing: str, *, out: np.ndarray) -> None:
     """The skeleton of joints in a frame `joints_hw`, drawn over all of `out`: bytes, or floats in [0, 1]."""
     if out.dtype == np.uint8:
+        out.fill(0)
         draw_pose_into(out, joints, joints_hw=joints_hw, drawing=drawing)
         return
     skeleton = np.zeros(out.shape, np.uint8)

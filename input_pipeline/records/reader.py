@@ -92,11 +92,13 @@ class RecordImages:
         except (RuntimeError, ValueError, IndexError, OSError) as error:  # array_record: RuntimeError for a broken file
             raise InputError(f"{self.place(index)}: cannot be read ({one_line(error)}); see `prepare check`") from error
 
-    def parsing(self, fields: Mapping[str, Any], index: int, hw: tuple[int, int]) -> np.ndarray:
-        """The map of a record that is read already, whose photo is hw. Raises InputError."""
+    def parsing(
+        self, fields: Mapping[str, Any], index: int, hw: tuple[int, int], *, swap: bool = False
+    ) -> np.ndarray:
+        """The map of a record that is read already, whose photo is hw. swap: as in decode_parsing. Raises InputError."""
         where = self.place(index)
         if fields["parsing"]:
-            return decode_parsing(fields["parsing"], self._label_set, hw, name=where)
+            return decode_parsing(fields["parsing"], self._label_set, hw, name=where, swap=swap)
         if self.labels == "whole":
             return whole_photo(hw)
         raise InputError(f"{where}: has no parsing map, though the set's labels are {self.labels}")

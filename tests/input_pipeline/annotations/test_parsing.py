@@ -11,11 +11,13 @@ from input_pipeline.annotations.parsing import (
     class_areas,
     class_on,
     convert_parsing,
+    decode_parsing,
     flip_parsing,
     label_set,
     read_parsing,
     whole_photo,
 )
+from input_pipeline.annotations.run_lengths import encode_runs
 from input_pipeline.schema import MAX_CLASSES, InputError
 from input_pipeline.sources.folder import FolderImages
 from tests.shared_data import shared_data, standing_joints
@@ -125,8 +127,12 @@ def test_read_parsing_takes_palette_indices(tmp_path):
     paletted = Image.fromarray(ids, "P")
     paletted.putpalette(list(range(255, -1, -1)) * 3)
     paletted.save(tmp_path / "p.png", bits=8)
-    for name in ("l.png", "p.png"):
-        np.testing.assert_array_equal(read_parsing(tmp_path / name, LABEL_SETS["atr18"], HW), ids)
+    (tmp_path / "runs").write_bytes(encode_runs(ids))
+    labels = LABEL_SETS["atr18"]
+    for name in ("l.png", "p.png", "runs"):
+        np.testing.assert_array_equal(read_parsing(tmp_path / name, labels, HW), ids)
+        swapped = decode_parsing((tmp_path / name).read_bytes(), labels, HW, name=name, swap=True)
+        np.testing.assert_array_equal(swapped, flip_parsing(ids, labels)[:, ::-1])
 
 
 def test_bad_maps_say_so_in_one_line(tmp_path):
