@@ -28,7 +28,7 @@ import numpy as np
 
 from input_pipeline.annotations import photo
 from input_pipeline.annotations.keypoints import flip_joints
-from input_pipeline.annotations.parsing import class_on, decode_parsing, flip_parsing, label_set
+from input_pipeline.annotations.parsing import class_on, decode_parsing, label_set
 from input_pipeline.annotations.photo import decode_photo, read_photo
 from input_pipeline.annotations.regions import region_boxes
 from input_pipeline.annotations.skeleton import draw_skeleton_into
@@ -145,7 +145,7 @@ def parts(images: RecordImages, form: str) -> dict[str, float]:
         "region tokens": _each(lambda i: unpack_tokens(fields[i]["region_tokens"], fields[i]["region_valid"])),
         "skeleton": _each(lambda i: draw_skeleton_into(canvas, fields[i]["joints"], joints_hw=SIZE)),
         "flips of map and joints": _each(
-            lambda i: (flip_parsing(maps[i], labels), flip_joints(fields[i]["joints"], SIZE[1]))
+            lambda i: (cv2.flip(maps[i], 1), flip_joints(fields[i]["joints"], SIZE[1]))
         )
         / 2,
         "switched-on classes": _each(lambda i: class_on(fields[i]["joints"], labels, hw=SIZE)),
