@@ -1,39 +1,30 @@
 """The method of docs/extending.md, as it stands there, trains once its two rows are added."""
 
-import dataclasses
 import json
 import pathlib
 import re
-from typing import Literal
 
-import flax.linen as nn
-import jax
-import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
 from configs import base
-from truepose_jax import train
-from truepose_jax.config import MODELS, Config, ModelConfig, PositiveFloat, from_config_dict
-from truepose_jax.diffusion import losses
+from truepose_jax import config, convert, train
+from truepose_jax.config import MODELS, Config, from_config_dict
+from truepose_jax.config import model as model_settings
 from truepose_jax.methods import PAPERS, Paper
-from truepose_jax.methods.base import Needs
-from truepose_jax.methods.denoising import per_row, without_invalid
 
 PAGE = pathlib.Path(__file__).parents[2] / "docs" / "extending.md"
-NAMES = {
-    "dataclasses": dataclasses, "Literal": Literal, "nn": nn, "jax": jax, "jnp": jnp, "ModelConfig": ModelConfig,
-    "PositiveFloat": PositiveFloat, "losses": losses, "Needs": Needs, "per_row": per_row, "without_invalid": without_invalid,
-    "__name__": __name__,
-}  # fmt: skip
 
 
 def mean_settings(monkeypatch) -> ConfigDict:
-    """A configuration of the page's method, whose two rows are there for this test."""
-    (text,) = re.findall(r"```python\n(@dataclasses.*?)```", PAGE.read_text(), re.DOTALL)
-    names = dict(NAMES)
-    exec(text, names)
+    """A configuration of the page's method, whose rows are there for this test."""
+    settings, method = re.findall(r"```python\n(.*?)```", PAGE.read_text(), re.DOTALL)
+    names = {**vars(model_settings)}
+    exec(settings, names)
+    monkeypatch.setattr(config, "MeanModel", names["MeanModel"], raising=False)
     monkeypatch.setitem(MODELS, "mean", names["MeanModel"])
+    names = {"__name__": __name__}
+    exec(method, names)
     monkeypatch.setitem(PAPERS, "mean", Paper(names["needs"], names["make"]))
     values = base.get_config("mean")
     values.model.size = (32, 24)
@@ -46,10 +37,12 @@ def mean_settings(monkeypatch) -> ConfigDict:
     return values
 
 
-def test_the_pages_method_trains(tmp_path, monkeypatch):
+def test_the_pages_method_trains(tmp_path, monkeypatch, capsys):
     values = mean_settings(monkeypatch)
     assert train.train(from_config_dict(Config, values), str(tmp_path)) == 0
     told = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     found = [line["loss"] for line in told]
     assert len(found) == 4 and np.isfinite(found).all() and found[-1] < found[0]
     assert json.loads((tmp_path / "eval.jsonl").read_text())["eval"]["heldout_loss"] > 0
+    assert convert.main(["to-torch", f"--workdir={tmp_path}", f"--dst={tmp_path / 'out'}"]) == 2
+    assert "no form to write a model of method 'mean'" in capsys.readouterr().err

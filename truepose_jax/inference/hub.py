@@ -13,7 +13,7 @@ import jax
 from jax.sharding import SingleDeviceSharding
 
 from input_pipeline.schema import InputError
-from truepose_jax.config import Config
+from truepose_jax.config import Config, FirstStageModel
 from truepose_jax.data.datasets import about_records
 from truepose_jax.inference.exported import Converted, Exported
 from truepose_jax.pretrained.conversion import animate_anyone, lora, paper_files, weights_folder
@@ -81,6 +81,8 @@ def save(run: Run, folder: str | os.PathLike[str], *, dtype: str | None = None, 
             return animate_anyone.write(folder, params, dtype)
         if model.method in paper_files.FORMS:
             return paper_files.write(folder, params, config=run.config, dtype=dtype)
+        if not isinstance(model, FirstStageModel):
+            raise ConversionError(f"{run.workdir}: there is no form to write a model of method {model.method!r} in")
         about = {"step": run.step, "weights": run.weights}
         return write_first_stage(folder, params, model=model, run=about, dtype=dtype)
     metadata, clip = read_metadata(run.workdir), run.config.model.clip.path

@@ -49,7 +49,7 @@ class RecordRow:
         """Reads both records and fits them to the model's size. Raises InputError."""
         record, pose = self.images.image(self.source), self.images.fields(self.target)
         h, w = pose["size"].tolist()
-        parsing = None if self.images.labels == "whole" else record.parsing
+        parsing = record.parsing if run.needs.tokens and self.images.labels != "whole" else None
         request = Request(record.image, pose["joints"], parsing, self.images.labels, (h, w), self.name, seed)
         if run.needs.source_pose:
             request = dataclasses.replace(request, source_joints=record.joints)
