@@ -62,7 +62,8 @@ class RecordCache:
 class BatchWriter:
     """Turns groups into a batch of the reader's layout.
 
-    A record that cannot be read keeps its slot: zeros, valid = 0, and one line in the log.
+    A record that cannot be read keeps its slot: zeros, valid = 0, and one line in the log. Where there are more of them than
+    config.data.max_invalid allows, the run ends (training/run_log.py).
     """
 
     reader: Reader

@@ -116,7 +116,7 @@ def path_of(key_path: Sequence[Any]) -> str:
 
 
 Rules = Sequence[tuple[str, tuple[str | None, ...]]]
-"""(regex over 'a/b/kernel' paths, a mesh axis or None per dimension); the first that fits serves."""
+"""A method's `param_rules`: (regex over 'a/b/kernel' paths, a mesh axis or None per dimension); the first that fits serves."""
 
 WHOLE_BELOW = 1 << 16
 """Elements of the smallest array that fsdp cuts: each cut one is a message of its own, and norms and biases are most of the

@@ -1,9 +1,9 @@
 """Fused attention for TPUs (Mosaic): one forward kernel and two backward kernels (dq; dk and dv).
 
-The logits live in VMEM only. Arrays keep the layout [b n g*d] that a projection leaves them in: a block holds the lanes of
-several heads and the kernel takes one head after the other, so that no transpose surrounds the kernel and a width of 40 costs
-1.2x its bytes in HBM instead of 3.2x ([b g n 40] is tiled to 128 lanes). Products take the inputs' dtype and are summed in
-float32.
+The logits live in VMEM only; what Eq. 6 makes of them and its slope are `logits` and `slopes` of key_params.py. Arrays keep the
+layout [b n g*d] that a projection leaves them in: a block holds the lanes of several heads and the kernel takes one head after
+the other, so that no transpose surrounds the kernel and a width of 40 costs 1.2x its bytes in HBM instead of 3.2x ([b g n 40] is
+tiled to 128 lanes). Products take the inputs' dtype and are summed in float32.
 
 Compiled for v5e, v5p and v6e (benchmarks/tpu_aot.py) and run in interpret mode; never yet run or timed on a TPU.
 """
