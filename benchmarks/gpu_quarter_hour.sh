@@ -23,9 +23,11 @@ export XLA_PYTHON_CLIENT_PREALLOCATE=false JAX_COMPILATION_CACHE_DIR=${JAX_COMPI
 toy=() full=(--device=gpu --full) slack=1
 recipe=(--minutes=3.2 "--config.model.unet.block_out_channels=(160, 224)" --config.data.threads=8 --config.model.dtype=bfloat16)
 if [[ ${DRY_RUN-} ]]; then
-  export JAX_PLATFORMS=cpu slack=10
+  export JAX_PLATFORMS=cpu XLA_FLAGS=--xla_backend_optimization_level=0 slack=10
   toy=(--toy) full=(--size=16x16 --widths=32 --layers=1 --repeats=2 --threads=1)
-  recipe=(--minutes=0.1 --config.data.synthetic.identities=40 "--config.model.unet.block_out_channels=(8, 16)")
+  recipe=(--minutes=0.1 --config.data.synthetic.identities=40 "--config.model.unet.block_out_channels=(8, 16)"
+    "--config.model.size=(64, 48)" --config.model.carry.{head,limb_warp}=False --config.diffusion.losses.parsing=0
+    --config.diffusion.steps=1)
 fi
 
 # stage NAME LIMIT COMMAND...: its output goes to OUT/NAME.log, its end into OUT/stages.jsonl.

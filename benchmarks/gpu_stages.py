@@ -27,6 +27,7 @@ from truepose_jax.runtime.cli import Parser, run_program  # noqa: E402
 
 IMAGES, HEADS = 2, 8
 TOY_SIZES = ((48, 16),)
+TOY_IMAGES, TOY_HEADS = 1, 2
 REPEATS = 5
 PLAIN, REWEIGHTED = "plain", "reweighted"
 
@@ -92,8 +93,8 @@ def attention(toy: bool, forms: Sequence[str]) -> list[Callable[[], dict[str, An
     def case(operation: str, form: str, n: int, d: int) -> Callable[[], dict[str, Any]]:
         def measure() -> dict[str, Any]:
             keys = jax.random.split(jax.random.key(0), 5)
-            q, k, v, d_out = (jax.random.normal(key, (IMAGES, n, HEADS, d)) for key in keys[:4])
-            given = (q, k, v, jax.random.bernoulli(keys[4], 0.5, (IMAGES, n)), d_out)
+            q, k, v, d_out = (jax.random.normal(key, (images, n, heads, d)) for key in keys[:4])
+            given = (q, k, v, jax.random.bernoulli(keys[4], 0.5, (images, n)), d_out)
             found: dict[str, Any] = {"case": f"{operation} {form} {n}x{d}"}
             try:
                 with jax.default_matmul_precision("highest"):
@@ -109,7 +110,7 @@ def attention(toy: bool, forms: Sequence[str]) -> list[Callable[[], dict[str, An
 
         return measure
 
-    sizes = TOY_SIZES if toy else SIZES
+    sizes, images, heads = (TOY_SIZES, TOY_IMAGES, TOY_HEADS) if toy else (SIZES, IMAGES, HEADS)
     return [
         case(operation, form, n, d)
         for n, d in sizes
