@@ -52,6 +52,7 @@ from truepose_jax.runtime.markdown import narrow  # noqa: E402
 GIB = 1 << 30
 OPTIONS = {"exec_time_optimization_effort": -1.0}
 CONFIGS = {"256x176": "truepose_deepfashion_256", "512x352": "truepose_deepfashion_512"}
+METHODS = {"fpdm": "fpdm_deepfashion_512", "imagpose": "imagpose_deepfashion_512"}
 NETWORKS = {
     "two-level": {
         "block_out_channels": (320, 640),
@@ -86,8 +87,8 @@ FUSED = "pallas_tpu"
 @dataclasses.dataclass(frozen=True)
 class Row:
     """topology as jax.experimental.topologies takes it. fsdp: chips that the state is cut over; the rest is data-parallel.
-    attention: an implementation of kernels/attention, "" for FUSED. network: "", a key of NETWORKS, or "flow", the
-    configuration's variant."""
+    attention: an implementation of kernels/attention, "" for FUSED. network: "", a key of NETWORKS, "flow", the
+    configuration's variant, or another method, a key of METHODS."""
 
     topology: str
     fsdp: int
@@ -130,6 +131,8 @@ ROWS += [
     Row("v5e:4x4", 16, "256x176", True, "reference"),
     Row("v5e:4x4", 16, "256x176", True, network="two-level"),
     Row("v5e:4x4", 16, "256x176", True, network="flow"),
+    Row("v5e:4x4", 16, "512x352", True, network="fpdm"),
+    Row("v5e:4x4", 16, "512x512", True, network="imagpose"),
 ]
 
 
@@ -151,11 +154,12 @@ def config_of(row: Row, per_chip: int):
     from truepose_jax.config import Config, from_config_dict
 
     variant = ["flow"] if row.network == "flow" else []
-    found = importlib.import_module(f"configs.{CONFIGS[row.size]}").get_config(*variant)
+    name = METHODS.get(row.network) or CONFIGS[row.size]
+    found = importlib.import_module(f"configs.{name}").get_config(*variant)
     found.model.remat = row.remat
     found.model.unet.update(NETWORKS.get(row.network, {}))
     found.mesh.fsdp, found.mesh.data = row.fsdp, row.chips // row.fsdp
-    found.batch_size = per_chip * row.chips
+    found.batch_size, found.optim.accumulation = per_chip * row.chips, 1
     return from_config_dict(Config, found)
 
 
@@ -181,7 +185,8 @@ def compile_here(row: Row, per_chip: int, folder: pathlib.Path, code: bool) -> N
     if code:
         found = compiled.memory_analysis()
         names = ("argument", "output", "alias", "temp")
-        (folder / "whole.json").write_text(json.dumps({n: getattr(found, f"{n}_size_in_bytes") for n in names}))
+        held = {n: getattr(found, f"{n}_size_in_bytes") for n in names}
+        (folder / "whole.json").write_text(json.dumps(held | {"accessed": compiled.cost_analysis()["bytes accessed"]}))
 
 
 @functools.cache
@@ -398,6 +403,7 @@ def summary(row: Row, answers: dict[int, dict], guess) -> dict:
         "estimate_largest": guess.largest_batch(row.available, "tpu", fsdp=row.fsdp),
         "collectives": best.get("collectives"),
         "wire_bytes": best.get("wire_bytes"),
+        "accessed_bytes": best.get("memory_analysis", {}).get("accessed"),
         "kernels": best.get("kernels"),
         "compilations": len(answers),
         "cpu_seconds": [answers[batch].get("cpu_seconds") for batch in sorted(answers)],

@@ -22,8 +22,8 @@ def report(rows: list[dict], order: Sequence[str]) -> str:
     lines = [
         "| chips | mesh data x fsdp | size | remat | attention | largest batch/chip compiled that fits | one more | HBM GiB | "
         "of | arguments | temporaries | GiB/image | estimate GiB | estimate/compiler | GiB/image | its largest | kernels | "
-        "sent MB | compilations | CPU s each |",
-        "|---" * 20 + "|",
+        "collectives | sent MB | accessed GB | compilations | CPU s each |",
+        "|---" * 22 + "|",
     ]
     for row in rows:
         more = "refused" if row["one_more_is_refused"] else "not tried"
@@ -45,7 +45,9 @@ def report(rows: list[dict], order: Sequence[str]) -> str:
             gib(row["estimate_bytes_per_image"]),
             str(row["estimate_largest"]),
             str(row["kernels"]),
+            f"{sum(sent['count'] for sent in row['collectives'].values()):,}" if row["collectives"] else "-",
             "-" if row["wire_bytes"] is None else f"{row['wire_bytes'] / 1e6:,.0f}",
+            f"{row['accessed_bytes'] / 1e9:,.0f}" if row.get("accessed_bytes") else "-",
             str(row["compilations"]),
             ", ".join(f"{seconds:.0f}" for seconds in row["cpu_seconds"] if seconds is not None),
         ]
@@ -60,7 +62,8 @@ def report(rows: list[dict], order: Sequence[str]) -> str:
             "own assignment of buffers, and its refusals. benchmarks/tpu_train_step.py says what is counted how. `estimate` is "
             "what `python -m truepose_jax.train --estimate` computes for the same batch and FSDP. CPU seconds: until the "
             "buffers are assigned, on a machine that others used too. Collective matmuls are off, as in training "
-            "(sharding.compiler_options).",
+            "(sharding.compiler_options). `accessed`: HBM by the compiler's count, loops once, Pallas kernels as "
+            "nothing; of rows whose code was generated.",
             "",
             *lines,
             "",
