@@ -14,6 +14,7 @@ from PIL import Image
 
 from input_pipeline.annotations.parsing import label_set
 from input_pipeline.schema import InputError
+from tests import tiny_methods
 from tests.models.test_masks import brute_force, brute_force_mask
 from tests.shared_data import shared_data, write_folder
 from tests.tiny_run import SIZE, random_like, tiny_config
@@ -367,3 +368,8 @@ def test_samples_of_real_photos():
         assert not np.array_equal(sample.joints, after.joints)
     people, _ = read_samples("synthetic", tiny_config(), 3)
     assert dataclasses.astuple(people[0])[0] != people[1].name and people[0].photo.shape == (*SIZE, 3)
+
+
+def test_other_methods_are_refused():
+    with pytest.raises(InputError, match="the studies look into TruePose; this model's method is 'fpdm'"):
+        read_samples("synthetic", tiny_methods.config("fpdm"), 2)

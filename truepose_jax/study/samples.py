@@ -12,7 +12,7 @@ from input_pipeline.records.reader import RecordImages
 from input_pipeline.schema import ImageRecord, ImageSet, InputError
 from input_pipeline.sources.folder import FolderImages
 from input_pipeline.synthetic.people import SyntheticPeople
-from truepose_jax.config import Config
+from truepose_jax.config import Config, TruePoseModel
 from truepose_jax.data.datasets import EVAL_SEED, evenly_spaced
 from truepose_jax.inference.pipeline import Request
 from truepose_jax.runtime.choices import SYNTHETIC
@@ -55,6 +55,8 @@ def read_samples(
 ) -> tuple[list[Sample], LabelSet]:
     """At most `count` samples. data: "synthetic" (held-out people of the run's kind, in another pose), a folder of photos (each
     in the next one's pose) or of records (pairs of the split). Raises InputError."""
+    if not isinstance(config.model, TruePoseModel):
+        raise InputError(f"the studies look into TruePose; this model's method is {config.model.method!r}")
     if count < 1:
         raise InputError(f"--count is {count}; it must be 1 or more")
     if data == SYNTHETIC:
