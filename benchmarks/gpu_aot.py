@@ -195,11 +195,12 @@ def registers(said: str) -> dict[str, int]:
 
 def report(found: dict[str, Any]) -> str:
     about = found["about"]
+    sources = " and ".join(dict.fromkeys(row["sources"] for row in found["rows"].values()))
     lines = [
         "# Programs for an H200, compiled without one",
         "",
         f"`python benchmarks/gpu_aot.py --setup=FOLDER`; jax {about['jax']}, CUDA plugin {about['plugin']}, sources "
-        f"{about['sources']}; compiled on {about['machine']}, {about['when']}. The compiler's account, not timings: no GPU was "
+        f"{sources}; compiled on {about['machine']}, {about['when']}. The compiler's account, not timings: no GPU was "
         "at hand, and none of these programs has run. `held`: arguments, results, temporaries. `kernels`: Pallas', with the most "
         "registers of one and the bytes that all of them spill. `compile s`: of CPU time.",
         "",
@@ -254,14 +255,14 @@ def _main(argv: Sequence[str]) -> int:
     rows = json.loads(path.read_text())["rows"] if path.exists() else {}
     for name in CASES:
         if re.search(flags.cases, name):
-            rows[name] = _of_process(name, flags.limit, flags.keep)
+            sources = hash_of(SOURCES)
+            rows[name] = _of_process(name, flags.limit, flags.keep) | {"sources": sources}
             print(name, json.dumps(rows[name]), file=sys.stderr, flush=True)
             about = {
                 "jax": importlib.metadata.version("jax"),
                 "plugin": importlib.metadata.version("jax-cuda13-plugin"),
                 "machine": f"{os.cpu_count()} cores, {platform.system()} {platform.machine()}",
                 "when": datetime.date.today().isoformat(),
-                "sources": hash_of(SOURCES),
             }
             flags.out.mkdir(parents=True, exist_ok=True)
             atomic.write_text(path, json.dumps({"about": about, "rows": rows}, indent=1) + "\n")

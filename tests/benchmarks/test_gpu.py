@@ -108,9 +108,10 @@ ptxas info    : Used 238 registers, used 2 barriers
 
 def test_the_compilers_account():
     assert gpu_aot.registers(PTXAS) == {"kernels": 2, "registers": 238, "spilled_bytes": 16} and not gpu_aot.registers("")
-    row = {"held_bytes": 2e6, "temporary_bytes": 1e6, "library_calls": 3, "program_bytes": 1e4, "compile_cpu_s": 2.0}
-    rows = {"attention-reference-48x160-forward": row, "train-512x352-batch12": {"failed": "took over 900 s"}}
-    about = dict.fromkeys(("jax", "plugin", "sources", "machine", "when"), "x")
+    row = {"held_bytes": 2e6, "temporary_bytes": 1e6, "library_calls": 3, "compile_cpu_s": 2.0, "sources": "x"}
+    rows = {"attention-reference-48x160-forward": row, "train-512x352-batch12": {"failed": "took over 900 s", "sources": "y"}}
+    about = dict.fromkeys(("jax", "plugin", "machine", "when"), "x")
     told = gpu_aot.report({"about": about, "rows": rows})
     assert "| attention-reference-48x160-forward | 2.0 | 1.0 | - | - | - | 3 | 2 |" in told
+    assert "sources x and y; compiled on" in told
     assert "- train-512x352-batch12: took over 900 s" in told and "| train-512x352-batch12" not in told
