@@ -26,14 +26,15 @@ sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
 
 import numpy as np
 
+from benchmarks.tables import RESULTS, ROOT, machine, write
 from input_pipeline.records.annotate import rewrite_records
 from input_pipeline.records.reader import OPEN_SHARDS, RecordImages
 from input_pipeline.records.schema import RecordWriter, pack_tokens
 from input_pipeline.records.tables import image_dtype, table_files
 from input_pipeline.records.writer import build_records, records_of_a_shard
 from input_pipeline.sources.own_photos import synthetic_people
+from truepose_jax.runtime.markdown import table
 
-ROOT = pathlib.Path(__file__).resolve().parent.parent
 SIZE, WIDTH, BATCH, POSES = (64, 48), 768, 60, 4
 AFTER = 20
 """Batches after the first."""
@@ -141,21 +142,16 @@ def report(found: dict) -> str:
             f"ran, so wall times are long. Batches of {BATCH}; at most {about['most_open_shards']} shards are open at once. RSS "
             "counts mapped pages of the tables, which the system takes back when it needs them.",
             "",
-            "| " + " | ".join(heads) + " |",
-            "|" + "---|" * len(heads),
-            *("| " + " | ".join(f"{row[name]:,}" for name in names) + " |" for row in found["rows"]),
+            *table(heads, [[f"{row[name]:,}" for name in names] for row in found["rows"]]),
             "",
         ]
     )
 
 
 def main() -> None:
-    from truepose_jax.runtime import atomic
-    from truepose_jax.runtime.markdown import narrow
-
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--images", default="100000,1000000,10000000")
-    parser.add_argument("--out", type=pathlib.Path, default=ROOT / "benchmarks" / "results")
+    parser.add_argument("--out", type=pathlib.Path, default=RESULTS)
     parser.add_argument("--measure", nargs=2, metavar=("FOLDER", "TARGETS"), help="of one folder that is there, as JSON")
     flags = parser.parse_args()
     if flags.measure:
@@ -172,18 +168,14 @@ def main() -> None:
                 found = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, cwd=ROOT).stdout
                 rows.append({"images": images, "shards": shards, "targets": targets} | json.loads(found.splitlines()[-1]))
                 print(json.dumps(rows[-1]), file=sys.stderr, flush=True)
-    lines = pathlib.Path("/proc/cpuinfo").read_text().splitlines()
-    cpu = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "")
     about = {
-        "machine": f"{os.cpu_count()} cores of {cpu or platform.machine()}, Python {platform.python_version()}",
+        "machine": f"{os.cpu_count()} cores of {machine()['cpu']}, Python {platform.python_version()}",
         "when": datetime.date.today().isoformat(),
         "load": round(os.getloadavg()[0], 1),
         "most_open_shards": OPEN_SHARDS,
     }
     found = {"about": about, "rows": rows}
-    flags.out.mkdir(parents=True, exist_ok=True)
-    atomic.write_text(flags.out / "big_records.json", json.dumps(found, indent=1) + "\n")
-    atomic.write_text(flags.out / "big_records.md", narrow(report(found)))
+    write(flags.out / "big_records.json", found, report(found))
     print(report(found))
 
 

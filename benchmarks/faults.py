@@ -44,7 +44,8 @@ from benchmarks.fault_runs import (
     same_state,
     saving,
 )
-from truepose_jax.runtime.markdown import narrow
+from benchmarks.tables import RESULTS, write
+from truepose_jax.runtime.markdown import table
 
 
 def kills(bench: Bench) -> list[dict]:
@@ -392,16 +393,19 @@ CASES = {
 } | PROGRAMS | PLACES
 
 
-def short(said: str) -> str:
-    """One cell of the table: the beginning, and the end, where the system's reason and the advice stand."""
-    said = said.replace("|", "/")
-    return said if len(said) <= 260 else f"{said[:120]} ... {said[-130:]}"
+COUNTS = ("injected", "survived", "lost")
 
 
-def table(results: dict) -> str:
-    """The rows as Markdown."""
+def cells(row: dict) -> list[str]:
+    """Of what was said the beginning, and the end, where the system's reason and the advice stand."""
+    said = row["said"].replace("|", "/")
+    said = said if len(said) <= 260 else f"{said[:120]} ... {said[-130:]}"
+    return [row["fault"], *(str(row[name]) for name in COUNTS), said]
+
+
+def report(results: dict) -> str:
     rows = [row for name in CASES for row in results["cases"].get(name, {}).get("rows", [])]
-    total = {key: sum(row[key] for row in rows) for key in ("injected", "survived", "lost")}
+    total = {key: sum(row[key] for row in rows) for key in COUNTS} | {"fault": "all", "said": ""}
     lines = [
         "# Faults",
         "",
@@ -411,10 +415,7 @@ def table(results: dict) -> str:
         "of intact checkpoints that it did not go on from; a newest",
         f"checkpoint that was damaged on disk costs the {EVERY} steps since the one before it.",
         "",
-        "| fault | injected | survived | committed steps lost | what the run said |",
-        "|---|---|---|---|---|",
-        *(f"| {r['fault']} | {r['injected']} | {r['survived']} | {r['lost']} | {short(r['said'])} |" for r in rows),
-        f"| all | {total['injected']} | {total['survived']} | {total['lost']} | |",
+        *table(("fault", "injected", "survived", "committed steps lost", "what the run said"), map(cells, [*rows, total])),
         "",
     ]
     return "\n".join(lines)
@@ -424,7 +425,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
     parser.add_argument("--kills", type=int, default=20)
     parser.add_argument("--only", default=",".join(CASES), help=f"of {', '.join(CASES)}")
-    parser.add_argument("--out", type=pathlib.Path, default=ROOT / "benchmarks" / "results")
+    parser.add_argument("--out", type=pathlib.Path, default=RESULTS)
     parser.add_argument("--scratch", type=pathlib.Path, help="folder for the runs (a temporary one)")
     parser.add_argument("--again", action="store_true", help="do cases again that are in faults.json")
     parser.add_argument("--inside", type=pathlib.Path, help=argparse.SUPPRESS)
@@ -444,9 +445,7 @@ def main() -> int:
         begun = time.monotonic()
         rows = CASES[name](bench)
         results["cases"][name] = {"rows": rows, "seconds": round(time.monotonic() - begun)}
-        flags.out.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(results, indent=1) + "\n")
-        (flags.out / "faults.md").write_text(narrow(table(results)))
+        write(path, results, report(results))
         print(json.dumps(rows, indent=1), flush=True)
     bad = [
         r["fault"]

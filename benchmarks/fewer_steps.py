@@ -23,7 +23,7 @@ import numpy as np
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
 
-from benchmarks.side_by_side import machine
+from benchmarks.tables import machine, write
 from truepose_jax.diffusion.guidance import EVERYWHERE, guided_denoise
 from truepose_jax.diffusion.samplers import Solver
 from truepose_jax.evaluate import judge
@@ -32,6 +32,7 @@ from truepose_jax.inference.pipeline import Pipeline
 from truepose_jax.runtime.bundled import SHIPPED
 from truepose_jax.runtime.choices import SAMPLERS
 from truepose_jax.runtime.cli import Parser, enable_compilation_cache
+from truepose_jax.runtime.markdown import table
 from truepose_jax.sampling.sampler import Sampler, Sampling, compiler_options
 from truepose_jax.training.flops import flops_of
 
@@ -96,22 +97,18 @@ def _seconds(call) -> float:
     return float(np.median(found))
 
 
-def table(found: dict) -> str:
-    rows = [
+def page(found: dict) -> str:
+    lines = [
         f"# Fewer steps: {found['model']}",
         "",
         f"{found['pairs']} pairs, batch {found['pairs']}, guidance {found['guidance']:g}; dB to {TRUTH} steps of DDIM. "
         f"{found['machine']['cpu']}, {found['machine']['cores']} core(s), {found['date']}.",
         "",
-        "| sampler | steps | GFLOP a picture | CPU s a picture | dB | worst pair |",
-        "|---|---|---|---|---|---|",
     ]
-    for row in found["rows"]:
-        rows.append(
-            f"| {SAMPLERS[row['sampler']]} | {row['steps']} | {row['gflop']:.2f} | {row['cpu_seconds']:.3f} | {row['db']:.1f} "
-            f"| {row['db_worst']:.1f} |"
-        )
-    return "\n".join(rows) + "\n"
+    heads = ("sampler", "steps", "GFLOP a picture", "CPU s a picture", "dB", "worst pair")
+    names = {"steps": "d", "gflop": ".2f", "cpu_seconds": ".3f", "db": ".1f", "db_worst": ".1f"}
+    rows = [[SAMPLERS[row["sampler"]], *(format(row[name], how) for name, how in names.items())] for row in found["rows"]]
+    return "\n".join([*lines, *table(heads, rows), ""])
 
 
 def main(argv: list[str]) -> int:
@@ -146,9 +143,7 @@ def main(argv: list[str]) -> int:
         "guidance_interval": sampling.guidance_interval,
         "rows": rows,
     }
-    flags.out.mkdir(parents=True, exist_ok=True)
-    (flags.out / "fewer_steps.json").write_text(json.dumps(found, indent=1) + "\n")
-    (flags.out / "fewer_steps.md").write_text(table(found))
+    write(flags.out / "fewer_steps.json", found, page(found))
     return 0
 
 

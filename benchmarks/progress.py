@@ -22,7 +22,7 @@ sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
 
 import numpy as np
 
-from benchmarks.side_by_side import machine
+from benchmarks.tables import machine
 from input_pipeline.synthetic.people import SyntheticPeople
 from truepose_jax.inference.pipeline import Pipeline
 from truepose_jax.runtime.bundled import SHIPPED

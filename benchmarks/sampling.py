@@ -10,16 +10,16 @@ must agree before anything is timed. benchmarks/side_by_side.py says the rest.
 
 from __future__ import annotations
 
+import itertools
 import pathlib
 import sys
 from collections.abc import Sequence
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
 
-from benchmarks.side_by_side import Row, add_flags, check_flags, patience_of, run
-from benchmarks.side_by_side_case import Case
+from benchmarks.side_by_side import Row, add_flags, case_of, check_flags, row_of, run
 from benchmarks.side_by_side_forms import PEERS
-from benchmarks.train_step import FULL_WIDTHS
+from benchmarks.tables import result
 from truepose_jax.runtime.cli import Parser, run_program
 
 BATCHES = (1, 8)
@@ -33,27 +33,12 @@ CPU_REPEATS = {1: 5, 8: 3}
 
 
 def rows(flags) -> list[Row]:
-    made = []
     sizes = [flags.size] if flags.size else [(512, 352), (256, 176)] if flags.full else [(128, 88)]
-    for size in sizes:
-        for batch in flags.batch or BATCHES:
-            case = Case(
-                task="sample",
-                size=size,
-                widths=flags.widths or (FULL_WIDTHS if flags.full else (64, 128, 256, 256)),
-                batch=batch,
-                dtype="bfloat16" if flags.full else "float32",
-                device=flags.device,
-                threads=flags.threads,
-                steps=flags.steps,
-                guidance=GUIDANCE,
-                layers=flags.layers or (2 if flags.full else 1),
-                attention=flags.attention,
-            )
-            repeats = flags.repeats or (10 if flags.full else CPU_REPEATS.get(batch, 3))
-            usual = CPU_PEERS.get(batch, CPU_PEERS[8]) if flags.device == "cpu" else PEERS["sample"]
-            peers = tuple(flags.peers.split(",")) if flags.peers else usual
-            made.append(Row(case, peers, repeats, patience_of(flags)))
+    made = []
+    for size, batch in itertools.product(sizes, flags.batch or BATCHES):
+        case = case_of(flags, "sample", size, batch, steps=flags.steps, guidance=GUIDANCE)
+        peers = CPU_PEERS.get(batch, CPU_PEERS[8]) if flags.device == "cpu" else PEERS["sample"]
+        made.append(row_of(flags, case, peers, 10 if flags.full else CPU_REPEATS.get(batch, 3)))
     return made
 
 
@@ -69,7 +54,7 @@ def _main(argv: Sequence[str]) -> int:
     check_flags(parser, flags, PEERS["sample"])
     if not 1 <= flags.steps <= 1000:
         parser.error(f"--steps is {flags.steps}; it must be from 1 to 1000")
-    return run("sampling", "Sampling, ours and PyTorch's", rows(flags), flags)
+    return run(result(parser, flags.out, "sampling"), "Sampling, ours and PyTorch's", rows(flags), flags)
 
 
 if __name__ == "__main__":

@@ -12,12 +12,10 @@ import argparse
 import contextlib
 import dataclasses
 import functools
-import importlib.metadata
 import json
 import math
 import os
 import pathlib
-import platform
 import select
 import shutil
 import subprocess
@@ -32,14 +30,12 @@ import numpy as np
 from benchmarks.side_by_side_case import Case
 from benchmarks.side_by_side_forms import GRAPHS, OURS, PREPARE, PROGRAMS
 from benchmarks.side_by_side_report import report, summary
+from benchmarks.tables import RESULTS, ROOT, commit, machine, read, write
 from input_pipeline.schema import InputError
 from truepose_jax.kernels.attention.api import IMPLEMENTATIONS
-from truepose_jax.runtime import atomic
 from truepose_jax.runtime.cli import parse_size
-from truepose_jax.runtime.markdown import narrow
 
-ROOT = pathlib.Path(__file__).resolve().parent.parent
-RESULTS = ROOT / "benchmarks" / "results"
+FULL_WIDTHS, NARROW_WIDTHS = (320, 640, 1280, 1280), (64, 128, 256, 256)
 WARM_UP = 1
 """Calls of each form after the check that are not counted."""
 TOLERANCES = {
@@ -291,78 +287,21 @@ def _difference(case: Case, folder: pathlib.Path, form: str) -> float:
 # --- results ---------------------------------------------------------------------------------------------------------
 
 
-@functools.cache
-def machine(device: str = "cpu") -> dict[str, Any]:
-    """What a measurement is of: two that differ in any of it are not compared."""
-    lines = pathlib.Path("/proc/cpuinfo").read_text().splitlines()
-    cpu = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.machine())
-    versions = {name: importlib.metadata.version(name) for name in ("jax", "flax", "torch", "diffusers")}
-    found = {"cpu": cpu, "cores": len(os.sched_getaffinity(0)), "system": platform.system(), **versions}
-    if device == "gpu":
-        call = ["nvidia-smi", "--query-gpu=name,driver_version", "--format=csv,noheader"]
-        told = subprocess.run(call, capture_output=True, text=True).stdout.strip().splitlines()
-        found["gpu"] = told[0] if told else "unknown"
-    return found
-
-
-def commit() -> str | None:
-    """The commit that is checked out, "+" where tracked files differ from it; None outside of a git tree."""
-
-    def told(*words: str) -> str:
-        try:
-            return subprocess.run(["git", *words], cwd=ROOT, capture_output=True, text=True).stdout.strip()
-        except OSError:
-            return ""
-
-    name, sources = told("rev-parse", "--short", "HEAD"), ("truepose_jax", "configs", "benchmarks/*.py")
-    changed = told("status", "--porcelain", "--untracked-files=no", "--", *sources)
-    return name + "+" * bool(changed) or None
-
-
-def open_results(out: pathlib.Path, name: str) -> tuple[pathlib.Path, dict[str, Any]]:
-    """OUT/NAME.json and what it has ({} where it is not there yet). Raises InputError."""
-    path = out / f"{name}.json"
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        found = json.loads(path.read_text()) if path.exists() else {}
-        if not isinstance(found, dict) or not isinstance(found.get("rows", {}), dict):
-            raise ValueError("it has no rows")
-    except OSError as error:
-        raise InputError(f"{error.filename}: {error.strerror}; --out names a folder to write to") from error
-    except ValueError as error:
-        raise InputError(
-            f"{path} is no result of this program ({error}); move it away or name another --out"
-        ) from error
-    return path, found
-
-
-def read_rows(out: pathlib.Path, name: str) -> tuple[pathlib.Path, dict[str, Any]]:
-    """The file's rows. Raises InputError."""
-    path, results = open_results(out, name)
-    rows = results.get("rows", {})
-    if lacking := [row for row, found in rows.items() if "machine" not in found.get("about", {})]:
-        raise InputError(
-            f"{path} has a row that is not of this program ({lacking[0]}); move it away or name another --out"
-        )
-    return path, rows
-
-
 def timed_forms(row: Mapping[str, Any]) -> list[str]:
     """The peer's forms that a row has times of."""
     return [form for form, found in row.items() if form not in (OURS, "about") and found.get("times")]
 
 
-def run(name: str, title: str, rows: Sequence[Row], flags: argparse.Namespace) -> int:
-    """Measures the forms that OUT/NAME.json lacks and writes it and OUT/NAME.md. 1 where a peer's numbers differed.
+def run(path: pathlib.Path, title: str, rows: Sequence[Row], flags: argparse.Namespace) -> int:
+    """Measures the forms that the file lacks and writes it and its page. 1 where a peer's numbers differed.
 
     flags.again: rows that are measured here replace those of their names, others stay. Raises InputError.
     """
-    path, known = read_rows(flags.out, name)
+    known = dict(read(path, "about"))
 
     def save(case_name: str, numbers: dict[str, Any]) -> None:
         known[case_name] = numbers
-        atomic.write_text(path, json.dumps({"rows": known}, indent=1) + "\n")
-        atomic.write_text(path.with_suffix(".md"), narrow(report(name, title, known)))
+        write(path, {"rows": known}, report(path.stem, title, known))
 
     here = machine(flags.device)
     if not flags.again:
@@ -391,7 +330,7 @@ def run(name: str, title: str, rows: Sequence[Row], flags: argparse.Namespace) -
             except FormFailed as error:
                 print(f"error: {row.case.name}, {error.form}: {error}", file=sys.stderr)
                 return 1
-    print(report(name, title, known))
+    print(report(path.stem, title, known))
     named = [known[row.case.name] for row in rows]
     return int(any("not timed" in found.get("failed", "") for row in named for found in row.values()))
 
@@ -410,8 +349,26 @@ def _first_other(row: Row, xla_flags: str, here: Mapping[str, Any], before: Mapp
 # --- flags -----------------------------------------------------------------------------------------------------------
 
 
-def patience_of(flags: argparse.Namespace) -> float:
-    return flags.patience or PATIENCE[flags.device]
+def case_of(flags: argparse.Namespace, task: str, size: tuple[int, int], batch: int, **more: Any) -> Case:
+    """A row's case: what the flags say, and where they say nothing the full network in bfloat16 or a narrow one."""
+    return Case(
+        task=task,
+        size=size,
+        widths=flags.widths or (FULL_WIDTHS if flags.full else NARROW_WIDTHS),
+        batch=batch,
+        dtype="bfloat16" if flags.full else "float32",
+        device=flags.device,
+        threads=flags.threads,
+        layers=flags.layers or (2 if flags.full else 1),
+        attention=flags.attention,
+        **more,
+    )
+
+
+def row_of(flags: argparse.Namespace, case: Case, peers: Sequence[str], repeats: int, *, apart: bool = False) -> Row:
+    """peers, repeats: where the flags name none."""
+    peers = tuple(flags.peers.split(",")) if flags.peers else peers
+    return Row(case, peers, flags.repeats or repeats, flags.patience or PATIENCE[flags.device], apart)
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
@@ -462,8 +419,6 @@ def check_flags(parser: argparse.ArgumentParser, flags: argparse.Namespace, know
     for width in flags.widths or ():
         if width < 1 or width % 32:
             parser.error(f"--widths has {width}; each must be a multiple of 32 (norm groups)")
-    if flags.out.exists() and not flags.out.is_dir():
-        parser.error(f"--out={flags.out} is a file; name a folder")
 
 
 def _widths(text: str) -> tuple[int, ...]:

@@ -12,6 +12,7 @@ import numpy as np
 from benchmarks.side_by_side_case import CHECKED_STEPS, Case, batch_of, method_of, sampling_keys
 from benchmarks.side_by_side_forms import OURS
 from truepose_jax.kernels.attention.api import default_implementation
+from truepose_jax.runtime.markdown import table
 from truepose_jax.sampling.sampler import Sampler, Sampling
 from truepose_jax.training.flops import counted, flops_of, step_flops, utilisation
 from truepose_jax.training.step import Trainer
@@ -64,16 +65,17 @@ def report(name: str, title: str, rows: Mapping[str, Any]) -> str:
             + (", apart" if about["apart"] else "")
             + f"; {per_call / 1e9:,.1f} GFLOP a call.",
             "",
-            f"| {' | '.join(COLUMNS)} |",
-            "|---" * len(COLUMNS) + "|",
+            *table(
+                COLUMNS,
+                [
+                    [form, found["failed"], *[""] * (len(COLUMNS) - 2)]
+                    if "failed" in found
+                    else _cells(form, found, row, case, per_call, device, machine.get("product_flops"))
+                    for form, found in row.items()
+                    if form != "about"
+                ],
+            ),
         ]
-        for form, found in row.items():
-            if form == "about":
-                continue
-            if "failed" in found:
-                lines.append(f"| {form} | {found['failed']} |" + " |" * (len(COLUMNS) - 2))
-                continue
-            lines.append(_line(form, found, row, case, per_call, device, machine.get("product_flops")))
     return "\n".join([*lines, "", _note(rows), ""])
 
 
@@ -81,7 +83,7 @@ def _of_commit(found: Mapping[str, Any]) -> str:
     return f"commit {found['commit']}, " if found.get("commit") else ""
 
 
-def _line(form: str, found, row, case: Case, per_call: float, device: str, product: float | None) -> str:
+def _cells(form: str, found, row, case: Case, per_call: float, device: str, product: float | None) -> tuple[str, ...]:
     share = utilisation(per_call, found["median"], device)
     of_cpu = f"({per_call / found['median'] / product:.0%})" if product and case.device == "cpu" else "-"
     compiling = found.get("trace_seconds", 0) + found.get("compile_seconds", 0)
@@ -90,7 +92,7 @@ def _line(form: str, found, row, case: Case, per_call: float, device: str, produ
         compiling = max(found["first_seconds"] - calls * found["median"], 0.0)
     earlier = [found.get(name) for name in ("commit", "when")] if form != OURS and "when" in found else None
     of_row = [row["about"].get(name) for name in ("commit", "when")]
-    cells = (
+    return (
         form if earlier in (None, of_row) else f"{form} ({_of_commit(found)}{found['when']})",
         _spread(found),
         f"{case.batch / found['median']:.3g}",
@@ -101,7 +103,6 @@ def _line(form: str, found, row, case: Case, per_call: float, device: str, produ
         f"{share:.1%}" if share is not None else of_cpu,
         "" if form == OURS else f"{found['difference']:.0e}",
     )
-    return f"| {' | '.join(cells)} |"
 
 
 def _spread(found: Mapping[str, float]) -> str:

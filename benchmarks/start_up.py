@@ -12,7 +12,6 @@ start from nothing each. Rows that are in the JSON are not measured again.
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import pathlib
 import signal
@@ -28,14 +27,13 @@ from PIL import Image
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
 
-from benchmarks.side_by_side import RESULTS, commit, machine, open_results, python_path
+from benchmarks.side_by_side import python_path
 from benchmarks.side_by_side_report import summary
+from benchmarks.tables import RESULTS, ROOT, commit, machine, read, result, write
 from input_pipeline.schema import NUM_JOINTS, InputError
-from truepose_jax.runtime import atomic
 from truepose_jax.runtime.cli import Parser, run_program
-from truepose_jax.runtime.markdown import narrow
+from truepose_jax.runtime.markdown import table
 
-ROOT = pathlib.Path(__file__).resolve().parent.parent
 IMPORTS = 7
 PATIENCE = 400.0
 """Seconds until a program that shows nothing counts as failed."""
@@ -154,7 +152,7 @@ def report(rows: Mapping[str, Any]) -> str:
             f"{IMPORTS}; promised: under {PROMISED_IMPORT:.0f} s; load {rows['import']['load']}.",
             "",
         ]
-    lines += ["| program | start | seconds, each round | first / it | load |", "|---" * 5 + "|"]
+    cells = []
     for name, row in rows.items():
         if name == "import":
             continue
@@ -162,8 +160,9 @@ def report(rows: Mapping[str, Any]) -> str:
             each = ", ".join(f"{seconds:.1f}" for seconds in times)
             ratios = [a / b for a, b in zip(row["times"]["first"], times, strict=True)]
             of_first = "" if start == "first" else f"{np.median(ratios):.1f}"
-            lines.append(f"| {name} | {start} | {each} | {of_first} | {row['load']} |")
+            cells.append([name, start, each, of_first, str(row["load"])])
     lines += [
+        *table(("program", "start", "seconds, each round", "first / it", "load"), cells),
         "",
         f"Promised: the second start {PROMISED_RATIO:.0f} times sooner. Training's region tokens lie in its workdir: `again, "
         "nothing compiled` finds them and compiles everything, `new run` is a new workdir with the programs kept. The first "
@@ -203,10 +202,8 @@ def _main(argv: Sequence[str]) -> int:
         parser.error(f"--rounds is {flags.rounds} (at least 1), --rows is {flags.rows} (of import, {', '.join(ROWS)})")
     if not (ROOT / flags.config).is_file():
         parser.error(f"--config={flags.config} is not there; name a file under configs/")
-    if flags.out.exists() and not flags.out.is_dir():
-        parser.error(f"--out={flags.out} is a file; name a folder")
-    path, results = open_results(flags.out, "start_up")
-    rows = results.get("rows", {})
+    path = result(parser, flags.out, "start_up")
+    rows = dict(read(path, "machine"))
     about = {"machine": machine(), "config": flags.config, "commit": commit()}
     for name in wanted if not flags.again else ():
         if name in rows and any(rows[name][key] != about[key] for key in ("machine", "config")):
@@ -231,8 +228,7 @@ def _main(argv: Sequence[str]) -> int:
             print(f"error: {error}", file=sys.stderr)
             return 1
         rows[name] = {"times": times, "load": load, **about}
-        atomic.write_text(path, json.dumps({"rows": rows}, indent=1) + "\n")
-        atomic.write_text(path.with_suffix(".md"), narrow(report(rows)))
+        write(path, {"rows": rows}, report(rows))
     print(report(rows))
     return 0
 

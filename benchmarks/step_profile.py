@@ -24,7 +24,7 @@ import numpy as np
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
 
-from benchmarks.side_by_side import machine
+from benchmarks.tables import machine
 from truepose_jax.config import Config, from_config_dict
 from truepose_jax.data.annotations import training_method
 from truepose_jax.data.datasets import training_batches, training_set

@@ -18,8 +18,8 @@ leave them.
   (pallas_tpu.forward_plan, dq_plan, dkv_plan);
 - of `xla`, nothing is given: the cost analysis counts a loop's body once.
 
-Nothing here was timed: these are counts, no TPU was at hand. The file says by a hash which code of kernels/attention its rows
-are of; rows of other code or versions, and those that do not say (older ones), stay and are named in the report.
+Nothing here was timed: these are counts, no TPU was at hand. Every row says of which versions and, by a hash, of which code of
+kernels/attention it is; rows of others stay, and the report names them.
 """
 
 from __future__ import annotations
@@ -46,12 +46,9 @@ os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["TPU_SKIP_MDS_QUERY"] = "1"  # else libtpu asks a cloud's metadata server which machine this is
 os.environ["ALLOW_MULTIPLE_LIBTPU_LOAD"] = "1"  # nothing here holds a TPU that another process could want
 
-from tpu_train_step_report import NOT_RECORDED  # noqa: E402
-
-from input_pipeline.schema import InputError  # noqa: E402
-from truepose_jax.runtime import atomic  # noqa: E402
+from benchmarks import tables  # noqa: E402
 from truepose_jax.runtime.cli import Parser, run_program  # noqa: E402
-from truepose_jax.runtime.markdown import narrow  # noqa: E402
+from truepose_jax.runtime.markdown import table  # noqa: E402
 
 TOPOLOGIES = {"v5e": "v5e:2x2", "v5p": "v5p:2x2x1", "v6e": "v6e:2x2"}
 SIZES = ((2816, 40), (704, 80), (176, 160), (48, 160))
@@ -219,24 +216,15 @@ def attention_section(chips: list[str], sizes: list[tuple[int, int]]) -> list[di
 # --- the report ------------------------------------------------------------------------------------------------------
 
 
-def _cell(row: dict) -> tuple:
+def cell_of(row: dict) -> tuple:
     """What a row is of; the form comes last."""
     return tuple(row[name] for name in ("chip", "tokens", "head_width", "direction", "form"))
 
 
-def merged(before: dict, now: dict) -> dict:
-    """The new rows among those of an older file, in the place of theirs. A row has its own `about` where it is not the
-    file's."""
-    rows = {_cell(row): {"about": before.get("about", {})} | row for row in before.get("attention", ())}
-    rows |= {_cell(row): {"about": now["about"]} | row for row in now["attention"]}
-    chips, directions = list(TOPOLOGIES), ("forward", "forward+backward")
-
-    def order(row: dict) -> tuple:
-        at = chips.index(row["chip"]), -row["tokens"], -row["head_width"]
-        return (*at, directions.index(row["direction"]), FORMS.index(row["form"]))
-
-    ordered = sorted(rows.values(), key=order)
-    return now | {"attention": [{k: v for k, v in row.items() if k != "about" or v != now["about"]} for row in ordered]}
+def order(row: dict) -> tuple:
+    """In the report: the larger sizes first."""
+    chip, tokens, width, direction, form = cell_of(row)
+    return list(TOPOLOGIES).index(chip), -tokens, -width, direction, FORMS.index(form)
 
 
 def attention_table(rows: list[dict]) -> list[str]:
@@ -245,55 +233,36 @@ def attention_table(rows: list[dict]) -> list[str]:
     def mega(count: int | None) -> str:
         return "-" if count is None else f"{count / 1e6:,.1f}"
 
-    lines = [
-        "| chip | tokens x width | direction | logits MB | temporaries MB: reference | xla | fused | "
-        "HBM MB: reference | fused | fewer | compile s: reference | xla | fused |",
-        "|---" * 13 + "|",
-    ]
-    cells_of: dict[tuple, dict[str, dict]] = {}
-    for row in rows:
-        cells_of.setdefault(_cell(row)[:-1], {})[row["form"]] = row
-    for cell in cells_of.values():
-        plain, blocks, fused = (cell[form] for form in FORMS)
-        cells = [
-            plain["chip"],
-            f"{plain['tokens']} x {plain['head_width']}",
-            plain["direction"],
-            mega(plain["logits_bytes"]),
-        ]
-        cells += [mega(row["temporaries_bytes"]) for row in (plain, blocks, fused)]
-        cells += [mega(plain["hbm_bytes"]), mega(fused["hbm_bytes"]), f"{plain['hbm_bytes'] / fused['hbm_bytes']:.1f}x"]
-        cells += [f"{row['compile_seconds']:.0f}" for row in (plain, blocks, fused)]
-        lines.append("| " + " | ".join(cells) + " |")
-    return lines
+    heads = "chip | tokens x width | direction | logits MB | temporaries MB: reference | xla | fused | "
+    heads += "HBM MB: reference | fused | fewer | compile s: reference | xla | fused"
+    lines = []
+    for (chip, n, d, direction), forms in itertools.groupby(rows, lambda row: cell_of(row)[:-1]):
+        plain, blocks, fused = forms
+        each = plain, blocks, fused
+        fewer = f"{plain['hbm_bytes'] / fused['hbm_bytes']:.1f}x"
+        cells = [chip, f"{n} x {d}", direction, mega(plain["logits_bytes"])]
+        cells += [mega(row["temporaries_bytes"]) for row in each]
+        cells += [mega(plain["hbm_bytes"]), mega(fused["hbm_bytes"]), fewer]
+        lines.append(cells + [f"{row['compile_seconds']:.0f}" for row in each])
+    return table(heads.split(" | "), lines)
 
 
-def report(found: dict) -> str:
-    about = found["about"]
-    others = {json.dumps(row["about"]): row["about"] for row in found["attention"] if "about" in row}
-    older = []
-    for other in others.values():
-        rows = [row for row in found["attention"] if row.get("about") == other]
-        names = dict.fromkeys(f"{row['chip']} {row['tokens']}x{row['head_width']}" for row in rows)
-        older.append(
-            f"{', '.join(names)}: jax {other.get('jax')}, libtpu {other.get('libtpu')}, sources "
-            f"{other.get('sources', NOT_RECORDED)}, {other.get('machine')}."
-        )
+def report(rows: list[dict]) -> str:
     return "\n".join(
         [
             "# TPU programs, compiled without a TPU",
             "",
-            f"`python benchmarks/tpu_aot.py --setup=FOLDER`; jax {about['jax']}, libtpu {about['libtpu']}; sources "
-            f"{about.get('sources', NOT_RECORDED)}; compiled on {about['machine']}. Counts, not timings: no TPU was at hand. "
-            "benchmarks/tpu_aot.py says what is counted how. "
+            "`python benchmarks/tpu_aot.py --setup=FOLDER`. Counts, not timings: no TPU was at hand. benchmarks/tpu_aot.py says "
+            "what is counted how. "
             "The compile times are rough, of one core of a machine that others used too. Where the reference has no temporaries "
             "its logits lie in VMEM, and XLA's count takes them for HBM: `fewer` is at most that there.",
             "",
             f"## The reweighted attention, {IMAGES} images, {HEADS} heads, bfloat16, one chip",
             "",
-            *attention_table(found["attention"]),
+            *attention_table(rows),
             "",
-            *([" ".join(older), ""] if older else []),
+            *tables.origins(rows, lambda row: f"{row['chip']} {row['tokens']}x{row['head_width']}"),
+            "",
         ]
     )
 
@@ -317,19 +286,6 @@ def chips_of(text: str) -> list[str]:
     return text.split(",")
 
 
-def read(path: pathlib.Path) -> dict:
-    """An older file; {} where there is none. Raises InputError."""
-    try:
-        found = json.loads(path.read_text()) if path.exists() else {}
-        for row in found.get("attention", ()):
-            _cell(row)
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise InputError(
-            f"{path} is no result of this program ({error}); move it away or name another --out"
-        ) from error
-    return found
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     return run_program(_main, sys.argv[1:] if argv is None else argv)
 
@@ -339,29 +295,21 @@ def _main(argv: Sequence[str]) -> int:
     parser.add_argument("--setup", type=pathlib.Path, help="folder of the virtual environment to make and run in")
     parser.add_argument("--chips", type=chips_of, default=list(TOPOLOGIES))
     parser.add_argument("--sizes", type=sizes_of, default=list(SIZES), help="tokens x head width, as in 2816x40,48x160")
-    parser.add_argument("--out", type=pathlib.Path, default=ROOT / "benchmarks" / "results")
+    parser.add_argument("--out", type=pathlib.Path, default=tables.RESULTS)
     flags = parser.parse_args(argv)
-    if flags.out.exists() and not flags.out.is_dir():
-        parser.error(f"--out={flags.out} is a file; name a folder")
-    path = flags.out / "tpu_aot.json"
-    before = read(path)
+    path = tables.result(parser, flags.out, "tpu_aot")
+    before = tables.read(path)
     if flags.setup is not None:
         sizes = ",".join(f"{n}x{d}" for n, d in flags.sizes)
         wanted = [f"--chips={','.join(flags.chips)}", f"--sizes={sizes}", f"--out={flags.out.resolve()}"]
         return subprocess.run([set_up(flags.setup), __file__, *wanted]).returncode
-    now = {
-        "about": {
-            "machine": f"{os.cpu_count()} cores, {platform.system()} {platform.machine()}",
-            **{name: importlib.metadata.version(name) for name in ("jax", "libtpu")},
-            "sources": hash_of(SOURCES),
-        },
-        "attention": attention_section(flags.chips, flags.sizes),
-    }
-    found = merged(before, now)
-    flags.out.mkdir(parents=True, exist_ok=True)
-    atomic.write_text(path, json.dumps(found, indent=1) + "\n")
-    atomic.write_text(path.with_suffix(".md"), narrow(report(found)))
-    print(report(found))
+    versions = {name: importlib.metadata.version(name) for name in ("jax", "libtpu")}
+    machine = f"{os.cpu_count()} cores, {platform.system()} {platform.machine()}"
+    of = tables.words(versions | {"sources": hash_of(SOURCES), "machine": machine})
+    found = attention_section(flags.chips, flags.sizes)
+    rows = sorted(tables.merged(before, [row | {"of": of} for row in found], cell_of), key=order)
+    tables.write(path, {"rows": rows}, report(rows))
+    print(report(rows))
     return 0
 
 

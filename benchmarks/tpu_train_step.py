@@ -6,7 +6,7 @@
 it this Python must have it. Each row of ROWS is a configuration as it stands in configs/ (photos through the VAE inside the
 step, AdamW, EMA, bfloat16), cut by FSDP. Rows are written to benchmarks/results/tpu_train_step.json and .md as they end;
 every compilation is kept under --work with the options, versions and sources that it is of, so that the same command goes on
-where it was stopped; one that is of others is set aside with a notice, one that does not say (older ones) is taken as it is.
+where it was stopped; one that is of others is set aside with a notice.
 
 A compilation is one process. The compiler assigns every buffer before it generates code; its buffer assignment (xla_dump_to)
 is the account that memory_analysis would give, and a program that does not fit is refused there ("RESOURCE_EXHAUSTED ... HBM").
@@ -25,6 +25,7 @@ import dataclasses
 import functools
 import importlib
 import importlib.metadata
+import importlib.util
 import json
 import math
 import os
@@ -44,12 +45,11 @@ os.environ["TPU_SKIP_MDS_QUERY"] = "1"  # else libtpu asks a cloud's metadata se
 os.environ["ALLOW_MULTIPLE_LIBTPU_LOAD"] = "1"  # nothing here holds a TPU that another process could want
 
 import tpu_aot  # noqa: E402
-from tpu_train_step_report import NOT_RECORDED, merged, read_rows, report  # noqa: E402
+from tpu_train_step_report import GIB, report  # noqa: E402
 
+from benchmarks import tables  # noqa: E402
 from truepose_jax.runtime.cli import Parser, run_program  # noqa: E402
-from truepose_jax.runtime.markdown import narrow  # noqa: E402
 
-GIB = 1 << 30
 OPTIONS = {"exec_time_optimization_effort": -1.0}
 CONFIGS = {"256x176": "truepose_deepfashion_256", "512x352": "truepose_deepfashion_512"}
 METHODS = {"fpdm": "fpdm_deepfashion_512", "imagpose": "imagpose_deepfashion_512"}
@@ -79,6 +79,11 @@ STRAIGHT = 4
 """Compilations of a row after which its bytes are taken as no straight line."""
 POLL = 2.0
 """Seconds between looks at what the compiler has written."""
+
+KEPT = (
+    "bytes", "argument_bytes", "output_bytes", "donated_bytes", "temporary_bytes", "collectives", "wire_bytes", "kernels",
+)  # fmt: skip
+"""What a row says of its largest batch."""
 
 FUSED = "pallas_tpu"
 """The attention of rows that name none."""
@@ -193,33 +198,21 @@ def compile_here(row: Row, per_chip: int, folder: pathlib.Path, code: bool) -> N
 def origin() -> dict:
     """What a compilation is of: it is taken for another only where all of this is the same."""
     names = ("jax", "jaxlib", "libtpu", "flax", "optax")
-    found = {name: importlib.metadata.version(name) for name in names if _is_installed(name)}
-    return {"options": OPTIONS, "versions": found, "sources": tpu_aot.hash_of(SOURCES)}
-
-
-def _is_installed(name: str) -> bool:
-    try:
-        importlib.metadata.version(name)
-    except importlib.metadata.PackageNotFoundError:
-        return False
-    return True
+    versions = {name: importlib.metadata.version(name) for name in names if importlib.util.find_spec(name)}
+    return versions | {"options": OPTIONS, "sources": tpu_aot.hash_of(SOURCES)}
 
 
 def kept(path: pathlib.Path) -> dict | None:
     """What a result.json says; None, and a notice, where it is broken or of other options, versions or sources."""
     try:
         found = json.loads(path.read_text())
-        if not isinstance(found, dict):
-            raise ValueError("not an object")
-    except (OSError, ValueError) as error:
+        other = ", ".join(name for name in origin() if found["of"].get(name) != origin()[name])
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         print(f"notice: {path} cannot be read ({error}); set aside", file=sys.stderr)
         return None
-    of = found.get("of")
-    if of is not None and of != origin():
-        other = ", ".join(name for name in origin() if of.get(name) != origin()[name])
+    if other:
         print(f"notice: {path} is of other {other}; set aside", file=sys.stderr)
-        return None
-    return found
+    return None if other else found
 
 
 def compiled(row: Row, per_chip: int, work: pathlib.Path, *, code: bool = False) -> dict:
@@ -229,11 +222,8 @@ def compiled(row: Row, per_chip: int, work: pathlib.Path, *, code: bool = False)
     """
     folder = work / row.name / f"b{per_chip:04d}"
     answer, dump, log = folder / "result.json", folder / "dump", folder / "log.txt"
-    if (
-        answer.exists()
-        and (found := kept(answer)) is not None
-        and (not code or {"memory_analysis", "refused"} & set(found))
-    ):
+    found = kept(answer) if answer.exists() else None
+    if found and (not code or {"memory_analysis", "refused"} & set(found)):
         return found
     of = origin()  # before the compilation: sources that change meanwhile are not what was compiled
     shutil.rmtree(folder, ignore_errors=True)
@@ -373,12 +363,12 @@ def measure(row: Row, work: pathlib.Path, most: int, verify: bool, said) -> dict
             break
         said(f"{row.name}, {batch} per chip")
         answers[batch] = compiled(row, batch, work)
-    return summary(row, answers, guess)
+    return summary(row, dict(sorted(answers.items())), guess)
 
 
 def summary(row: Row, answers: dict[int, dict], guess) -> dict:
-    fits = sorted(batch for batch, found in answers.items() if found.get("bytes", math.inf) <= row.available)
-    refused = sorted(batch for batch, found in answers.items() if batch not in fits)
+    fits = [batch for batch, found in answers.items() if found.get("bytes", math.inf) <= row.available]
+    refused = [batch for batch in answers if batch not in fits]
     best = answers[fits[-1]] if fits else {}
     line = None
     if len(fits) > 1:
@@ -392,23 +382,17 @@ def summary(row: Row, answers: dict[int, dict], guess) -> dict:
         "largest_compiled_that_fits": fits[-1] if fits else 0,
         "one_more_is_refused": bool(fits) and fits[-1] + 1 in refused,
         "refused": refused,
-        **{
-            name: best.get(name)
-            for name in ("bytes", "argument_bytes", "output_bytes", "donated_bytes", "temporary_bytes")
-        },
+        **{name: best.get(name) for name in KEPT},
         "bytes_per_image": line,
         "estimate_bytes": expected,
         "estimate_ratio": expected / best["bytes"] if fits else None,
         "estimate_bytes_per_image": guess.steps["tpu"].per_image,
         "estimate_largest": guess.largest_batch(row.available, "tpu", fsdp=row.fsdp),
-        "collectives": best.get("collectives"),
-        "wire_bytes": best.get("wire_bytes"),
         "accessed_bytes": best.get("memory_analysis", {}).get("accessed"),
-        "kernels": best.get("kernels"),
         "compilations": len(answers),
-        "cpu_seconds": [answers[batch].get("cpu_seconds") for batch in sorted(answers)],
-        "tried": {str(batch): answers[batch].get("bytes") for batch in sorted(answers)},
-        "of": best["of"] if all(found.get("of") for found in answers.values()) and fits else NOT_RECORDED,
+        "cpu_seconds": [found.get("cpu_seconds") for found in answers.values()],
+        "tried": {str(batch): found.get("bytes") for batch, found in answers.items()},
+        "of": tables.words(origin() | {"machine": f"one core of {os.cpu_count()}, {os.uname().sysname} {os.uname().machine}"}),
     }
 
 
@@ -424,7 +408,7 @@ def _main(argv: Sequence[str]) -> int:
     parser.add_argument("--verify", action="store_true", help="also compile one more than fits, which must be refused")
     parser.add_argument("--list", action="store_true", help="print the rows' names and end")
     parser.add_argument("--work", type=pathlib.Path, default=ROOT / "runs" / "tpu_train_step")
-    parser.add_argument("--out", type=pathlib.Path, default=ROOT / "benchmarks" / "results")
+    parser.add_argument("--out", type=pathlib.Path, default=tables.RESULTS)
     parser.add_argument("--compile", help=argparse.SUPPRESS)
     parser.add_argument("--batch", type=int, help="with --rows of one row: compile this batch only")
     parser.add_argument("--code", action="store_true", help="with --batch: generate code too and keep memory_analysis")
@@ -433,7 +417,7 @@ def _main(argv: Sequence[str]) -> int:
     if flags.compile:
         compile_here(by_name[flags.compile], flags.batch, flags.work, flags.code)
         return 0
-    wanted = _checked(parser, flags)
+    wanted, path = _checked(parser, flags), tables.result(parser, flags.out, "tpu_train_step")
     if flags.list:
         print("\n".join(row.name for row in wanted))
         return 0
@@ -442,29 +426,20 @@ def _main(argv: Sequence[str]) -> int:
         at = next(i for i, text in enumerate(given) if text.startswith("--setup"))
         del given[at : at + (1 if "=" in given[at] else 2)]
         return subprocess.run([set_up(flags.setup), __file__, *given]).returncode
-    if not _is_installed("libtpu"):
+    if not importlib.util.find_spec("libtpu"):
         parser.error("this Python has no libtpu; --setup=FOLDER makes an environment that has")
     from tqdm import tqdm
 
-    from truepose_jax.runtime import atomic
-
-    path = flags.out / "tpu_train_step.json"
-    flags.out.mkdir(parents=True, exist_ok=True)
-    rows = read_rows(path, list(by_name))
-    about = {
-        "machine": f"one core of {os.cpu_count()}, {os.uname().sysname} {os.uname().machine}",
-        "options": OPTIONS,
-        **{name: importlib.metadata.version(name) for name in ("jax", "libtpu", "flax", "optax")},
-    }
+    order, rows = list(by_name), tables.read(path)
     with tqdm(wanted, unit="row") as bar:
         for row in bar:
             if flags.batch:
                 compiled(row, flags.batch, flags.work, code=flags.code)
             most = 0 if flags.batch else COMPILATIONS if flags.compilations is None else flags.compilations
-            found = measure(row, flags.work, most, flags.verify, bar.set_description) | {"about": about}
-            rows = merged(rows, found, list(by_name))
-            atomic.write_text(path, json.dumps({"about": about, "rows": rows}, indent=1) + "\n")
-            atomic.write_text(path.with_suffix(".md"), narrow(report(rows, list(by_name))))
+            found = measure(row, flags.work, most, flags.verify, bar.set_description)
+            rows = tables.merged(rows, [found], lambda row: row["row"])
+            rows = sorted((row for row in rows if row["row"] in order), key=lambda row: order.index(row["row"]))
+            tables.write(path, {"rows": rows}, report(rows, order))
     print(path.with_suffix(".md").read_text())
     return 0
 
@@ -481,16 +456,12 @@ def _checked(parser: argparse.ArgumentParser, flags: argparse.Namespace) -> list
         parser.error("--code is for --batch=N: name the batch")
     for name in ("verify", "compilations"):
         if flags.batch is not None and getattr(flags, name) is not parser.get_default(name):
-            parser.error(
-                f"--{name} is of the search for the largest batch and --batch names one; leave one of them out"
-            )
+            parser.error(f"--{name} is of the search for the largest batch and --batch names one; leave one out")
     if flags.batch is not None and len(wanted) > 1:
         parser.error(f"--batch is for one row and --rows={flags.rows} finds {len(wanted)}")
     for name, least in (("batch", 1), ("compilations", 0)):
         if (value := getattr(flags, name)) is not None and value < least:
             parser.error(f"--{name} is {value}; it must be at least {least}")
-    if flags.out.exists() and not flags.out.is_dir():
-        parser.error(f"--out={flags.out} is a file; name a folder")
     return wanted
 
 

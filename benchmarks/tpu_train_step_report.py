@@ -1,16 +1,13 @@
-"""The table of benchmarks/tpu_train_step.py: its rows, read and merged, and its Markdown."""
+"""The table of benchmarks/tpu_train_step.py."""
 
 from __future__ import annotations
 
-import json
-import pathlib
 from collections.abc import Sequence
 
-from input_pipeline.schema import InputError
+from benchmarks import tables
+from truepose_jax.runtime.markdown import table
 
 GIB = 1 << 30
-NOT_RECORDED = "not recorded"
-"""Of rows and compilations that do not say what they are of."""
 
 
 def report(rows: list[dict], order: Sequence[str]) -> str:
@@ -19,14 +16,11 @@ def report(rows: list[dict], order: Sequence[str]) -> str:
     def gib(value) -> str:
         return "-" if value is None else f"{value / GIB:.2f}"
 
-    lines = [
-        "| chips | mesh data x fsdp | size | remat | attention | largest batch/chip compiled that fits | one more | HBM GiB | "
-        "of | arguments | temporaries | GiB/image | estimate GiB | estimate/compiler | GiB/image | its largest | kernels | "
-        "collectives | sent MB | accessed GB | compilations | CPU s each |",
-        "|---" * 22 + "|",
-    ]
+    heads = "chips | mesh data x fsdp | size | remat | attention | largest batch/chip compiled that fits | one more | HBM GiB | "
+    heads += "of | arguments | temporaries | GiB/image | estimate GiB | estimate/compiler | GiB/image | its largest | kernels | "
+    heads += "collectives | sent MB | accessed GB | compilations | CPU s each"
+    lines = []
     for row in rows:
-        more = "refused" if row["one_more_is_refused"] else "not tried"
         cells = [
             row["topology"],
             f"{row['chips'] // row['fsdp']} x {row['fsdp']}",
@@ -34,7 +28,7 @@ def report(rows: list[dict], order: Sequence[str]) -> str:
             "on" if row["remat"] else "off",
             row["attention"] or "pallas_tpu",
             str(row["largest_compiled_that_fits"] or f"none (refused: {row['refused']})"),
-            more,
+            "refused" if row["one_more_is_refused"] else "not tried",
             gib(row["bytes"]),
             gib(row["available_bytes"]),
             gib(row["argument_bytes"]),
@@ -51,7 +45,7 @@ def report(rows: list[dict], order: Sequence[str]) -> str:
             str(row["compilations"]),
             ", ".join(f"{seconds:.0f}" for seconds in row["cpu_seconds"] if seconds is not None),
         ]
-        lines.append("| " + " | ".join(cells) + " |")
+        lines.append(cells)
     todo = [name for name in order if name not in {row["row"] for row in rows}]
     return "\n".join(
         [
@@ -65,50 +59,10 @@ def report(rows: list[dict], order: Sequence[str]) -> str:
             "(sharding.compiler_options). `accessed`: HBM by the compiler's count, loops once, Pallas kernels as "
             "nothing; of rows whose code was generated.",
             "",
-            *lines,
+            *table(heads.split(" | "), lines),
             "",
-            *(f"{', '.join(names)}: {text}." for text, names in _origins(rows).items()),
+            *tables.origins(rows, lambda row: row["row"]),
             "",
             *([f"Not compiled: {', '.join(todo)}.", ""] if todo else []),
         ]
     )
-
-
-def _origins(rows: list[dict]) -> dict[str, list[str]]:
-    """What rows are of, in words, and the rows' names."""
-    found: dict[str, list[str]] = {}
-    for row in rows:
-        about = row.get("about", {})
-        of = row.get("of", NOT_RECORDED)
-        versions = about if of == NOT_RECORDED else of["versions"]
-        text = f"jax {versions.get('jax', '?')}, libtpu {versions.get('libtpu', '?')}; compiler options "
-        text += (
-            f"{about.get('options')} (what its compilations are of: {of})" if of == NOT_RECORDED else f"{of['options']}"
-        )
-        text += f"; compiled on {about.get('machine', '?')}" + (
-            "" if of == NOT_RECORDED else f"; sources {of['sources']}"
-        )
-        found.setdefault(text, []).append(row["row"])
-    return found
-
-
-def read_rows(path: pathlib.Path, order: Sequence[str]) -> list[dict]:
-    """The table's rows. In older files one `about` stands for all. Raises InputError."""
-    try:
-        found = json.loads(path.read_text()) if path.exists() else {"rows": []}
-        for row in found["rows"]:
-            row.setdefault("about", found.get("about", {}))
-        return sorted((row for row in found["rows"] if row["row"] in order), key=lambda row: order.index(row["row"]))
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise InputError(
-            f"{path} is no result of this program ({error}); move it away or name another --out"
-        ) from error
-
-
-def merged(rows: list[dict], new: dict, order: Sequence[str]) -> list[dict]:
-    """The new row among the others, in the place of an older one; in the order of `order`. One that was read from the same
-    compilations of which nobody recorded what they are of keeps what was said then."""
-    before = next((row for row in rows if row["row"] == new["row"]), None)
-    if before is not None and new["of"] == NOT_RECORDED and before["tried"] == new["tried"]:
-        new = new | {"about": before["about"]}
-    return sorted([*(row for row in rows if row["row"] != new["row"]), new], key=lambda row: order.index(row["row"]))

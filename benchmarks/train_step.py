@@ -15,12 +15,11 @@ from collections.abc import Sequence
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
 
-from benchmarks.side_by_side import Row, add_flags, check_flags, patience_of, run
-from benchmarks.side_by_side_case import Case
+from benchmarks.side_by_side import Row, add_flags, case_of, check_flags, row_of, run
 from benchmarks.side_by_side_forms import PEERS
+from benchmarks.tables import result
 from truepose_jax.runtime.cli import Parser, run_program
 
-FULL_WIDTHS = (320, 640, 1280, 1280)
 FULL = (
     ((512, 352), 2, False, False),
     ((256, 176), 8, False, False),
@@ -33,27 +32,15 @@ CPU_PEERS, GPU_PEERS = ("eager", "eager_nhwc", "compiled"), PEERS["train"]
 
 
 def rows(flags) -> list[Row]:
-    peers = tuple(flags.peers.split(",")) if flags.peers else CPU_PEERS if flags.device == "cpu" else GPU_PEERS
-    made = []
     if flags.full:
         chosen = [each for each in FULL if flags.batch is None or each[1] in flags.batch]
     else:
         chosen = [(flags.size or (256, 176), batch, False, False) for batch in flags.batch or (2,)]
-    for size, batch, remat, apart in chosen:
-        case = Case(
-            task="train",
-            size=size,
-            widths=flags.widths or (FULL_WIDTHS if flags.full else (64, 128, 256, 256)),
-            batch=batch,
-            dtype="bfloat16" if flags.full else "float32",
-            device=flags.device,
-            threads=flags.threads,
-            remat=remat,
-            layers=flags.layers or (2 if flags.full else 1),
-            attention=flags.attention,
-        )
-        made.append(Row(case, peers, flags.repeats or (20 if flags.full else 9), patience_of(flags), apart))
-    return made
+    peers, repeats = CPU_PEERS if flags.device == "cpu" else GPU_PEERS, 20 if flags.full else 9
+    return [
+        row_of(flags, case_of(flags, "train", size, batch, remat=remat), peers, repeats, apart=apart)
+        for size, batch, remat, apart in chosen
+    ]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -71,7 +58,8 @@ def _main(argv: Sequence[str]) -> int:
     for batch in flags.batch or ():
         if flags.full and batch not in batches:
             parser.error(f"--full has no row of --batch={batch}; choose of {', '.join(map(str, batches))}")
-    return run("train_step", "A training step, ours and PyTorch's", rows(flags), flags)
+    path = result(parser, flags.out, "train_step")
+    return run(path, "A training step, ours and PyTorch's", rows(flags), flags)
 
 
 if __name__ == "__main__":

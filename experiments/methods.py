@@ -22,7 +22,7 @@ from PIL import Image
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
 
-from benchmarks.side_by_side import machine
+from benchmarks.tables import machine
 from configs.imagpose_deepfashion_512 import ABLATIONS
 from experiments.methods_judge import canvases, first_stage, pictures, thresholds
 from truepose_jax.inference.pipeline import Pipeline, Run

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from benchmarks.fewer_steps import Parts, table
+from benchmarks.fewer_steps import Parts, page
 from benchmarks.step_profile import _module
 from tests.tiny_run import SIZE, shared_pipeline
 from truepose_jax.inference.pipeline import Request
@@ -30,7 +30,7 @@ def test_the_table():
     row = {"sampler": "unipc", "steps": 4, "gflop": 2.5, "cpu_seconds": 0.07, "db": 31.25, "db_worst": 28.0}
     machine = {"cpu": "a CPU", "cores": 1}
     found = {"model": "M", "pairs": 8, "guidance": 1.0, "machine": machine, "date": "2026-01-01", "rows": [row]}
-    assert "| UniPC | 4 | 2.50 | 0.070 | 31.2 | 28.0 |" in table(found)
+    assert "| UniPC | 4 | 2.50 | 0.070 | 31.2 | 28.0 |" in page(found)
 
 
 def test_modules_of_a_profile():

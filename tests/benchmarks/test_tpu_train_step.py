@@ -16,7 +16,8 @@ import tpu_aot  # noqa: E402
 import tpu_train_step  # noqa: E402
 from tpu_aot import code_of  # noqa: E402
 from tpu_train_step import ROWS, account, compiled, kept, next_batch, origin  # noqa: E402
-from tpu_train_step_report import NOT_RECORDED, merged, read_rows  # noqa: E402
+
+from benchmarks import tables  # noqa: E402
 
 CACHE = pathlib.Path(os.environ.get("XDG_CACHE_HOME", pathlib.Path.home() / ".cache")) / "truepose_jax" / "tpu_aot"
 
@@ -84,29 +85,22 @@ def test_rows_are_named_once_and_meshes_fit():
 def test_what_is_compiled_already_is_read(tmp_path, monkeypatch):
     folder = tmp_path / ROWS[0].name / "b0003"
     folder.mkdir(parents=True)
-    (folder / "result.json").write_text(json.dumps({"bytes": 5}))
+    found = {"bytes": 5, "of": origin()}
+    (folder / "result.json").write_text(json.dumps(found))
     monkeypatch.setattr(tpu_train_step.subprocess, "Popen", lambda *_, **__: pytest.fail("compiled again"))
-    assert compiled(ROWS[0], 3, tmp_path) == {"bytes": 5}
+    assert compiled(ROWS[0], 3, tmp_path) == found
 
 
 def test_a_compilation_of_something_else_is_set_aside(tmp_path, capsys):
-    """Older ones do not say what they are of, and are taken."""
     path = tmp_path / "result.json"
-    for of, taken in (
-        (None, True),
-        (origin(), True),
-        (origin() | {"options": {}}, False),
-        (origin() | {"sources": ""}, False),
-    ):
-        path.write_text(json.dumps({"bytes": 5} | ({"of": of} if of else {})))
+    for of, taken in ((origin(), True), (origin() | {"options": {}}, False), (origin() | {"sources": ""}, False)):
+        path.write_text(json.dumps({"bytes": 5, "of": of}))
         assert (kept(path) is not None) == taken
     said = capsys.readouterr().err.splitlines()
-    assert [line.partition(" is ")[2] for line in said] == [
-        "of other options; set aside",
-        "of other sources; set aside",
-    ]
-    path.write_text("{")
-    assert kept(path) is None and "cannot be read" in capsys.readouterr().err
+    assert [line.partition(" is ")[2] for line in said] == ["of other options; set aside", "of other sources; set aside"]
+    for text in ("{", "[]", '{"bytes": 5}'):
+        path.write_text(text)
+        assert kept(path) is None and "cannot be read" in capsys.readouterr().err
 
 
 def test_only_code_counts_as_source():
@@ -118,26 +112,13 @@ def test_only_code_counts_as_source():
     )
 
 
-def test_rows_keep_what_they_are_of(tmp_path):
-    """One `about` stands for all rows of an older file; a new row changes nobody else's."""
-    order = [row.name for row in ROWS]
-    path = tmp_path / "rows.json"
-    old = [{"row": name, "tried": {"3": 5}} for name in order[:2]]
-    path.write_text(json.dumps({"about": {"jax": "1"}, "rows": old[::-1]}))
-    rows = read_rows(path, order)
-    rows = merged(rows, {"row": order[2], "tried": {}, "of": {"sources": "a"}, "about": {"jax": "2"}}, order)
-    rows = merged(rows, {"row": order[0], "tried": {"3": 5}, "of": NOT_RECORDED, "about": {"jax": "2"}}, order)
-    rows = merged(rows, {"row": order[1], "tried": {"4": 6}, "of": NOT_RECORDED, "about": {"jax": "2"}}, order)
-    assert [row["row"] for row in rows] == order[:3] and [row["about"]["jax"] for row in rows] == ["1", "2", "2"]
-
-
 @pytest.mark.parametrize(
     ("wrong", "text"),
     [
         (["--rows=["], "no regular expression"),
         (["--rows=nothing"], "no row's name"),
         (["--code"], "--code is for --batch"),
-        (["--batch=3", "--verify", f"--rows=^{ROWS[0].name}$"], "leave one of them out"),
+        (["--batch=3", "--verify", f"--rows=^{ROWS[0].name}$"], "leave one out"),
         (["--batch=3", "--compilations=4", f"--rows=^{ROWS[0].name}$"], "--compilations is of the search"),
         (["--batch=3"], "--batch is for one row"),
         ([f"--out={__file__}"], "is a file"),
@@ -154,14 +135,13 @@ def test_attention_of_some_chips_is_merged(tmp_path, capsys):
     cells = [("v5e", n, form) for n in (2816, 48) for form in tpu_aot.FORMS]
     names = ("chip", "tokens", "form")
     rest = {"head_width": 40, "direction": "forward", "logits_bytes": 4, "temporaries_bytes": 1, "hbm_bytes": 2}
-    rows = [dict(zip(names, cell, strict=True)) | rest | {"compile_seconds": 1.0} for cell in cells]
-    before = {"about": {"jax": "1", "libtpu": "1", "machine": "a"}, "attention": rows}
-    new = [row | {"compile_seconds": 9.0} for row in rows[:3]] + [row | {"chip": "v6e"} for row in rows[:3]]
-    found = tpu_aot.merged(before, {"about": {"jax": "2", "libtpu": "2", "machine": "b"}, "attention": new[::-1]})
-    assert [row["compile_seconds"] for row in found["attention"]] == [9.0] * 3 + [1.0] * 6
-    assert [row.get("about", {}).get("jax") for row in found["attention"]] == [None] * 3 + ["1"] * 3 + [None] * 3
+    rows = [dict(zip(names, cell, strict=True)) | rest | {"compile_seconds": 1.0, "of": "jax 1"} for cell in cells]
+    new = [row | {"compile_seconds": 9.0, "of": "jax 2"} for row in rows[:3]]
+    found = tables.merged(rows, [*new, *(row | {"chip": "v6e"} for row in rows[:3])][::-1], tpu_aot.cell_of)
+    found.sort(key=tpu_aot.order)
+    assert [row["compile_seconds"] for row in found] == [9.0] * 3 + [1.0] * 6
     text = tpu_aot.report(found)
-    assert "v5e 48x40: jax 1, libtpu 1, sources not recorded, a." in text and text.count("| 2816 x 40 |") == 2
+    assert "- v5e 48x40, v6e 2816x40: jax 1." in text and text.count("| 2816 x 40 |") == 2
     for wrong, said in (("--chips=v9", "'v9' is no chip"), ("--sizes=3", "'3' is not TOKENSxWIDTH")):
         with pytest.raises(SystemExit) as stopped:
             tpu_aot.main([wrong])

@@ -37,7 +37,7 @@ def test_tpu_aot(python, tmp_path):
     """Forward and backward compile for every chip; no array of logits remains, and 5x fewer bytes move."""
     script = ROOT / "benchmarks" / "tpu_aot.py"
     run(python, script, "--sizes=2816x40,48x160", f"--out={tmp_path}")
-    rows = json.loads((tmp_path / "tpu_aot.json").read_text())["attention"]
+    rows = json.loads((tmp_path / "tpu_aot.json").read_text())["rows"]
     assert {row["chip"] for row in rows} == {"v5e", "v5p", "v6e"}
     plain, _, fused = (
         {(r["chip"], r["tokens"], r["direction"]): r for r in rows if r["form"] == form}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import re
 import textwrap
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 WIDTH = 130
 FRONT = re.compile(r"(?:---\n.*?\n---\n)?", re.DOTALL)
@@ -19,6 +19,11 @@ ONE_LINE = 100
 """Pieces of code up to this long are not broken."""
 GLUE = "\x00"
 """A space at which no line may end."""
+
+
+def table(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
+    """The lines of a table."""
+    return ["| " + " | ".join(row) + " |" for row in (heads, ["---"] * len(heads), *rows)]
 
 
 def narrow(text: str, width: int = WIDTH) -> str:
