@@ -52,19 +52,16 @@ from truepose_jax.pretrained.conversion.safetensors_io import (
     open_source,
 )
 from truepose_jax.pretrained.factory import planned
-from truepose_jax.runtime.cli import install, run_program
+from truepose_jax.runtime.cli import install, program
 from truepose_jax.training.init import batch_spec
 
 OF_HPFA = ("carry_latents", "cosine", "residual")
 """Settings of config.model.fusion with which HPFA's parameters are others than the paper's."""
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+@program
+def main(argv: Sequence[str]) -> None:
     """Returns the exit code: 2, and what is wrong on stderr, for bad input."""
-    return run_program(_main, sys.argv[1:] if argv is None else argv)
-
-
-def _main(argv: Sequence[str]) -> None:
     flags = make_parser().parse_args(argv)
     {"from-torch": from_torch, "to-torch": to_torch}[flags.command](flags)
 

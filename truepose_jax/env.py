@@ -15,7 +15,7 @@ from collections.abc import Iterator, Sequence
 
 import truepose_jax
 from truepose_jax.runtime import bundled
-from truepose_jax.runtime.cli import Parser, enable_compilation_cache, run_program
+from truepose_jax.runtime.cli import Parser, enable_compilation_cache, program
 
 PACKAGES = (
     "jax", "jaxlib", "libtpu", "jax-cuda13-plugin", "flax", "optax", "orbax-checkpoint", "grain", "numpy", "scipy", "pillow",
@@ -26,11 +26,8 @@ VARIABLES = ("JAX_", "XLA_", "LIBTPU_", "NCCL_", "CUDA_VISIBLE_DEVICES", "TPU_",
 GIB = 1 << 30
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    return run_program(_main, sys.argv[1:] if argv is None else argv)
-
-
-def _main(argv: Sequence[str]) -> None:
+@program
+def main(argv: Sequence[str]) -> None:
     Parser.of_program("env", __doc__).parse_args(argv)
     for name, value in facts():
         print(f"{name + ':':26}{value}", flush=True)

@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import argparse
-import collections
 import dataclasses
 import hashlib
-import itertools
 import json
 import logging
 import pathlib
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -40,8 +37,9 @@ from truepose_jax.inference.pipeline import Fitted, Pipeline, Run
 from truepose_jax.inference.record_requests import CanvasRow, RecordRow, canvas_rows, pair_list, record_rows
 from truepose_jax.runtime.bundled import SHIPPED
 from truepose_jax.runtime.choices import FILLS, OUTSIDE, SCENARIOS
-from truepose_jax.runtime.cli import BAD_INPUT, enable_compilation_cache, reject_unused_flags, run_program
+from truepose_jax.runtime.cli import BAD_INPUT, enable_compilation_cache, program, reject_unused_flags
 from truepose_jax.runtime.files import atomic_write, check_apart, make_folder, writing
+from truepose_jax.runtime.reading import batches, readable
 from truepose_jax.runtime.shards import shard_of, signals_as_exits
 from truepose_jax.sampling.image_grid import sheet
 from truepose_jax.sampling.inpainting import read_edit, sheet_columns
@@ -80,8 +78,6 @@ FLAGS_USED_BY = {
 """Which calls read a flag; in others it is an error. What is for one picture alone is refused before."""
 MOST = 1000
 """Pictures of one pair."""
-READERS = 4
-"""Threads that read and fit the photos of the next batches while one is sampled."""
 Report = Callable[[int, object], None]
 """(line of the CSV, what is wrong with it)."""
 SETTINGS_FILE = "generate.json"
@@ -90,12 +86,9 @@ PAIRS_FILE = "pairs.csv"
 """There too, of --records: from,to,out of every picture."""
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+@program
+def main(argv: Sequence[str]) -> int | None:
     """Returns the exit code: 2, and one line on stderr, for bad input."""
-    return run_program(_main, sys.argv[1:] if argv is None else argv)
-
-
-def _main(argv: Sequence[str]) -> int | None:
     flags = make_parser().parse_args(argv)
     enable_compilation_cache()
     if not flags.workdir:
@@ -415,23 +408,11 @@ def _batches(
     rows: Sequence[AnyRow], run: Run, seed: int, size: int, report: Report
 ) -> Iterator[list[tuple[AnyRow, Fitted | FittedCanvas]]]:
     """Batches of `size` readable rows, in order; the last may be smaller. Reads one batch ahead."""
-    batch, later = [], iter(rows)
-    with ThreadPoolExecutor(READERS) as pool:
 
-        def reading(count: int) -> list[tuple[AnyRow, Future[Fitted | FittedCanvas]]]:
-            return [(row, pool.submit(row.read, run, seed)) for row in itertools.islice(later, count)]
+    def unreadable(row: AnyRow, error: InputError) -> None:
+        report(row.line, error)
 
-        waiting = collections.deque(reading(2 * size))
-        while waiting:
-            row, found = waiting.popleft()
-            waiting.extend(reading(1))
-            try:
-                batch.append((row, found.result()))
-            except InputError as error:
-                report(row.line, error)
-            if len(batch) == size or (batch and not waiting):
-                yield batch
-                batch = []
+    return batches(readable(lambda row: row.read(run, seed), rows, ahead=2 * size, unreadable=unreadable), size)
 
 
 def settings_of(run: Run, sampling: Sampling, flags: argparse.Namespace) -> dict[str, Any]:

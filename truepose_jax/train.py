@@ -304,37 +304,26 @@ def _print_counts(trainer: Trainer, params: Any) -> None:
 
 def main(argv: list[str]) -> int:
     # Here, for a flag counts for a whole process, and other programs train too.
-    from truepose_jax.flags.train import (
-        CONFIG,
-        COORDINATOR,
-        DISTRIBUTED,
-        ESTIMATE,
-        MEMORY,
-        PROCESS,
-        PROCESSES,
-        PROFILE,
-        WORKDIR,
-    )
+    from truepose_jax.flags import train as told
 
     if len(argv) > 1:
         raise ConfigError(f"unknown argument {argv[1]!r}; settings are --config.key=value")
-    if ESTIMATE.value:
-        print(memory_report(CONFIG.value, MEMORY.value))
+    if told.ESTIMATE.value:
+        print(memory_report(told.CONFIG.value, told.MEMORY.value))
         return 0
-    if MEMORY.value is not None:
+    if told.MEMORY.value is not None:
         raise ConfigError("--memory is for --estimate: add it, or leave --memory out")
-    if not WORKDIR.value:
+    if not told.WORKDIR.value:
         raise ConfigError("--workdir is missing: name the folder for checkpoints, metrics and samples")
-    check_place(WORKDIR.value)
-    if CONFIG.value is None:
+    check_place(told.WORKDIR.value)
+    if told.CONFIG.value is None:
         raise ConfigError("--config is missing: name an experiment, such as --config=configs/demo.py")
-    config = from_config_dict(Config, CONFIG.value)
-    joined = distributed.start(
-        DISTRIBUTED.value, coordinator=COORDINATOR.value, process=PROCESS.value, processes=PROCESSES.value
-    )
+    config = from_config_dict(Config, told.CONFIG.value)
+    place = {"coordinator": told.COORDINATOR, "process": told.PROCESS, "processes": told.PROCESSES}
+    joined = distributed.start(told.DISTRIBUTED.value, **{name: flag.value for name, flag in place.items()})
     print(joined, flush=True)
     enable_compilation_cache()
-    return train(config, WORKDIR.value, profile=PROFILE.value)
+    return train(config, told.WORKDIR.value, profile=told.PROFILE.value)
 
 
 if __name__ == "__main__":

@@ -23,17 +23,7 @@ from input_pipeline.annotations.parsing import LABEL_SETS, check_parsing
 from input_pipeline.annotations.photo import one_line
 from input_pipeline.files import read_bytes
 from input_pipeline.schema import InputError
-from input_pipeline.sources.base import (
-    BAD_MAP,
-    NO_MAP,
-    Dropped,
-    RawPicture,
-    RawSet,
-    RawSplit,
-    Unusable,
-    joints_in,
-    read_photo_bytes,
-)
+from input_pipeline.sources import base
 from input_pipeline.sources.listing import MissingFiles, Needed, photos_by_key
 
 LABELS = "atr18"
@@ -83,8 +73,8 @@ class CcpItem:
     mat: str
     table: tuple[int, ...]
 
-    def load(self) -> RawPicture:
-        image, jpeg = read_photo_bytes(self.photo)
+    def load(self) -> base.RawPicture:
+        image, jpeg = base.read_photo_bytes(self.photo)
         try:
             ids = _read_mat(pathlib.Path(self.mat), "groundtruth")
             if ids.max(initial=0) >= len(self.table):
@@ -92,11 +82,11 @@ class CcpItem:
             parsing = np.array(self.table, np.uint8)[ids.astype(np.intp)]
             check_parsing(parsing, LABEL_SETS[LABELS], image.shape[:2], name=self.mat)
         except InputError as error:
-            raise Unusable(BAD_MAP, str(error)) from error
-        return RawPicture(image, parsing, joints_in(None, image.shape[:2]), jpeg)
+            raise base.Unusable(base.BAD_MAP, str(error)) from error
+        return base.RawPicture(image, parsing, base.joints_in(None, image.shape[:2]), jpeg)
 
 
-def read_ccp(raw: str | pathlib.Path) -> tuple[RawSet, list[Needed]]:
+def read_ccp(raw: str | pathlib.Path) -> tuple[base.RawSet, list[Needed]]:
     """The photos that have labels, and the checklist of the files. Raises InputError."""
     root = pathlib.Path(raw)
     folder, mats, names = root / "photos", root / "annotations" / "pixel-level", root / "label_list.mat"
@@ -113,12 +103,14 @@ def read_ccp(raw: str | pathlib.Path) -> tuple[RawSet, list[Needed]]:
         CcpItem(key, key, str(photo), str(labelled[key]), table) for key, photo in photos.items() if key in labelled
     ]
     dropped = [
-        Dropped(key, NO_MAP, "no pixel-level labels", str(p)) for key, p in photos.items() if key not in labelled
+        base.Dropped(key, base.NO_MAP, "no pixel-level labels", str(p))
+        for key, p in photos.items()
+        if key not in labelled
     ]
-    split = RawSplit(items, np.zeros((0, 2), np.int32))
+    split = base.RawSplit(items, np.zeros((0, 2), np.int32))
     notes = [LOST, "no joints: this set can be checked and inspected, not trained on"]
     licence = "Apache-2.0, as its repository says"
-    raw_set = RawSet("ccp", LABELS, {"train": split}, DESCRIPTION, CITATION, HOMEPAGE, licence, dropped, (), notes)
+    raw_set = base.RawSet("ccp", LABELS, {"train": split}, DESCRIPTION, CITATION, HOMEPAGE, licence, dropped, (), notes)
     return raw_set, needed
 
 

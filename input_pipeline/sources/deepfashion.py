@@ -16,25 +16,9 @@ from __future__ import annotations
 import pathlib
 
 from input_pipeline.schema import InputError
+from input_pipeline.sources import listing
 from input_pipeline.sources.base import NO_MAP, NO_PHOTO, NO_POSE, Dropped, RawSet, RawSplit
 from input_pipeline.sources.folder import identity_of
-from input_pipeline.sources.listing import (
-    PARSING_FOLDERS,
-    POSE_FOLDERS,
-    MissingFiles,
-    Needed,
-    Poses,
-    derived_pairs,
-    first_file,
-    first_folder,
-    maps_by_key,
-    missing_problems,
-    paired_photos,
-    photos_by_key,
-    read_names,
-    read_pair_keys,
-    read_poses,
-)
 
 SPLITS = ("train", "test")
 EXPECTED_PAIRS = {"train": 101_966, "test": 8_570}
@@ -77,7 +61,7 @@ LICENCE = "Photos and annotations: non-commercial research only, under the agree
 
 def read_deepfashion(
     raw: str | pathlib.Path, *, labels: str, lists: str | pathlib.Path | None = None
-) -> tuple[RawSet, list[Needed]]:
+) -> tuple[RawSet, list[listing.Needed]]:
     """The dataset as its lists give it, and the checklist of its files.
 
     labels: the label set of RAW/parsing, or "whole". A split that lacks its pair list gets the derived pairs; one
@@ -89,36 +73,36 @@ def read_deepfashion(
     places = [pathlib.Path(lists)] if lists else [root / folder for folder in LIST_FOLDERS]
     found = {
         split: {
-            "pairs": first_file(places, [name.format(split) for name in PAIR_FILES]),
-            "annotations": first_file(places, [name.format(split) for name in POSE_FILES]),
-            "images": first_file(places, [f"{split}.lst"]),
+            "pairs": listing.first_file(places, [name.format(split) for name in PAIR_FILES]),
+            "annotations": listing.first_file(places, [name.format(split) for name in POSE_FILES]),
+            "images": listing.first_file(places, [f"{split}.lst"]),
         }
         for split in SPLITS
     }
     folder = _photo_folder(root)
-    maps = first_folder(root, PARSING_FOLDERS)
+    maps = listing.first_folder(root, listing.PARSING_FOLDERS)
     needed = _checklist(root, folder, maps, labels, found)
     if folder is None:
-        raise MissingFiles(f"{root}: no photos (img_highres/WOMEN/..., MEN/...)", needed)
+        raise listing.MissingFiles(f"{root}: no photos (img_highres/WOMEN/..., MEN/...)", needed)
 
-    photos, pose_folder = photos_by_key(folder), first_folder(root, POSE_FOLDERS)
-    map_files = maps_by_key(maps, labels)
+    photos, pose_folder = listing.photos_by_key(folder), listing.first_folder(root, listing.POSE_FOLDERS)
+    map_files = listing.maps_by_key(maps, labels)
     splits: dict[str, RawSplit] = {}
     problems: list[str] = []
     notes: list[str] = []
     dropped: list[Dropped] = []
     for split in SPLITS:
         files = found[split]
-        poses = read_poses(files["annotations"], pose_folder)
-        names = read_names(files["images"]) if files["images"] else []
+        poses = listing.read_poses(files["annotations"], pose_folder)
+        names = listing.read_names(files["images"]) if files["images"] else []
         if names and len(names) != EXPECTED_IMAGES[split]:
             problems.append(f"{files['images'].name} names {len(names):,} images; {EXPECTED_IMAGES[split]:,} expected")
         pairs = _pairs(split, files, names, poses, problems, notes)
-        content, lost = paired_photos(
+        content, lost = listing.paired_photos(
             pairs, photos=photos, poses=poses, maps=map_files, labels=labels, identity=identity_of
         )
         named = len({key for pair in pairs for key in pair})
-        problems += [f"{split}: {line}" for line in missing_problems(pairs, content, lost, where=_WHERE)]
+        problems += [f"{split}: {line}" for line in listing.missing_problems(pairs, content, lost, where=_WHERE)]
         if names:
             notes.append(f"{split}.lst names {len(names):,} images, {named:,} of them in pairs; only these are built")
         dropped += lost
@@ -137,13 +121,16 @@ _WHERE = {
 }
 
 
-def _pairs(split: str, files: dict, names: list[str], poses: Poses, problems: list[str], notes: list[str]):
+def _pairs(split: str, files: dict, names: list[str], poses: listing.Poses, problems: list[str], notes: list[str]):
     """The listed pairs, else the derived ones; counts that are not the published ones become problems."""
     if files["pairs"]:
-        pairs, how = read_pair_keys(files["pairs"]), f"in {files['pairs'].name}"
+        pairs, how = listing.read_pair_keys(files["pairs"]), f"in {files['pairs'].name}"
     elif len(poses):
         known = names or sorted(poses.rows)
-        pairs, how = derived_pairs([key for key in known if key in poses], poses, identity_of), "by the pair rule"
+        pairs, how = (
+            listing.derived_pairs([key for key in known if key in poses], poses, identity_of),
+            "by the pair rule",
+        )
         notes.append(
             f"{split}: no pair list; {len(pairs):,} pairs derived (same person and clothes, shoulders and hips)"
         )
@@ -157,14 +144,14 @@ def _pairs(split: str, files: dict, names: list[str], poses: Poses, problems: li
 
 def _photo_folder(root: pathlib.Path) -> pathlib.Path | None:
     """The folder that holds WOMEN/ and MEN/, or flat files."""
-    folder = first_folder(root, PHOTO_FOLDERS)
+    folder = listing.first_folder(root, PHOTO_FOLDERS)
     if folder is not None:
         return folder
     return root if (root / "WOMEN").is_dir() or (root / "MEN").is_dir() else None
 
 
-def _checklist(root, folder, maps, labels: str, found: dict) -> list[Needed]:
-    needed = [Needed("photos", f"{root}/img_highres/WOMEN/... and MEN/...", PHOTOS_FROM, str(folder or ""))]
+def _checklist(root, folder, maps, labels: str, found: dict) -> list[listing.Needed]:
+    needed = [listing.Needed("photos", f"{root}/img_highres/WOMEN/... and MEN/...", PHOTOS_FROM, str(folder or ""))]
     for split, files in found.items():
         for what, file, instead in (
             ("annotations", POSE_FILES[0], ""),
@@ -172,10 +159,12 @@ def _checklist(root, folder, maps, labels: str, found: dict) -> list[Needed]:
             ("images", "{}.lst", "; only needed to derive pairs and to check counts"),
         ):
             name = file.format(split)
-            needed.append(Needed(f"{split} {what}", f"{root}/{name}", LISTS_FROM + instead, str(files[what] or "")))
+            needed.append(
+                listing.Needed(f"{split} {what}", f"{root}/{name}", LISTS_FROM + instead, str(files[what] or ""))
+            )
     if labels != "whole":
         how = (
             f"run a human parser (SCHP) with {labels} classes over the photos and keep the names; or use --parsing=none"
         )
-        needed.append(Needed("parsing maps", f"{root}/parsing/WOMEN/...png", how, str(maps or "")))
+        needed.append(listing.Needed("parsing maps", f"{root}/parsing/WOMEN/...png", how, str(maps or "")))
     return needed

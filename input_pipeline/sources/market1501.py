@@ -16,21 +16,8 @@ import pathlib
 import re
 
 from input_pipeline.schema import InputError
+from input_pipeline.sources import listing
 from input_pipeline.sources.base import NO_MAP, NO_PHOTO, NO_POSE, Dropped, RawSet, RawSplit
-from input_pipeline.sources.listing import (
-    PARSING_FOLDERS,
-    MissingFiles,
-    Needed,
-    derived_pairs,
-    first_file,
-    first_folder,
-    maps_by_key,
-    missing_problems,
-    paired_photos,
-    photos_by_key,
-    read_pair_keys,
-    read_poses,
-)
 
 PHOTO_FOLDERS = {"train": ("bounding_box_train", "train"), "test": ("bounding_box_test", "test")}
 LIST_FOLDERS = ("", "lists")
@@ -55,48 +42,50 @@ def person_of(key: str) -> str | None:
 
 def read_market1501(
     raw: str | pathlib.Path, *, labels: str, lists: str | pathlib.Path | None = None
-) -> tuple[RawSet, list[Needed]]:
+) -> tuple[RawSet, list[listing.Needed]]:
     """The dataset as its lists give it, and the checklist of its files. Raises InputError."""
     root = pathlib.Path(raw)
     if not root.is_dir():
         raise InputError(f"{root}: no such folder; make it and put the files of `--dataset=market1501` there")
     places = [pathlib.Path(lists)] if lists else [root / folder for folder in LIST_FOLDERS]
-    maps = first_folder(root, PARSING_FOLDERS)
-    map_files = maps_by_key(maps, labels)
-    needed: list[Needed] = []
+    maps = listing.first_folder(root, listing.PARSING_FOLDERS)
+    map_files = listing.maps_by_key(maps, labels)
+    needed: list[listing.Needed] = []
     splits: dict[str, RawSplit] = {}
     problems: list[str] = []
     notes: list[str] = []
     dropped: list[Dropped] = []
     for split, folders in PHOTO_FOLDERS.items():
-        folder = first_folder(root, folders)
-        annotations = first_file(places, [f"market-annotation-{split}.csv"])
-        listed = first_file(places, [f"market-pairs-{split}.csv"])
+        folder = listing.first_folder(root, folders)
+        annotations = listing.first_file(places, [f"market-annotation-{split}.csv"])
+        listed = listing.first_file(places, [f"market-pairs-{split}.csv"])
         needed += [
-            Needed(f"{split} photos", f"{root}/{folders[0]}/", PHOTOS_FROM, str(folder or "")),
-            Needed(f"{split} annotations", f"{root}/market-annotation-{split}.csv", LISTS_FROM, str(annotations or "")),
-            Needed(f"{split} pairs", f"{root}/market-pairs-{split}.csv", LISTS_FROM, str(listed or "")),
+            listing.Needed(f"{split} photos", f"{root}/{folders[0]}/", PHOTOS_FROM, str(folder or "")),
+            listing.Needed(
+                f"{split} annotations", f"{root}/market-annotation-{split}.csv", LISTS_FROM, str(annotations or "")
+            ),
+            listing.Needed(f"{split} pairs", f"{root}/market-pairs-{split}.csv", LISTS_FROM, str(listed or "")),
         ]
         if folder is None or annotations is None or (split == "test" and listed is None):
             problems.append(f"{split}: photos, annotations or pairs are missing; the split is left out")
             continue
-        poses = read_poses(annotations, None)
-        pairs = read_pair_keys(listed) if listed else derived_pairs(list(poses.rows), poses, person_of)
+        poses = listing.read_poses(annotations, None)
+        pairs = listing.read_pair_keys(listed) if listed else listing.derived_pairs(list(poses.rows), poses, person_of)
         if not listed:
             notes.append(f"{split}: no pair list; {len(pairs):,} pairs derived (same person, shoulders and hips seen)")
         if len(pairs) != EXPECTED_PAIRS[split]:
             problems.append(f"{split}: {len(pairs):,} pairs; {EXPECTED_PAIRS[split]:,} expected")
-        content, lost = paired_photos(
-            pairs, photos=photos_by_key(folder), poses=poses, maps=map_files, labels=labels,
+        content, lost = listing.paired_photos(
+            pairs, photos=listing.photos_by_key(folder), poses=poses, maps=map_files, labels=labels,
             identity=lambda key: person_of(key) or key,
         )  # fmt: skip
         where = {NO_PHOTO: f"{folder} is incomplete", NO_POSE: f"not in {annotations.name}", NO_MAP: "parsing/"}
-        problems += [f"{split}: {line}" for line in missing_problems(pairs, content, lost, where=where)]
+        problems += [f"{split}: {line}" for line in listing.missing_problems(pairs, content, lost, where=where)]
         dropped += lost
         if content.items:
             splits[split] = content
     if not splits:
-        raise MissingFiles(f"{root}: no split of Market-1501 is complete", needed)
+        raise listing.MissingFiles(f"{root}: no split of Market-1501 is complete", needed)
     raw_set = RawSet(
         "market1501", labels, splits, DESCRIPTION, CITATION, "", LICENCE, dropped, problems, notes
     )  # fmt: skip

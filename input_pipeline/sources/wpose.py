@@ -18,20 +18,9 @@ from collections.abc import Sequence
 from input_pipeline.annotations.keypoints import name_key
 from input_pipeline.files import read_text
 from input_pipeline.schema import InputError
+from input_pipeline.sources import listing
 from input_pipeline.sources.base import NO_MAP, NO_PHOTO, NO_POSE, RawSet
 from input_pipeline.sources.folder import read_pairs
-from input_pipeline.sources.listing import (
-    POSE_FOLDERS,
-    MissingFiles,
-    Needed,
-    first_file,
-    first_folder,
-    maps_by_key,
-    missing_problems,
-    paired_photos,
-    photos_by_key,
-    read_poses,
-)
 
 EXPECTED_PAIRS = 2_304
 PHOTO_FOLDERS, MAP_FOLDERS = ("images", "image"), ("parsing", "gt_parsing")
@@ -47,37 +36,40 @@ CITATION = """@inproceedings{li2024unihuman,
 LICENCE = "Annotations: Adobe Research License, non-commercial research only. Photos: each has its own licence."
 
 
-def read_wpose(raw: str | pathlib.Path, *, labels: str) -> tuple[RawSet, list[Needed]]:
+def read_wpose(raw: str | pathlib.Path, *, labels: str) -> tuple[RawSet, list[listing.Needed]]:
     """The test split as its list gives it, and the checklist of its files. Raises InputError."""
     root = pathlib.Path(raw)
     root = root / "wpose" if (root / "wpose").is_dir() else root
     if not root.is_dir():
         raise InputError(f"{root}: no such folder; make it and put the files of `--dataset=wpose` there")
-    photos, maps = first_folder(root, PHOTO_FOLDERS), first_folder(root, MAP_FOLDERS)
-    poses, listed = first_folder(root, POSE_FOLDERS), first_file([root], ["test_pairs.txt", "test_pairs.csv"])
+    photos, maps = listing.first_folder(root, PHOTO_FOLDERS), listing.first_folder(root, MAP_FOLDERS)
+    poses, listed = (
+        listing.first_folder(root, listing.POSE_FOLDERS),
+        listing.first_file([root], ["test_pairs.txt", "test_pairs.csv"]),
+    )
     needed = [
-        Needed("photos", f"{root}/images/", PHOTOS_FROM, str(photos or "")),
-        Needed("pairs", f"{root}/test_pairs.txt", LISTS_FROM, str(listed or "")),
-        Needed("poses", f"{root}/keypoints/", POSES_FROM, str(poses or "")),
+        listing.Needed("photos", f"{root}/images/", PHOTOS_FROM, str(photos or "")),
+        listing.Needed("pairs", f"{root}/test_pairs.txt", LISTS_FROM, str(listed or "")),
+        listing.Needed("poses", f"{root}/keypoints/", POSES_FROM, str(poses or "")),
     ]
     if labels != "whole":
-        needed.append(Needed("parsing maps", f"{root}/parsing/", LISTS_FROM, str(maps or "")))
+        needed.append(listing.Needed("parsing maps", f"{root}/parsing/", LISTS_FROM, str(maps or "")))
     absent = [item.what for item in needed if not item.found]
     if absent:
-        raise MissingFiles(f"{root}: no {', no '.join(absent)}", needed)
+        raise listing.MissingFiles(f"{root}: no {', no '.join(absent)}", needed)
     pairs = wpose_pairs(listed)
     people = connected(pairs)
-    content, dropped = paired_photos(
+    content, dropped = listing.paired_photos(
         pairs,
-        photos=photos_by_key(photos),
-        poses=read_poses(None, poses),
-        maps=maps_by_key(maps, labels),
+        photos=listing.photos_by_key(photos),
+        poses=listing.read_poses(None, poses),
+        maps=listing.maps_by_key(maps, labels),
         labels=labels,
         identity=lambda key: people[key],
     )
     problems = [] if len(pairs) == EXPECTED_PAIRS else [f"{len(pairs):,} pairs; {EXPECTED_PAIRS:,} expected"]
     where = {NO_PHOTO: "its link may be dead", NO_POSE: "keypoints/ is incomplete", NO_MAP: "parsing/ is incomplete"}
-    problems += missing_problems(pairs, content, dropped, where=where)
+    problems += listing.missing_problems(pairs, content, dropped, where=where)
     raw_set = RawSet(
         "wpose", labels, {"test": content}, DESCRIPTION, CITATION, "", LICENCE, dropped, problems
     )  # fmt: skip

@@ -9,18 +9,7 @@ import pytest
 import torch
 from diffusers import AutoencoderKL as TorchAutoencoderKL
 
-from tests.parity.compare import (
-    NETWORK,
-    check,
-    difference,
-    epsilons,
-    from_nchw,
-    normal,
-    params_of,
-    randomise,
-    to_torch,
-    torch_epsilons,
-)
+from tests.parity import compare
 from truepose_jax.models import vae
 from truepose_jax.pretrained.conversion import from_torch, key_maps
 
@@ -55,42 +44,42 @@ def test_encode_and_decode(config, hw, batch):
     def both(module, images, latents):
         return *module.encode(images), module.decode(latents)
 
-    check(
+    compare.check(
         torch_vae(config),
         call_torch,
         vae.AutoencoderKL(config),
-        [normal(1, batch, *hw, 3), normal(2, batch, *latent_hw, config.latent_channels)],
+        [compare.normal(1, batch, *hw, 3), compare.normal(2, batch, *latent_hw, config.latent_channels)],
         call_ours=lambda apply, images, latents: apply(images, latents, method=both),
         keys=key_maps.VAE,
         zero_gradients=KEY_BIAS,
-        tolerance=NETWORK,
+        tolerance=compare.NETWORK,
     )
 
 
 def test_latents_are_scaled_and_sampled_as_in_diffusers_pipelines():
     """Scaled by 0.18215 coming out, divided by it going in; the log variance clipped where it is extreme."""
-    reference, ours = randomise(torch_vae(DEEPER), 3), vae.KLAutoencoder(DEEPER)
+    reference, ours = compare.randomise(torch_vae(DEEPER), 3), vae.KLAutoencoder(DEEPER)
     with torch.no_grad():
         reference.quant_conv.bias[-2:] = torch.tensor([-1e3, 1e3])
-    params = params_of(reference, jax.eval_shape(ours.init, jax.random.key(0)), key_maps.VAE)
-    images, keys = normal(1, 2, 6, 4, 3), jax.random.split(jax.random.key(7))
+    params = compare.params_of(reference, jax.eval_shape(ours.init, jax.random.key(0)), key_maps.VAE)
+    images, keys = compare.normal(1, 2, 6, 4, 3), jax.random.split(jax.random.key(7))
     assert (ours.factor, ours.channels, ours.scale) == (2, 3, 0.18215)
 
-    posterior = reference.encode(to_torch(images)).latent_dist
+    posterior = reference.encode(compare.to_torch(images)).latent_dist
     assert posterior.logvar.min() == -30 and posterior.logvar.max() == 20
     # A sample's noise depends on its own key alone, not on its place in the batch.
     noise = np.stack([jax.random.normal(key, (3, 2, 3)) for key in keys])
-    sample = from_nchw((posterior.mean + posterior.std * to_torch(noise)) * 0.18215)
-    decoded = from_nchw(reference.decode(to_torch(sample) / 0.18215, return_dict=False)[0])
+    sample = compare.from_nchw((posterior.mean + posterior.std * compare.to_torch(noise)) * 0.18215)
+    decoded = compare.from_nchw(reference.decode(compare.to_torch(sample) / 0.18215, return_dict=False)[0])
 
     @jax.jit
     def everything(params, images, keys, latents):
         mean, drawn = ours.encode_mean(params, images), ours.encode_sample(params, images, keys)
         return mean, drawn, ours.decode(params, latents)
 
-    expected = from_nchw(posterior.mean * 0.18215), sample, decoded
+    expected = compare.from_nchw(posterior.mean * 0.18215), sample, decoded
     for y, reference in zip(everything(params, images, keys, sample), expected, strict=True):
-        assert difference(y, reference) < NETWORK
+        assert compare.difference(y, reference) < compare.NETWORK
 
 
 def test_config_from_diffusers():
@@ -110,7 +99,7 @@ def test_full_size_has_the_parameters_epsilons_and_latents_of_sd15():
         reference = torch_vae(ours.config)
     expected = {k: tuple(v.shape) for k, v in reference.state_dict().items()}
     assert {need.tensor: need.shape for need in from_torch.wanted(shapes)} == expected
-    assert epsilons(ours.module, normal(0, 1, 16, 16, 3)) == torch_epsilons(reference)
+    assert compare.epsilons(ours.module, compare.normal(0, 1, 16, 16, 3)) == compare.torch_epsilons(reference)
     latents = jax.eval_shape(ours.encode_mean, shapes, jnp.zeros((2, 512, 352, 3)))
     assert latents.shape == (2, 64, 44, 4)
     assert jax.eval_shape(ours.decode, shapes, jnp.zeros((2, 32, 22, 4))).shape == (2, 256, 176, 3)
@@ -119,7 +108,7 @@ def test_full_size_has_the_parameters_epsilons_and_latents_of_sd15():
 @pytest.mark.parametrize("factor", vae.PIXEL_FACTORS)
 def test_pixel_codec_is_exactly_invertible(factor):
     codec = vae.PixelAutoencoder(factor)
-    images = normal(1, 2, 3 * factor, 2 * factor, 3)
+    images = compare.normal(1, 2, 3 * factor, 2 * factor, 3)
     latents = codec.encode_mean({}, images)
     assert latents.shape == (2, 3, 2, codec.channels)
     np.testing.assert_array_equal(codec.decode({}, latents), images)
@@ -129,8 +118,8 @@ def test_pixel_codec_is_exactly_invertible(factor):
 
 def test_what_does_not_fit_is_an_error():
     with pytest.raises(ValueError, match="10x8 do not divide"):
-        vae.PixelAutoencoder(4).encode_mean({}, normal(1, 1, 10, 8, 3))
+        vae.PixelAutoencoder(4).encode_mean({}, compare.normal(1, 1, 10, 8, 3))
     with pytest.raises(ValueError, match="10x8 do not divide"):
-        jax.eval_shape(vae.KLAutoencoder(SMALL).module.init, jax.random.key(0), normal(1, 1, 10, 8, 3))
+        jax.eval_shape(vae.KLAutoencoder(SMALL).module.init, jax.random.key(0), compare.normal(1, 1, 10, 8, 3))
     with pytest.raises(ValueError, match="factor is 9"):
         vae.PixelAutoencoder(9)

@@ -8,18 +8,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from tests import tiny
 from tests.training.test_step import FROZEN, Toy, toy_batch
-from truepose_jax.runtime.sharding import (
-    WHOLE_BELOW,
-    batch_parts,
-    constrain,
-    like_params,
-    make_mesh,
-    param_specs,
-    path_of,
-    put_global_batch,
-    put_whole_batch,
-    replicate,
-)
+from truepose_jax.runtime import sharding
 from truepose_jax.scaling.collectives import collective_bytes
 from truepose_jax.training.step import Trainer
 
@@ -39,18 +28,18 @@ def step(made):
 
 
 def on_mesh(sizes, made, cfg, params, batch, keys, want):
-    mesh = make_mesh(**dict(zip(("data", "fsdp", "tensor"), sizes, strict=True)))
-    specs = param_specs(params, mesh, made.param_rules, whole_below=0)
+    mesh = sharding.make_mesh(**dict(zip(("data", "fsdp", "tensor"), sizes, strict=True)))
+    specs = sharding.param_specs(params, mesh, made.param_rules, whole_below=0)
     placed = jax.device_put(params, specs)
     whole = NamedSharding(mesh, PartitionSpec())
     with jax.set_mesh(mesh):
         call = jax.jit(step(made), out_shardings=(whole, specs, specs), compiler_options=tiny.compiler_options())
-        lowered = call.lower(placed, put_global_batch(mesh, batch), replicate(mesh, keys))
+        lowered = call.lower(placed, sharding.put_global_batch(mesh, batch), sharding.replicate(mesh, keys))
         compiled = lowered.compile()
-        loss, grads, moved = compiled(placed, put_global_batch(mesh, batch), replicate(mesh, keys))
+        loss, grads, moved = compiled(placed, sharding.put_global_batch(mesh, batch), sharding.replicate(mesh, keys))
         trainer = Trainer(cfg, made)
         state = jax.eval_shape(lambda: trainer.init_state(jax.random.key(0), tiny.spec(cfg)))
-        layout = like_params(state, params, specs, mesh)
+        layout = sharding.like_params(state, params, specs, mesh)
         begin = jax.jit(trainer.state_of, out_shardings=layout, compiler_options=tiny.compiler_options())
         whole_state = begin.lower(placed).compile()
     tiny.check_gradients(grads, want[1])
@@ -64,7 +53,7 @@ def on_mesh(sizes, made, cfg, params, batch, keys, want):
                 cut[axis] += leaf.size
                 parts *= mesh.shape[axis]
         shards_fit &= leaf.addressable_shards[0].data.size * parts == leaf.size
-    adam = [s for path, s in jax.tree_util.tree_leaves_with_path(layout.opt_state) if "/mu/" in path_of(path)]
+    adam = [s for path, s in jax.tree_util.tree_leaves_with_path(layout.opt_state) if "/mu/" in sharding.path_of(path)]
     return {
         "loss": abs(float(loss) / float(want[0]) - 1),
         "leaf": tiny.error(grads, want[1]),
@@ -72,7 +61,9 @@ def on_mesh(sizes, made, cfg, params, batch, keys, want):
         "moved": apart(moved, want[2]),
         # What one device holds, as the compiler counts it, over what all of it takes.
         "bytes": {
-            "params": (compiled.memory_analysis().argument_size_in_bytes - bytes_of((batch, keys), batch_parts(mesh)))
+            "params": (
+                compiled.memory_analysis().argument_size_in_bytes - bytes_of((batch, keys), sharding.batch_parts(mesh))
+            )
             / bytes_of(params),
             "gradients": compiled.memory_analysis().output_size_in_bytes / bytes_of((params, params)),
             "state": whole_state.memory_analysis().output_size_in_bytes / bytes_of(state),
@@ -97,10 +88,10 @@ def bytes_of(tree, parts=1):
 
 
 def batches():
-    mesh = make_mesh(data=2, fsdp=-1, tensor=2)
+    mesh = sharding.make_mesh(data=2, fsdp=-1, tensor=2)
     host = {"valid": np.arange(8, dtype=np.float32), "target": np.arange(96, dtype=np.float32).reshape(8, 4, 3)}
     found = {}
-    for name, put in (("global", put_global_batch), ("whole", put_whole_batch)):
+    for name, put in (("global", sharding.put_global_batch), ("whole", sharding.put_whole_batch)):
         placed = put(mesh, host)
         rows = {tuple(np.asarray(s.data).tolist()) for s in placed["valid"].addressable_shards}
         found[name] = {
@@ -109,13 +100,13 @@ def batches():
             "shape": placed["target"].addressable_shards[0].data.shape,
         }
     with jax.set_mesh(mesh):
-        x = jax.jit(lambda x: constrain(x, "batch", "tokens", "heads"))(np.zeros((8, 3, 4)))
-    return found | {"parts": batch_parts(mesh), "constrained": x.addressable_shards[0].data.shape}
+        x = jax.jit(lambda x: sharding.constrain(x, "batch", "tokens", "heads"))(np.zeros((8, 3, 4)))
+    return found | {"parts": sharding.batch_parts(mesh), "constrained": x.addressable_shards[0].data.shape}
 
 
 def messages():
     """What eight normed layers send between eight devices in a step, [with every array cut, with small ones whole]."""
-    mesh = make_mesh(data=1, fsdp=8, tensor=1)
+    mesh = sharding.make_mesh(data=1, fsdp=8, tensor=1)
     params = {
         f"layer{i}": {"kernel": np.ones((256, 256), np.float32), "scale": np.ones(256, np.float32)} for i in range(8)
     }
@@ -127,8 +118,8 @@ def messages():
 
     x = jax.device_put(np.ones((64, 256), np.float32), NamedSharding(mesh, PartitionSpec(("data", "fsdp"))))
     found = []
-    for whole_below in (0, WHOLE_BELOW):
-        specs = param_specs(params, mesh, (), whole_below=whole_below)
+    for whole_below in (0, sharding.WHOLE_BELOW):
+        specs = sharding.param_specs(params, mesh, (), whole_below=whole_below)
         step = jax.jit(jax.grad(loss), out_shardings=specs).lower(jax.device_put(params, specs), x).compile()
         found.append(collective_bytes(step.as_text(), 8))
     return found
@@ -141,11 +132,11 @@ def adapters():
     made, batch = Trainer(config, Toy(noise=0.0)), toy_batch(0, targets=8, sources=8)
     state = made.init_state(jax.random.key(7), {})
     want, _ = tiny.jit(made.step)(state, FROZEN, batch)
-    mesh = make_mesh(data=2, fsdp=2, tensor=2)
-    specs = param_specs(state.params, mesh, (("^net/kernel$", ("tensor", None)),), whole_below=0)
-    placed = jax.device_put(state, like_params(state, state.params, specs, mesh))
+    mesh = sharding.make_mesh(data=2, fsdp=2, tensor=2)
+    specs = sharding.param_specs(state.params, mesh, (("^net/kernel$", ("tensor", None)),), whole_below=0)
+    placed = jax.device_put(state, sharding.like_params(state, state.params, specs, mesh))
     with jax.set_mesh(mesh):
-        found, _ = made.jitted(placed)(placed, replicate(mesh, FROZEN), put_global_batch(mesh, batch))
+        found, _ = made.jitted(placed)(placed, sharding.replicate(mesh, FROZEN), sharding.put_global_batch(mesh, batch))
     where = {path: leaf.sharding.spec for path, leaf in parameters_of(found.params).items()}
     moments = {path: leaf.sharding.spec for path, leaf in parameters_of(found.opt_state).items() if "/mu/" in path}
     return {
@@ -156,7 +147,7 @@ def adapters():
 
 
 def parameters_of(tree):
-    return {path_of(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
+    return {sharding.path_of(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
 
 
 def main():

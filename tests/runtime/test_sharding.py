@@ -12,16 +12,7 @@ from jax.sharding import AbstractMesh, PartitionSpec
 from tests import tiny
 from tests.process import environment, run
 from tests.runtime.sharded import MESHES
-from truepose_jax.runtime.sharding import (
-    AXES,
-    _share_of,
-    batch_share,
-    compiler_options,
-    constrain,
-    make_mesh,
-    param_specs,
-    path_of,
-)
+from truepose_jax.runtime import sharding
 
 
 @pytest.fixture(scope="module")
@@ -78,7 +69,7 @@ def shares(*holders):
         def items(self):
             return held.values()
 
-    return [_share_of(Held(), process) for process in range(1 + max(p for row in holders for p in row))]
+    return [sharding._share_of(Held(), process) for process in range(1 + max(p for row in holders for p in row))]
 
 
 def test_who_loads_which_rows():
@@ -90,7 +81,7 @@ def test_who_loads_which_rows():
     # data 16 over a v5e:4x4, whose ring goes in and out of hosts of 2x2 (jax.experimental.mesh_utils)
     ring = [0, 0, 1, 1, 1, 1, 0, 2, 3, 3, 3, 3, 2, 2, 2, 0]
     assert shares(*([p] for p in ring)) == [(0, 4), (1, 4), (2, 4), (3, 4)]
-    assert batch_share(make_mesh(data=1, fsdp=1, tensor=1, devices=jax.devices()[:1])) == (0, 1)
+    assert sharding.batch_share(sharding.make_mesh(data=1, fsdp=1, tensor=1, devices=jax.devices()[:1])) == (0, 1)
     for uneven in (([0, 0], [0, 1], [1, 1]), ([0], [0], [1])):
         with pytest.raises(ValueError, match=r"process 0 holds its parts \[0, 1\] and process 1 \[") as caught:
             shares(*uneven)
@@ -99,22 +90,22 @@ def test_who_loads_which_rows():
 
 def test_make_mesh():
     for sizes in ((-1, 1, 1), (1, -1, 1), (1, 1, 1)):
-        mesh = make_mesh(**dict(zip(AXES, sizes, strict=True)), devices=jax.devices()[:1])
+        mesh = sharding.make_mesh(**dict(zip(sharding.AXES, sizes, strict=True)), devices=jax.devices()[:1])
         assert dict(mesh.shape) == {"data": 1, "fsdp": 1, "tensor": 1}
     for sizes in ((2, 1, 1), (-1, -1, 1), (0, 1, 1), (-1, 2, 1), (-2, 1, 1), (1, -1, 0), (-1, -3, -3)):
         with pytest.raises(ValueError, match="mesh sizes"):
-            make_mesh(**dict(zip(AXES, sizes, strict=True)), devices=jax.devices()[:1])
+            sharding.make_mesh(**dict(zip(sharding.AXES, sizes, strict=True)), devices=jax.devices()[:1])
 
 
 def test_constrain_refuses_what_it_does_not_know():
     x = np.zeros((2, 3))
-    assert constrain(x, "batch", "tokens") is x
+    assert sharding.constrain(x, "batch", "tokens") is x
     with pytest.raises(KeyError, match="tokns"):
-        constrain(x, "batch", "tokns")
+        sharding.constrain(x, "batch", "tokns")
     with pytest.raises(ValueError, match="dimensions"):
-        constrain(x, "batch")
-    with jax.set_mesh(make_mesh(data=1, fsdp=1, tensor=1, devices=jax.devices()[:1])), pytest.raises(KeyError):
-        jax.jit(lambda x: constrain(x, "batch", "tokns"))(x)
+        sharding.constrain(x, "batch")
+    with jax.set_mesh(sharding.make_mesh(data=1, fsdp=1, tensor=1, devices=jax.devices()[:1])), pytest.raises(KeyError):
+        jax.jit(lambda x: sharding.constrain(x, "batch", "tokns"))(x)
 
 
 RULES = ((r"/to_q/kernel$", (None, "tensor")), (r"/to_out/kernel$", ("tensor", None)), (r"to_q", ("tensor", None)))
@@ -134,7 +125,9 @@ PLACED = {
 
 @pytest.mark.parametrize("path,shape", PLACED)
 def test_param_specs(path, shape):
-    found = param_specs(tree_of(path, shape) | USES_ALL_RULES, AbstractMesh((2, 4, 2), AXES), RULES, whole_below=0)
+    found = sharding.param_specs(
+        tree_of(path, shape) | USES_ALL_RULES, AbstractMesh((2, 4, 2), sharding.AXES), RULES, whole_below=0
+    )
     (found,) = jax.tree.leaves(found["a"])
     assert tuple(found.spec) == PLACED[path, shape]
 
@@ -158,26 +151,26 @@ USES_ALL_RULES = {
 def test_a_rule_that_places_nothing_is_an_error(rule):
     """Misspelt, or of another number of dimensions: the network would lie whole on every device, and nobody would say so."""
     with pytest.raises(ValueError, match=re.escape(f"{rule[0]!r} places no parameter of {len(rule[1])} dimensions")):
-        param_specs(USES_ALL_RULES, AbstractMesh((2, 4, 2), AXES), (rule, *RULES))
+        sharding.param_specs(USES_ALL_RULES, AbstractMesh((2, 4, 2), sharding.AXES), (rule, *RULES))
 
 
 @pytest.mark.parametrize("sizes", [(8, 1, 1), (1, 8, 1), (2, 2, 2)])
 def test_every_parameter_of_truepose_is_covered(sizes):
     """By a tensor rule or the default; what fsdp leaves whole is only what it divides nowhere."""
     _, made, params = tiny.base()
-    mesh = AbstractMesh(sizes, AXES)
-    specs = param_specs(params, mesh, made.param_rules, whole_below=0)
+    mesh = AbstractMesh(sizes, sharding.AXES)
+    specs = sharding.param_specs(params, mesh, made.param_rules, whole_below=0)
     for (path, leaf), spec in zip(jax.tree_util.tree_leaves_with_path(params), jax.tree.leaves(specs), strict=True):
         free = [n for n, axis in zip(leaf.shape, spec.spec, strict=True) if axis != "tensor"]
         divided = [n for n in free if n % mesh.shape["fsdp"] == 0]
         cut = [n for n, axis in zip(leaf.shape, spec.spec, strict=True) if axis == "fsdp"]
-        assert cut == ([max(divided)] if divided and mesh.shape["fsdp"] > 1 else []), path_of(path)
+        assert cut == ([max(divided)] if divided and mesh.shape["fsdp"] > 1 else []), sharding.path_of(path)
 
 
 def test_small_arrays_stay_whole():
     """256 x 256 is cut, 255 x 256 and every norm are not; what tensor cuts it cuts as before."""
     tree = {name: jax.ShapeDtypeStruct(shape, np.float32) for name, shape in SMALL_AND_LARGE.items()}
-    specs = param_specs(tree | USES_ALL_RULES, AbstractMesh((2, 4, 2), AXES), RULES)
+    specs = sharding.param_specs(tree | USES_ALL_RULES, AbstractMesh((2, 4, 2), sharding.AXES), RULES)
     assert {name: tuple(specs[name].spec) for name in tree} == {
         "large": ("fsdp", None), "small": (None, None), "norm": (None,)
     }  # fmt: skip
@@ -194,8 +187,8 @@ def test_small_arrays_cost_no_messages(sharded):
 def test_rules_of_truepose_name_what_exists():
     """Every rule places some parameter over `tensor`, in both networks; the pairs cut and join the same dimension."""
     _, made, params = tiny.base()
-    specs = param_specs(params, AbstractMesh((1, 1, 2), AXES), made.param_rules)
-    found = {path_of(p): s.spec for p, s in jax.tree_util.tree_leaves_with_path(specs)}
+    specs = sharding.param_specs(params, AbstractMesh((1, 1, 2), sharding.AXES), made.param_rules)
+    found = {sharding.path_of(p): s.spec for p, s in jax.tree_util.tree_leaves_with_path(specs)}
     block = "mid_block/attentions_0/transformer_blocks_0"
     for name in (f"{block}/attn1/to_q", f"{block}/attn2/to_k", f"{block}/ff/net_0/proj"):
         assert found[f"source_net/{name}/kernel"] == PartitionSpec(None, "tensor")
@@ -213,6 +206,6 @@ def test_rules_of_truepose_name_what_exists():
 def test_collective_matmuls_are_off_on_tpus_alone():
     """tests/benchmarks/test_tpu_train_step.py compiles with it (slow)."""
     described = SimpleNamespace(devices=np.array([[SimpleNamespace(platform="tpu")]]))
-    ((name, threshold),) = compiler_options(described).items()
+    ((name, threshold),) = sharding.compiler_options(described).items()
     assert "windowed_einsum" in name and threshold > 2**17  # MiB: more than any chip has
-    assert compiler_options(make_mesh(data=1, fsdp=1, tensor=1)) is None
+    assert sharding.compiler_options(sharding.make_mesh(data=1, fsdp=1, tensor=1)) is None

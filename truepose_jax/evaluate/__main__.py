@@ -24,22 +24,18 @@ from truepose_jax.evaluate.scores import Maps, Scorer, score_pairs, to_json
 from truepose_jax.evaluate.statistics import folder_statistics, reference_statistics
 from truepose_jax.evaluate.weights import PUBLISHED, Network, convert, load
 from truepose_jax.metrics.fid import FID_KINDS, frechet_distance
-from truepose_jax.runtime.cli import Parser, run_program
+from truepose_jax.runtime.cli import Parser, program
 from truepose_jax.runtime.files import atomic_write, make_folder
 from truepose_jax.runtime.shards import shard_of, signals_as_exits
 
 PACKAGES = ("truepose-jax", "jax", "flax", "numpy", "scipy", "pillow", "opencv-python-headless")
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+@program
+def main(argv: Sequence[str]) -> None:
     """Returns the exit code: 2, and one line on stderr, for bad input."""
-    argv = list(sys.argv[1:] if argv is None else argv)
-    if argv[:1] == ["weights"]:
-        return run_program(_weights, argv[1:])
-    return run_program(_main, argv)
-
-
-def _main(argv: Sequence[str]) -> None:
+    if argv and argv[0] == "weights":
+        return _weights(argv[1:])
     flags = make_parser().parse_args(argv)
     _check_flags(flags, pathlib.Path(flags.out))
     with signals_as_exits():

@@ -22,7 +22,6 @@ from input_pipeline.schema import InputError
 from input_pipeline.shards import WHOLE, Shard
 from truepose_jax.evaluate.pairing import Folder, Pair, image_key, image_size
 from truepose_jax.evaluate.protocols import Protocol, Size
-from truepose_jax.evaluate.reading import read_ahead
 from truepose_jax.evaluate.weights import Network
 from truepose_jax.metrics.garments import colour_histogram
 from truepose_jax.metrics.lpips import LEAST_SIDE
@@ -30,6 +29,7 @@ from truepose_jax.metrics.psnr import LEAST_PIXELS, psnr, psnr_inside
 from truepose_jax.metrics.regions import group_mask
 from truepose_jax.metrics.ssim import UNIFORM_51, gaussian_window, ssim_51, ssim_256
 from truepose_jax.runtime.files import make_folder, writing
+from truepose_jax.runtime.reading import read_ahead
 
 Row = dict[str, Any]
 """What is known of a pair; numbers that are not finite are written as strings (nan, inf)."""

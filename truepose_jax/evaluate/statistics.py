@@ -23,11 +23,11 @@ from input_pipeline.shards import WHOLE, Shard
 from truepose_jax.evaluate.pairing import Folder
 from truepose_jax.evaluate.program_hash import program_hash
 from truepose_jax.evaluate.protocols import Protocol, Size
-from truepose_jax.evaluate.reading import batches, read_ahead
 from truepose_jax.evaluate.weights import Network
 from truepose_jax.metrics.fid import FID_KINDS, SIDE, Statistics
 from truepose_jax.metrics.inception import FEATURES
 from truepose_jax.runtime.files import atomic_write, make_folder
+from truepose_jax.runtime.reading import batches, read_ahead
 
 SAVE_EVERY = 2048
 """Images between two saves: 33 MB each."""

@@ -24,7 +24,6 @@ nothing is given.
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
 
 from truepose_jax.prepare.annotate import add_annotate
@@ -34,7 +33,7 @@ from truepose_jax.prepare.codec import add_codec
 from truepose_jax.prepare.inspection import add_inspect
 from truepose_jax.prepare.label import add_label
 from truepose_jax.prepare.sheet import PANEL_HEIGHT
-from truepose_jax.runtime.cli import Parser, run_program
+from truepose_jax.runtime.cli import Parser, program
 from truepose_jax.runtime.shards import add_shard_flag, shard_of, signals_as_exits
 
 SHARED = ("build", "label", "annotate", "check")
@@ -43,7 +42,8 @@ SHARED = ("build", "label", "annotate", "check")
 __all__ = ["PANEL_HEIGHT", "main"]
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+@program
+def main(argv: Sequence[str]) -> None:
     """Runs a sub-command; returns the exit code (2 and one line where the input is bad)."""
     parser = Parser(prog="python -m truepose_jax.prepare", description=__doc__.splitlines()[0])
     commands = parser.add_subparsers(dest="command", required=True)
@@ -55,13 +55,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     add_inspect(commands)
     for name in SHARED:
         add_shard_flag(commands.choices[name])
-
-    def run(argv: Sequence[str]) -> None:
-        flags = parser.parse_args(argv)
-        if flags.command not in SHARED:
-            flags.run(flags)
-            return
-        with signals_as_exits():
-            flags.run(flags, shard_of(flags.shard))
-
-    return run_program(run, sys.argv[1:] if argv is None else argv)
+    flags = parser.parse_args(argv)
+    if flags.command not in SHARED:
+        flags.run(flags)
+        return
+    with signals_as_exits():
+        flags.run(flags, shard_of(flags.shard))

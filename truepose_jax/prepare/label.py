@@ -10,7 +10,6 @@ import json
 import os
 import pathlib
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import tqdm
@@ -25,9 +24,9 @@ from input_pipeline.sources.listing import PARSING_FOLDERS, POSE_FOLDERS, files_
 from truepose_jax.detection.embedded import EMBEDDED, EmbeddedParsing, EmbeddedPose
 from truepose_jax.runtime import files
 from truepose_jax.runtime.cli import reject_unused_flags
+from truepose_jax.runtime.reading import batches, readable
 
 PHOTO_FOLDERS = ("img_highres", "Img/img_highres", "image", "images", "img", "photos")
-READERS = 4
 FLAGS_USED_BY = {"labels": ("--parsing",), "score": ("--pose",)}
 SCORE, SEEN = 0.3, 0.5
 """Least score of a joint: of VitPose, of the embedded network."""
@@ -193,23 +192,16 @@ def run_over(
 
 
 def _batches(photos, batch_size: int, bar) -> Iterator[tuple[list[str], list[np.ndarray]]]:
-    """Batches of photos, the next being read while one is worked on."""
-    names = list(photos)
-    pieces = [names[start : start + batch_size] for start in range(0, len(names), batch_size)]
-    with ThreadPoolExecutor(READERS) as pool:
-        waiting = [[pool.submit(read_photo, photos[name]) for name in piece] for piece in pieces[:1]]
-        for i, piece in enumerate(pieces):
-            if i + 1 < len(pieces):
-                waiting.append([pool.submit(read_photo, photos[name]) for name in pieces[i + 1]])
-            good: list[tuple[str, np.ndarray]] = []
-            for name, future in zip(piece, waiting.pop(0), strict=True):
-                try:
-                    good.append((name, future.result()))
-                except InputError as error:
-                    bar.write(f"warning: {error} (left out)")
-                    bar.update()
-            if good:
-                yield [name for name, _ in good], [image for _, image in good]
+    """Batches of photos, the next being read while one is worked on; without those that cannot be read."""
+
+    def left_out(name: str, error: InputError) -> None:
+        bar.write(f"warning: {error} (left out)")
+        bar.update()
+
+    read = readable(lambda name: read_photo(photos[name]), photos, ahead=2 * batch_size, unreadable=left_out)
+    for batch in batches(read, batch_size):
+        names, images = zip(*batch, strict=True)
+        yield list(names), list(images)
 
 
 def write_map(folder: pathlib.Path, name: str, parsing: np.ndarray) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import functools
 import logging
 import os
 import pathlib
@@ -66,6 +67,16 @@ def run_program(main: Callable[[Sequence[str]], int | None], argv: Sequence[str]
         sys.stdout.flush()
     print(f"error: {text}", file=sys.stderr)
     return BAD_INPUT
+
+
+def program(run: Callable[[Sequence[str]], int | None]) -> Callable[..., int]:
+    """`@program` of main(argv): main(argv=None) is run_program of it, over the command's own words where none are given."""
+
+    @functools.wraps(run)
+    def main(argv: Sequence[str] | None = None) -> int:
+        return run_program(run, sys.argv[1:] if argv is None else argv)
+
+    return main
 
 
 def _of_the_system(error: OSError | MemoryError) -> str | None:

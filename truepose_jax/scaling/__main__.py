@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import importlib.util
 import pathlib
 import shlex
 import shutil
@@ -16,36 +15,10 @@ import jax
 import tqdm
 
 from truepose_jax.config import Config, ConfigError, from_config_dict, to_dict
-from truepose_jax.runtime import atomic, files
+from truepose_jax.runtime import atomic, files, plots
 from truepose_jax.runtime.cli import enable_compilation_cache, parse_size, run_with_config
 from truepose_jax.scaling import batch, batch_report, devices, memory
 from truepose_jax.scaling import flags as told
-from truepose_jax.scaling.flags import (
-    BATCHES,
-    CONFIG,
-    CURVES,
-    DEVICES,
-    DRY_RUN,
-    DTYPES,
-    EXAMPLES,
-    FSDP,
-    LAMB_RATE,
-    MEMORY_GIB,
-    MICRO,
-    OUT,
-    PER_DEVICE,
-    REFERENCE,
-    REMAT,
-    RESOLUTION,
-    SEEDS,
-    SIZES,
-    STEPS,
-    STRONG,
-    STUDY,
-    TARGET,
-    TOPOLOGIES,
-    TPU_PYTHON,
-)
 from truepose_jax.scaling.hardware import Topology
 from truepose_jax.scaling.table import Row, Table
 from truepose_jax.training.checkpoint import STOPPED, lock_workdir
@@ -72,26 +45,26 @@ def _numbers(name: str, texts: Sequence[str]) -> list[int]:
 
 def _topologies() -> tuple[list[Topology], list[str]]:
     """(slices that can be compiled for, lines about what was left out)."""
-    wanted = [Topology(text.strip()) for text in TOPOLOGIES.value]
-    if wanted and not TPU_PYTHON.value:
+    wanted = [Topology(text.strip()) for text in told.TOPOLOGIES.value]
+    if wanted and not told.TPU_PYTHON.value:
         return [], [
             f"Left out: {', '.join(t.name for t in wanted)} (no --tpu-python, an interpreter with jax[tpu], was named)."
         ]
-    if wanted and shutil.which(TPU_PYTHON.value) is None:
-        raise ConfigError(f"--tpu-python={TPU_PYTHON.value} is no program that can be run")
+    if wanted and shutil.which(told.TPU_PYTHON.value) is None:
+        raise ConfigError(f"--tpu-python={told.TPU_PYTHON.value} is no program that can be run")
     return wanted, []
 
 
 def _batch(config: Config, folder: pathlib.Path) -> Work:
-    sizes, curves = _numbers("batches", BATCHES.value), batch.curves_of(CURVES.value)
+    sizes, curves = _numbers("batches", told.BATCHES.value), batch.curves_of(told.CURVES.value)
     settings = batch.Settings(
-        target=TARGET.value or None,
-        examples=EXAMPLES.value,
-        micro=MICRO.value or sizes[0] // 2,
-        reference=REFERENCE.value or config.batch_size,
-        lamb_rate=LAMB_RATE.value,
+        target=told.TARGET.value or None,
+        examples=told.EXAMPLES.value,
+        micro=told.MICRO.value or sizes[0] // 2,
+        reference=told.REFERENCE.value or config.batch_size,
+        lamb_rate=told.LAMB_RATE.value,
     )
-    runs = batch.plan(sizes, curves, SEEDS.value, settings)
+    runs = batch.plan(sizes, curves, told.SEEDS.value, settings)
     for run in runs:
         batch.config_of(run, config, settings)  # raises where it cannot be
 
@@ -110,12 +83,12 @@ def _batch(config: Config, folder: pathlib.Path) -> Work:
 def _devices(config: Config, folder: pathlib.Path) -> Work:
     on_cpu = jax.default_backend() == "cpu"
     here = [1, 2, 4] if on_cpu else [n for n in (2**i for i in range(20)) if n <= jax.device_count()]
-    counts = [] if DEVICES.value == ["none"] else _numbers("devices", DEVICES.value or [str(n) for n in here])
+    counts = [] if told.DEVICES.value == ["none"] else _numbers("devices", told.DEVICES.value or [str(n) for n in here])
     if not on_cpu and max(counts, default=0) > jax.device_count():
         raise ConfigError(f"--devices={max(counts)}, but there are {jax.device_count()}")
     slices, notes = _topologies()
-    per_device = PER_DEVICE.value or config.batch_size
-    settings = devices.Settings(per_device, STRONG.value or per_device * max(counts, default=1), STEPS.value)
+    per_device = told.PER_DEVICE.value or config.batch_size
+    settings = devices.Settings(per_device, told.STRONG.value or per_device * max(counts, default=1), told.STEPS.value)
     runs = devices.plan(counts, slices, settings)
     if not runs:
         raise ConfigError("--devices=none leaves nothing to do without --topologies and --tpu-python")
@@ -125,29 +98,29 @@ def _devices(config: Config, folder: pathlib.Path) -> Work:
     return Work(
         common={"study": "devices", "config": to_dict(config), "settings": dataclasses.asdict(settings)},
         runs=runs,
-        row=lambda run: devices.row(run, config, settings, folder, on_cpu=on_cpu, tpu_python=TPU_PYTHON.value),
+        row=lambda run: devices.row(run, config, settings, folder, on_cpu=on_cpu, tpu_python=told.TPU_PYTHON.value),
         report=lambda found: devices.write_report(found, config, settings, _commands(folder), notes),
     )
 
 
 def _memory(config: Config, folder: pathlib.Path) -> Work:
     try:
-        sizes = [parse_size(text) for text in SIZES.value] or [config.model.size]
+        sizes = [parse_size(text) for text in told.SIZES.value] or [config.model.size]
     except argparse.ArgumentTypeError as error:
         raise ConfigError(f"--sizes: {error}") from error
-    if unknown := set(REMAT.value) - {"off", "on"}:
+    if unknown := set(told.REMAT.value) - {"off", "on"}:
         raise ConfigError(f"--remat holds {sorted(unknown)[0]!r}; it takes off and on")
     slices, notes = _topologies()
-    budget = int(MEMORY_GIB.value * 2**30) or (0 if slices else _device_bytes())
-    settings = memory.Settings(budget, RESOLUTION.value)
+    budget = int(told.MEMORY_GIB.value * 2**30) or (0 if slices else _device_bytes())
+    settings = memory.Settings(budget, told.RESOLUTION.value)
     on_cpu = jax.default_backend() == "cpu"
     places = [t.name for t in slices] or [""]
-    fsdp = _numbers("fsdp", FSDP.value)
+    fsdp = _numbers("fsdp", told.FSDP.value)
     if not on_cpu and not slices and fsdp[-1] > jax.device_count():
         raise ConfigError(f"--fsdp={fsdp[-1]}, but there are {jax.device_count()} devices")
     runs = [
         memory.Run(size, dtype, remat == "on", n, place)
-        for place in places for size in sizes for dtype in DTYPES.value for remat in REMAT.value for n in fsdp
+        for place in places for size in sizes for dtype in told.DTYPES.value for remat in told.REMAT.value for n in fsdp
     ]  # fmt: skip
     for run in runs:
         memory.config_of(run, config, config.data.targets_per_source)
@@ -155,7 +128,7 @@ def _memory(config: Config, folder: pathlib.Path) -> Work:
     return Work(
         common={"study": "memory", "config": to_dict(config), "settings": dataclasses.asdict(settings)},
         runs=runs,
-        row=lambda run: memory.row(run, config, settings, folder, on_cpu=on_cpu, tpu_python=TPU_PYTHON.value),
+        row=lambda run: memory.row(run, config, settings, folder, on_cpu=on_cpu, tpu_python=told.TPU_PYTHON.value),
         report=lambda found: memory.write_report(found, config, settings, _commands(folder), notes, on_cpu=on_cpu),
     )
 
@@ -171,7 +144,7 @@ def _device_bytes() -> int:
 def _command() -> str:
     """The command that was given, for the report; this machine's interpreters are left out."""
     words = [w for w in sys.argv[1:] if not w.startswith("--tpu-python")]
-    words += ["--tpu-python=PYTHON"] if TPU_PYTHON.value else []
+    words += ["--tpu-python=PYTHON"] if told.TPU_PYTHON.value else []
     return " ".join(["python -m truepose_jax.scaling", *(shlex.quote(w) for w in words)])
 
 
@@ -189,17 +162,16 @@ def _commands(folder: pathlib.Path) -> str:
 def main(argv: list[str]) -> int:
     if len(argv) > 1:
         raise ConfigError(f"unknown argument {argv[1]!r}; settings are --config.key=value")
-    for flag, value in (("study", STUDY.value), ("config", CONFIG.value), ("out", OUT.value)):
+    for flag, value in (("study", told.STUDY.value), ("config", told.CONFIG.value), ("out", told.OUT.value)):
         if not value:
             raise ConfigError(f"--{flag} is missing; python -m truepose_jax.scaling --help tells what there is")
-    if importlib.util.find_spec("matplotlib") is None:
-        raise ConfigError("matplotlib is not installed: pip install -e '.[scaling]' in the project's folder")
+    plots.need_matplotlib()
     if jax.process_count() > 1:
         raise ConfigError("the studies run in one process")
-    config = resolve_init_from(from_config_dict(Config, CONFIG.value))
-    folder = pathlib.Path(OUT.value)
-    work = {"batch": _batch, "devices": _devices, "memory": _memory}[STUDY.value](config, folder)
-    if DRY_RUN.value:
+    config = resolve_init_from(from_config_dict(Config, told.CONFIG.value))
+    folder = pathlib.Path(told.OUT.value)
+    work = {"batch": _batch, "devices": _devices, "memory": _memory}[told.STUDY.value](config, folder)
+    if told.DRY_RUN.value:
         return _dry_run(work, folder)
     found = Table(folder, work.common)
     _commands(folder)
@@ -212,8 +184,8 @@ def main(argv: list[str]) -> int:
             if row is None:
                 return STOPPED
             found.add(row)
-            told = ", ".join(f"{k} {v}" for k, v in row.items() if isinstance(v, int | float | str))
-            tqdm.tqdm.write(f"  {told[:300]}", file=sys.stdout)
+            said = ", ".join(f"{k} {v}" for k, v in row.items() if isinstance(v, int | float | str))
+            tqdm.tqdm.write(f"  {said[:300]}", file=sys.stdout)
         print(f"report: {work.report(found)}", flush=True)
     return 0
 

@@ -10,9 +10,8 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from truepose_jax.config import Config
-from truepose_jax.runtime import atomic
+from truepose_jax.runtime import atomic, plots
 from truepose_jax.runtime.markdown import narrow
-from truepose_jax.scaling import plots
 from truepose_jax.scaling.batch import Settings, evaluations, step_moments
 from truepose_jax.scaling.fits import Hyperbola, hyperbola, noise_estimate
 from truepose_jax.scaling.report import interval, number, origin, table

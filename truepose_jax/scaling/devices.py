@@ -7,9 +7,9 @@ import pathlib
 from collections.abc import Mapping, Sequence
 
 from truepose_jax.config import Config, ConfigError, checked
-from truepose_jax.runtime import atomic
+from truepose_jax.runtime import atomic, plots
 from truepose_jax.runtime.markdown import narrow
-from truepose_jax.scaling import plots, worker
+from truepose_jax.scaling import worker
 from truepose_jax.scaling.hardware import Topology, predicted
 from truepose_jax.scaling.report import number, origin, table
 from truepose_jax.scaling.table import Row, Table

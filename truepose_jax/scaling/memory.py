@@ -9,9 +9,9 @@ import sys
 from collections.abc import Callable, Sequence
 
 from truepose_jax.config import Config, ConfigError, checked
-from truepose_jax.runtime import atomic
+from truepose_jax.runtime import atomic, plots
 from truepose_jax.runtime.markdown import narrow
-from truepose_jax.scaling import plots, worker
+from truepose_jax.scaling import worker
 from truepose_jax.scaling.devices import PREDICTION
 from truepose_jax.scaling.hardware import Topology
 from truepose_jax.scaling.report import origin, table

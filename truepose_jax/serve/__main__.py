@@ -15,18 +15,15 @@ from collections.abc import Sequence
 
 from input_pipeline.schema import InputError
 from truepose_jax.detection.blazepose import blazepose
-from truepose_jax.runtime.cli import enable_compilation_cache, install, run_program
+from truepose_jax.runtime.cli import enable_compilation_cache, install, program
 from truepose_jax.serve.api import MOST_BYTES, Guard, add_routes
 from truepose_jax.serve.engine import Engine
 from truepose_jax.serve.flags import make_parser
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+@program
+def main(argv: Sequence[str]) -> None:
     """Returns the exit code: 2, and one line on stderr, for bad input."""
-    return run_program(_main, sys.argv[1:] if argv is None else argv)
-
-
-def _main(argv: Sequence[str]) -> None:
     flags = make_parser().parse_args(argv)
     with _listening(flags) as listener, tempfile.TemporaryDirectory(prefix="truepose_serve_") as folder:
         # Gradio reads these when it is imported: it reports nothing, and keeps uploads with this server.

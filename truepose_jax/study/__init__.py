@@ -2,21 +2,17 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
 
-from truepose_jax.runtime.cli import run_program
+from truepose_jax.runtime.cli import program
 from truepose_jax.study.flags import make_parser
 
 __all__ = ["main"]
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+@program
+def main(argv: Sequence[str]) -> None:
     """Runs a sub-command; returns the exit code (2 and one line where the input is bad)."""
-    return run_program(_main, sys.argv[1:] if argv is None else argv)
-
-
-def _main(argv: Sequence[str]) -> None:
     flags = make_parser().parse_args(argv)
     from truepose_jax.study.attention import study_attention
     from truepose_jax.study.style import study_style

@@ -24,6 +24,7 @@ from input_pipeline.annotations.parsing import LabelSet, label_set
 from input_pipeline.schema import MAX_CLASSES, InputError
 from truepose_jax.inference.pipeline import Fitted, Run
 from truepose_jax.models.masks import coverage_levels
+from truepose_jax.runtime import plots
 from truepose_jax.runtime.choices import SYNTHETIC
 from truepose_jax.runtime.cli import enable_compilation_cache, reject_unused_flags
 from truepose_jax.runtime.markdown import narrow
@@ -59,7 +60,7 @@ class Measured:
 
 def study_attention(flags: argparse.Namespace) -> None:
     """Reads, measures, writes. Everything given is checked before the weights are read."""
-    drawing.need_matplotlib()
+    plots.need_matplotlib()
     out = _folder(flags.out, flags.overwrite)
     reject_unused_flags(flags, OF_MODEL, "--workdir" if flags.workdir else "--weights")
     kind = SYNTHETIC if flags.data == SYNTHETIC else RECORDS if are_records(flags.data) else PHOTOS
@@ -131,7 +132,7 @@ def measure(
             batch, keys = pipeline.batch_of(piece, size)
             parts.append(watcher.watch(batch, keys))
             bar.update(len(piece))
-    seen = _first(join(parts), len(fitted))
+    seen = join(parts, len(fitted))
     levels = coverage_levels(
         np.stack([f.source.parsing for f in fitted]),
         num_classes=MAX_CLASSES,
@@ -225,18 +226,6 @@ def _never_trained(encoder: Baseline) -> str:
 def _mean_shares(measured: Measured) -> dict[str, float]:
     finest = max(measured.coverage.values(), key=lambda c: c.shape[1])
     return {region: round(float(finest[..., i].mean()), 4) for i, region in enumerate(REGIONS)}
-
-
-def _first(seen: Seen, count: int) -> Seen:
-    """Without the rows that fill the last batch."""
-    return Seen(
-        {site: mass[:count] for site, mass in seen.before.items()},
-        {site: mass[:count] for site, mass in seen.after.items()},
-        {site: mass[:, :count] for site, mass in seen.target.items()},
-        {site: mass[:, :count] for site, mass in seen.through.items()},
-        seen.timesteps,
-        seen.latents[:count],
-    )
 
 
 def _folder(path: str, overwrite: bool) -> pathlib.Path:

@@ -1,60 +1,34 @@
-"""The study's charts. matplotlib is the extra [scaling]; it is imported where it is used."""
+"""The study's charts."""
 
 from __future__ import annotations
 
 import contextlib
-import importlib.util
 import pathlib
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from input_pipeline.schema import InputError
-from truepose_jax.runtime.cli import install
+from truepose_jax.runtime import plots
 from truepose_jax.study.regions import REGIONS
 from truepose_jax.study.table import AFTER, MAPS, MEAN, OVER_T, Row, select
 
-COLOURS = {"head": "#0072B2", "clothes": "#D55E00", "rest": "#999999"}
-SERIES = ("#56B4E9", "#0072B2", "#009E73", "#E69F00", "#CC79A7", "#D55E00")
-"""Okabe and Ito's palette, told apart by colour-blind eyes."""
-DENSITY = "attention / share of the picture"
-STYLE = {
-    "figure.dpi": 130,
-    "font.size": 9,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.grid": True,
-    "axes.grid.axis": "y",
-    "grid.color": "#e6e6e6",
-    "axes.axisbelow": True,
-    "legend.frameon": False,
-    "legend.fontsize": 8,
-}
-
-
-def need_matplotlib() -> None:
-    """Raises InputError where it is not installed."""
-    if importlib.util.find_spec("matplotlib") is None:
-        raise InputError("the charts need matplotlib: " + install("scaling"))
+COLOURS = {"head": plots.COLOURS[0], "clothes": plots.COLOURS[1], "rest": "#999999"}
+SERIES = tuple(plots.COLOURS[i] for i in (5, 0, 2, 4, 3, 1))
 
 
 @contextlib.contextmanager
 def _axes(path: pathlib.Path, title: str, panels: int = 1, wide: float = 6.2) -> Iterator[Any]:
     """Axes (a list of them for panels > 1) with the line of indifference; saved to `path`."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    with plt.rc_context(STYLE):
-        made, axes = plt.subplots(1, panels, figsize=(wide, 3.4), sharey=True, squeeze=False)
-        for axis in axes[0]:
+    y = "attention / share of the picture"
+    with plots.figure(path, y=y, panels=panels, size=(wide, 3.4), title=title, legend="") as axes:
+        for axis in [axes] if panels == 1 else axes:
             axis.axhline(1.0, color="#444444", linewidth=0.8, linestyle=":")
-        axes[0][0].set_ylabel(DENSITY)
-        made.suptitle(title, fontsize=9)
-        yield axes[0][0] if panels == 1 else list(axes[0])
-        made.tight_layout()
-        made.savefig(path, metadata={"Software": None})
-        plt.close(made)
+        yield axes
+
+
+def _line(axis: Any, at: Sequence[float], rows: Sequence[Row], region: str) -> None:
+    """A region's densities with their errors of the mean over photos."""
+    density, sem = [row.density for row in rows], [row.sem or 0.0 for row in rows]
+    axis.errorbar(at, density, sem, marker="o", markersize=4, color=COLOURS[region], label=region)
 
 
 def bars(path: pathlib.Path, series: Sequence[tuple[str, dict[str, Row]]], title: str) -> None:
@@ -83,16 +57,7 @@ def layers(path: pathlib.Path, rows: Sequence[Row], sites: Sequence[str], title:
             for region in REGIONS:
                 found = [select(rows, name, layer=site).get(region) for site in sites]
                 at = [i for i, row in enumerate(found) if row]
-                values = [found[i].density for i in at]
-                axis.errorbar(
-                    at,
-                    values,
-                    [found[i].sem or 0.0 for i in at],
-                    marker="o",
-                    markersize=4,
-                    color=COLOURS[region],
-                    label=region,
-                )
+                _line(axis, at, [found[i] for i in at], region)
             axis.set_title(name + (", mean over t" if name in OVER_T else ""), fontsize=8)
             axis.set_xticks(range(len(sites)), [short(site) for site in sites], rotation=60, ha="right", fontsize=7)
             axis.set_xlim(-0.5, len(sites) - 0.5)
@@ -105,15 +70,7 @@ def over_t(path: pathlib.Path, rows: Sequence[Row], timesteps: Sequence[int], ti
         for axis, name in zip(axes, OVER_T, strict=True):
             for region in REGIONS:
                 found = [(t, row) for t in timesteps if (row := select(rows, name, t=t).get(region))]
-                axis.errorbar(
-                    [t for t, _ in found],
-                    [row.density for _, row in found],
-                    [row.sem or 0.0 for _, row in found],
-                    marker="o",
-                    markersize=4,
-                    color=COLOURS[region],
-                    label=region,
-                )
+                _line(axis, [t for t, _ in found], [row for _, row in found], region)
                 fixed = select(rows, AFTER).get(region)
                 if fixed:
                     axis.axhline(fixed.density, color=COLOURS[region], linestyle="--", linewidth=1)

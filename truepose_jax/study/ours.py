@@ -172,12 +172,12 @@ class Watcher:
         return ddim_step(x, output, t, abar_next, self.schedule), masses, through
 
 
-def join(parts: list[Seen]) -> Seen:
-    """The photos of several batches as one."""
+def join(parts: list[Seen], count: int) -> Seen:
+    """The first `count` photos of several batches: others fill the last batch."""
 
     def of(name: str, axis: int) -> dict[str, np.ndarray]:
-        values = [getattr(part, name) for part in parts]
-        return {site: np.concatenate([value[site] for value in values], axis=axis) for site in values[0]}
+        values, kept = [getattr(part, name) for part in parts], (slice(None),) * axis + (slice(count),)
+        return {site: np.concatenate([value[site] for value in values], axis=axis)[kept] for site in values[0]}
 
-    latents = np.concatenate([part.latents for part in parts])
+    latents = np.concatenate([part.latents for part in parts])[:count]
     return Seen(of("before", 0), of("after", 0), of("target", 1), of("through", 1), parts[0].timesteps, latents)

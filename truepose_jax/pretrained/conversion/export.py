@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from truepose_jax.config import Config, to_dict
-from truepose_jax.pretrained.conversion import key_maps, to_torch
+from truepose_jax.pretrained.conversion import key_maps, to_torch, weights_folder
 from truepose_jax.pretrained.conversion.export_configs import scheduler_config, settings, unet_config
 from truepose_jax.pretrained.conversion.model_card import model_card
 from truepose_jax.pretrained.conversion.safetensors_io import (
@@ -42,16 +42,6 @@ from truepose_jax.pretrained.conversion.truepose_names import (
     TARGET_NET,
     block_of_site,
     place_of,
-)
-from truepose_jax.pretrained.conversion.weights_folder import (
-    CLIP_FOLDER,
-    CODEC_FILE,
-    Progress,
-    check_destination,
-    gib,
-    new_folder,
-    with_progress,
-    write_texts,
 )
 from truepose_jax.runtime.markdown import narrow
 
@@ -88,7 +78,7 @@ class Report:
         files = "\n".join(
             f"  {file}: {self.tensors[file]} tensors, {self.parameters[file]:,} parameters" for file in self.tensors
         )
-        return f"{self.folder}: {gib(self.bytes)} of weights\n{files}"
+        return f"{self.folder}: {weights_folder.gib(self.bytes)} of weights\n{files}"
 
 
 def write_export(
@@ -101,7 +91,7 @@ def write_export(
     run: Mapping[str, Any],
     clip: Path | None = None,
     codec: Path | None = None,
-    progress: Progress = lambda count: None,
+    progress: weights_folder.Progress = lambda count: None,
 ) -> Report:
     """Writes the folder `dst`, which must not exist or be empty; it appears when it is whole.
 
@@ -124,20 +114,22 @@ def write_export(
         _check_whole(infos, config)
     size = sum(info.dtype.itemsize * math.prod(info.shape) for found in infos.values() for info in found.values())
     inside = [] if clip is None else [clip / "config.json", *weight_files(clip)]
-    copied = {f"{CLIP_FOLDER}/{file.name}": file for file in inside} | ({CODEC_FILE: codec} if codec else {})
+    copied = {f"{weights_folder.CLIP_FOLDER}/{file.name}": file for file in inside} | (
+        {weights_folder.CODEC_FILE: codec} if codec else {}
+    )
     needed = size + sum(file.stat().st_size for file in copied.values())
-    check_destination(dst, needed)
+    weights_folder.check_destination(dst, needed)
     if dtype == "float16":  # the one that ends before float32 does
         for tree in trees.values():
             for _ in to_torch.stream(tree, dtype, _tensor_name):
                 pass
 
     texts = _texts(_at_home(config, copied), origin, run, infos, copied)
-    with new_folder(dst, needed) as partial:
-        write_texts(partial, texts)
+    with weights_folder.new_folder(dst, needed) as partial:
+        weights_folder.write_texts(partial, texts)
         for file, tree in trees.items():
             tensors = to_torch.stream(tree, dtype, _tensor_name)
-            write_safetensors(partial / file, infos[file], with_progress(tensors, progress))
+            write_safetensors(partial / file, infos[file], weights_folder.with_progress(tensors, progress))
         for name, file in copied.items():
             (partial / name).parent.mkdir(exist_ok=True)
             shutil.copyfile(file, partial / name)
@@ -171,9 +163,8 @@ def write_files(
 
     infos = {file: to_torch.infos(tree, dtype, name_of) for file, tree in trees.items()}
     size = sum(info.dtype.itemsize * math.prod(info.shape) for found in infos.values() for info in found.values())
-    check_destination(dst, size)
-    with new_folder(dst, size) as partial:
-        write_texts(partial, texts)
+    with weights_folder.new_folder(dst, size) as partial:
+        weights_folder.write_texts(partial, texts)
         for file, tree in trees.items():
             (partial / file).parent.mkdir(exist_ok=True)
             write_safetensors(partial / file, infos[file], to_torch.stream(tree, dtype, name_of))
@@ -183,10 +174,10 @@ def write_files(
 def _at_home(config: Config, copied: Container[str]) -> Config:
     """The configuration with what was copied in called by its place there: where it lay before is nobody's business."""
     model = config.model
-    if f"{CLIP_FOLDER}/config.json" in copied:
-        model = dataclasses.replace(model, clip=dataclasses.replace(model.clip, path=CLIP_FOLDER))
-    if CODEC_FILE in copied:
-        model = dataclasses.replace(model, vae=CODEC_FILE)
+    if f"{weights_folder.CLIP_FOLDER}/config.json" in copied:
+        model = dataclasses.replace(model, clip=dataclasses.replace(model.clip, path=weights_folder.CLIP_FOLDER))
+    if weights_folder.CODEC_FILE in copied:
+        model = dataclasses.replace(model, vae=weights_folder.CODEC_FILE)
     return dataclasses.replace(config, model=model)
 
 

@@ -12,16 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from truepose_jax.config import UNetConfig, to_dict
-from truepose_jax.pretrained.conversion import key_maps, ldm, paper_start, starting_point, truepose_names
+from truepose_jax.pretrained.conversion import key_maps, ldm, origins, paper_start, starting_point, truepose_names
 from truepose_jax.pretrained.conversion.key_maps import ModelKeys
-from truepose_jax.pretrained.conversion.origins import (
-    UNKNOWN_LICENCE,
-    licence_of,
-    parsed,
-    read_json,
-    read_text,
-    schedule_of,
-)
 from truepose_jax.pretrained.conversion.plan import Item, Plan, Shapes, Source, Tree, copies, parameters
 from truepose_jax.pretrained.conversion.safetensors_io import (
     STEMS,
@@ -65,13 +57,13 @@ def sd15_folder(src: Path, shapes: Shapes, *, name: str, variant: str | None = N
                 f"file in the original layout; it has {', '.join(there) or 'nothing'}"
             )
     config_file = src / "unet" / "config.json"
-    config = read_json(config_file)
+    config = origins.read_json(config_file)
     for field, value, what in _STRANGE_CONFIGS:
         if config.get(field) == value and (method == "truepose" or field != "cross_attention_dim"):
             raise ConversionError(f"{config_file}: this is {what}; TruePose starts from SD1.5's UNet")
-    unet_config = parsed(config_file, config, UNetConfig.from_diffusers)
+    unet_config = origins.parsed(config_file, config, UNetConfig.from_diffusers)
     vae_config_file = src / "vae" / "config.json"
-    vae_config = read_json(vae_config_file)
+    vae_config = origins.read_json(vae_config_file)
     channels = vae_config.get("latent_channels", 4)
     if (unet_config.in_channels, unet_config.out_channels) != (channels, channels):
         raise ConversionError(
@@ -81,12 +73,12 @@ def sd15_folder(src: Path, shapes: Shapes, *, name: str, variant: str | None = N
     factor = 2 ** (len(vae_config.get("block_out_channels", (64,))) - 1)
     if factor != SD15_FACTOR:
         raise ConversionError(f"{vae_config_file}: this autoencoder shrinks by {factor}; SD1.5's by {SD15_FACTOR}")
-    vae_tree = parsed(vae_config_file, vae_config, shapes.autoencoder)
-    schedule = schedule_of(read_json(src / SCHEDULER_FILE), src / SCHEDULER_FILE)
+    vae_tree = origins.parsed(vae_config_file, vae_config, shapes.autoencoder)
+    schedule = origins.schedule_of(origins.read_json(src / SCHEDULER_FILE), src / SCHEDULER_FILE)
     make = (
         (lambda unet: shapes.truepose(unet, {})) if method == "truepose" else (lambda unet: shapes.paper(method, unet))
     )
-    tree = parsed(config_file, unet_config, make)
+    tree = origins.parsed(config_file, unet_config, make)
 
     unet = _open(src / "unet", key_maps.UNET, variant)
     vae = _open(src / "vae", key_maps.VAE, variant if variant and _has_variant(src / "vae", variant) else None)
@@ -95,12 +87,12 @@ def sd15_folder(src: Path, shapes: Shapes, *, name: str, variant: str | None = N
         items, fresh = _starting_point(tree, unet), starting_point.FRESH
     else:
         items, fresh = paper_start.of_unet(tree, unet)
-    details = _details("sd15", name, licence_of(src), unet_config, schedule, fresh, method)
+    details = _details("sd15", name, origins.licence_of(src), unet_config, schedule, fresh, method)
     return Plan(
         items={PARAMS_FILE: items, VAE_FILE: copies(vae_tree, vae)},
         texts={
-            "vae/config.json": read_text(vae_config_file),
-            SCHEDULER_FILE: read_text(src / SCHEDULER_FILE),
+            "vae/config.json": origins.read_text(vae_config_file),
+            SCHEDULER_FILE: origins.read_text(src / SCHEDULER_FILE),
         },
         details=details,
         notes=(f"folders not read: {', '.join(others)}",) if others else (),
@@ -126,7 +118,7 @@ def sd15_file(
             f"{file} is {what or 'no checkpoint in the original layout'}: no tensor is named {ldm.UNET_PREFIX}..."
         )
     ldm.check_schedule(tensors, str(file))
-    schedule = schedule_of(ldm.SD15_SCHEDULER, "SD1.5")
+    schedule = origins.schedule_of(ldm.SD15_SCHEDULER, "SD1.5")
     levels = len(vae["block_out_channels"])
     in_vae = copies(shapes.autoencoder(vae), source, lambda name: ldm.vae_name(name, levels))
     return Plan(
@@ -135,7 +127,7 @@ def sd15_file(
             VAE_FILE: [item._replace(expected=ldm.vae_shape(item.name, item.shape)) for item in in_vae],
         },
         texts={"vae/config.json": _json(vae), SCHEDULER_FILE: _json(ldm.SD15_SCHEDULER)},
-        details=_details("sd15", name, UNKNOWN_LICENCE, unet, schedule, starting_point.FRESH),
+        details=_details("sd15", name, origins.UNKNOWN_LICENCE, unet, schedule, starting_point.FRESH),
         notes=("the file says neither configs nor schedule; SD1.5's are taken",),
         not_read=not_read,
     )
@@ -144,7 +136,7 @@ def sd15_file(
 def truepose_export(src: Path, shapes: Shapes, *, name: str) -> Plan:
     """A folder that `convert to-torch` wrote. Of autoencoders it holds at most a patch codec. Raises ConversionError."""
     settings_file = src / truepose_names.SETTINGS_FILE
-    settings = read_json(settings_file)
+    settings = origins.read_json(settings_file)
     if settings.get("method") != "truepose" or "source_parsing" not in settings:
         raise ConversionError(
             f"{settings_file}: method is {settings.get('method')!r} and source_parsing "
@@ -154,11 +146,11 @@ def truepose_export(src: Path, shapes: Shapes, *, name: str) -> Plan:
     twins = (truepose_names.TARGET_NET, truepose_names.SOURCE_NET)
     for network in twins if settings.get("fusion", {}).get("features") != "clip" else twins[:1]:
         file = src / network / "config.json"
-        configs[network] = parsed(file, read_json(file), UNetConfig.from_diffusers)
+        configs[network] = origins.parsed(file, origins.read_json(file), UNetConfig.from_diffusers)
     unet = configs[truepose_names.TARGET_NET]
     if any(found != unet for found in configs.values()):
         raise ConversionError(f"{src}: the configs of source_net and target_net differ; they are twins")
-    tree = parsed(settings_file, unet, lambda unet: shapes.truepose(unet, settings))
+    tree = origins.parsed(settings_file, unet, lambda unet: shapes.truepose(unet, settings))
     sources = {network: _open(src / network, key_maps.UNET, None) for network in configs}
     sources[truepose_names.EXTRAS] = _open(src / f"{truepose_names.EXTRAS}.safetensors", EXTRAS, None)
 
@@ -170,11 +162,11 @@ def truepose_export(src: Path, shapes: Shapes, *, name: str) -> Plan:
     if (src / CODEC_FILE).is_file():
         codec = _open(src / CODEC_FILE, CODEC, None)
         items[CODEC_FILE] = copies(codec.tensors.infos, codec)
-    schedule = schedule_of(read_json(src / SCHEDULER_FILE), src / SCHEDULER_FILE)
+    schedule = origins.schedule_of(origins.read_json(src / SCHEDULER_FILE), src / SCHEDULER_FILE)
     return Plan(
         items=items,
-        texts={SCHEDULER_FILE: read_text(src / SCHEDULER_FILE)},
-        details=_details("truepose", name, licence_of(src), unet, schedule, ()) | {"settings": settings},
+        texts={SCHEDULER_FILE: origins.read_text(src / SCHEDULER_FILE)},
+        details=_details("truepose", name, origins.licence_of(src), unet, schedule, ()) | {"settings": settings},
     )
 
 
@@ -182,14 +174,14 @@ def with_clip(plan: Plan, src: Path, shapes: Shapes, *, name: str) -> Plan:
     """The plan with CLIP's vision tower, from a transformers folder of the tower or of a whole CLIP. Raises
     ConversionError."""
     config_file = src / "config.json"
-    config = read_json(config_file)
-    tree = parsed(config_file, config, shapes.clip)
+    config = origins.read_json(config_file)
+    tree = origins.parsed(config_file, config, shapes.clip)
     width, context = tree["visual_projection"]["kernel"].shape[1], plan.details["unet"]["cross_attention_dim"]
     if width != context:
         raise ConversionError(
             f"{src}: this CLIP gives tokens of {width}; the UNet reads {context} (SD1.5: openai/clip-vit-large-patch14)"
         )
-    text = read_text(config_file)
+    text = origins.read_text(config_file)
     if "vision_config" in config:
         # A whole CLIP's; the tower alone is what is written.
         vision = {
@@ -199,7 +191,7 @@ def with_clip(plan: Plan, src: Path, shapes: Shapes, *, name: str) -> Plan:
         }
         text = _json(dict(config["vision_config"]) | vision)
     clip = _open(src, key_maps.CLIP_VISION, None, CLIP_FOLDER)
-    origin = plan.details["origin"] | {"clip": {"name": name, "licence": licence_of(src)}}
+    origin = plan.details["origin"] | {"clip": {"name": name, "licence": origins.licence_of(src)}}
     return dataclasses.replace(
         plan,
         items=dict(plan.items) | {CLIP_FILE: copies(tree, clip)},
@@ -218,7 +210,7 @@ def with_dino(plan: Plan, src: Path, tree: Tree, *, width: int) -> Plan:
     return dataclasses.replace(
         plan,
         items=dict(plan.items) | {f"{DINO_FOLDER}/{STEMS[1]}.safetensors": copies(tree, dino)},
-        texts=dict(plan.texts) | {f"{DINO_FOLDER}/config.json": read_text(src / "config.json")},
+        texts=dict(plan.texts) | {f"{DINO_FOLDER}/config.json": origins.read_text(src / "config.json")},
     )
 
 

@@ -24,23 +24,3 @@ from truepose_jax.training.checkpoint.workdir import (
     read_metadata,
     write_metadata,
 )
-
-__all__ = [
-    "STOPPED",
-    "CheckpointError",
-    "Checkpoints",
-    "DamagedStep",
-    "Preemption",
-    "as_metadata",
-    "check_place",
-    "check_same_config",
-    "check_same_contents",
-    "check_there",
-    "data_digest",
-    "has_steps",
-    "lock_workdir",
-    "parameter_table",
-    "read_config",
-    "read_metadata",
-    "write_metadata",
-]

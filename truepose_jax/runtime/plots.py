@@ -1,4 +1,4 @@
-"""The figures of the reports: PNG, labelled axes with units, colours that print and are told apart by colour-blind eyes.
+"""The figures of the studies: PNG, labelled axes with units, colours that print and are told apart by colour-blind eyes.
 
 matplotlib is imported where it is used: it is the extra [scaling], and the program says so in one line where it is missing.
 """
@@ -6,9 +6,13 @@ matplotlib is imported where it is used: it is the extra [scaling], and the prog
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import pathlib
 from collections.abc import Iterator, Sequence
 from typing import Any
+
+from input_pipeline.schema import InputError
+from truepose_jax.runtime.cli import install
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
@@ -36,26 +40,42 @@ def style(i: int) -> dict[str, Any]:
     return {"color": COLOURS[i % len(COLOURS)], "marker": MARKERS[i % len(MARKERS)]}
 
 
+def need_matplotlib() -> None:
+    """Raises InputError where it is not installed."""
+    if importlib.util.find_spec("matplotlib") is None:
+        raise InputError("the figures need matplotlib: " + install("scaling"))
+
+
 @contextlib.contextmanager
-def figure(path: pathlib.Path, *, x: str, y: str, panels: int = 1, legend: str = "inside") -> Iterator[Any]:
-    """Axes (a list of them for panels > 1) to draw on; saved to `path`. x, y: what the axes show, with units. legend: of
-    the first panel's series, "inside" it, or "beside" them all."""
+def figure(
+    path: pathlib.Path,
+    *,
+    x: str = "",
+    y: str,
+    panels: int = 1,
+    size: tuple[float, float] | None = None,
+    title: str = "",
+    legend: str = "inside",
+) -> Iterator[Any]:
+    """Axes (a list of them for panels > 1) to draw on; saved to `path`. x, y: what the axes show, with units. size: inches.
+    legend: of the first panel's series, "inside" it, "beside" them all, or "" for none."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
     with plt.rc_context(_STYLE):
-        shape = (5.2, 3.6) if panels == 1 else (3.4 * panels, 3.3)
-        made, axes = plt.subplots(1, panels, figsize=shape, sharey=True, squeeze=False)
+        size = size or ((5.2, 3.6) if panels == 1 else (3.4 * panels, 3.3))
+        made, axes = plt.subplots(1, panels, figsize=size, sharey=True, squeeze=False)
         for axis in axes[0]:
             axis.set_xlabel(x)
         axes[0][0].set_ylabel(y)
+        made.suptitle(title, fontsize=9)
         yield axes[0][0] if panels == 1 else list(axes[0])
         made.tight_layout()
         if legend == "beside":
             made.legend(*axes[0][0].get_legend_handles_labels(), loc="center left", bbox_to_anchor=(1.0, 0.5))
-        elif axes[0][0].get_legend_handles_labels()[0]:
+        elif legend == "inside" and axes[0][0].get_legend_handles_labels()[0]:
             axes[0][0].legend()
         made.savefig(path, metadata={"Software": None}, bbox_inches="tight")
         plt.close(made)
