@@ -29,7 +29,7 @@ def token_cache(bench: Bench) -> list[dict]:
         said = sorted(bench.scratch.glob(f"{workdir.name}.*.err"))[-1].read_text()
         line = next((x.split("] ", 1)[-1] for x in said.splitlines() if "made anew" in x), "")
         line = line.replace(str(bench.scratch), "RUNS")
-        rows.append(row(f"region-token cache {kind}", 1, int(on and bool(line)), lost, line))
+        rows.append(row(f"region-token cache {kind}", on and bool(line), line, lost=lost))
     return rows
 
 
@@ -43,7 +43,7 @@ def vanished(bench: Bench) -> list[dict]:
     code, said = run.end(), run.said()
     newest = max(committed(elsewhere))
     on, lost = bench.goes_on(elsewhere, newest)
-    return [row("workdir moved away", 1, int(code == 2 and run.clean() and on), lost, said, code=code)]
+    return [row("workdir moved away", code == 2 and run.clean() and on, said, lost=lost, code=code)]
 
 
 def moved_checkpoints(bench: Bench) -> list[dict]:
@@ -65,7 +65,7 @@ def moved_checkpoints(bench: Bench) -> list[dict]:
     kept.replace(workdir / "metrics.jsonl")
     on, lost = bench.goes_on(workdir, newest)
     said = said.replace(str(bench.scratch), "RUNS")
-    return [row("checkpoints moved away, then back", 1, int(good and bool(said) and on), lost, said)]
+    return [row("checkpoints moved away, then back", good and bool(said) and on, said, lost=lost)]
 
 
 def full_before(bench: Bench) -> list[dict]:
@@ -92,7 +92,7 @@ def full_before(bench: Bench) -> list[dict]:
         errors = [x for x in done.stderr.splitlines() if x.strip() and not x.startswith(("dd:", "WARNING"))]
         said = errors[-1].replace(str(bench.scratch), "RUNS") if errors else ""
         good = done.returncode == 2 and said.startswith("error: ") and "Traceback" not in done.stderr
-        rows.append(row(name, 1, int(good and (len(errors) == 1 or not alone)), 0, said, code=done.returncode))
+        rows.append(row(name, good and (len(errors) == 1 or not alone), said, code=done.returncode))
     return rows
 
 

@@ -63,7 +63,7 @@ def _killed(
     equal, lost = code == 0 and made() == whole, len(seen - at_end())
     said = f"in the end the bytes of an undisturbed call: {equal}; {len(seen)} whole outputs at kills, {lost} made again"
     name = f"kill -9 to {name} ({early} before, {KILLS - early} between outputs)"
-    return row(name, KILLS, KILLS if equal else 0, lost, said, code=code)
+    return row(name, KILLS if equal else 0, said, injected=KILLS, lost=lost, code=code)
 
 
 def _bytes(folder: pathlib.Path) -> dict[str, bytes]:
@@ -104,7 +104,7 @@ def generating(bench: Bench) -> list[dict]:
     again = _start(words, log).wait()
     good = process.returncode == 143 and 0 < there < 40 and there % 2 == 0 and again == 0
     good = good and f"{there} of them done before" in log.read_text() and len(list(out.glob("*.png"))) == 40
-    return [row("SIGTERM to generate, between batches", 1, int(good), 0, said, code=process.returncode)]
+    return [row("SIGTERM to generate, between batches", good, said, code=process.returncode)]
 
 
 def killed_generate(bench: Bench) -> list[dict]:

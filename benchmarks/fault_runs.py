@@ -214,6 +214,6 @@ def same_state(one: pathlib.Path, other: pathlib.Path) -> bool:
     )
 
 
-def row(fault: str, injected: int, survived: int, lost: int, said: str, **detail: object) -> dict:
+def row(fault: str, survived: bool | int, said: str, *, injected: int = 1, lost: int = 0, **detail: object) -> dict:
     said = re.sub(r"\(process \d+ on [^)]*\)", "(process N on HOST)", said)
-    return {"fault": fault, "injected": injected, "survived": survived, "lost": lost, "said": said, "detail": detail}
+    return {"fault": fault, "injected": injected, "survived": int(survived), "lost": lost, "said": said, "detail": detail}

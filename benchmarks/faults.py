@@ -80,7 +80,7 @@ def kills(bench: Bench) -> list[dict]:
     name = "kill -9 at a random moment (" + ", ".join(f"{n} {p}" for p, n in sorted(phases.items())) + ")"
     survived = sum(kill["resumed"] == kill["newest"] for kill in rows)
     lost = sum(max(kill["newest"] - kill["resumed"], 0) for kill in rows)
-    return [row(name, len(rows), survived if equal else 0, lost, said, kills=rows, bit_equal=equal)]
+    return [row(name, survived if equal else 0, said, injected=len(rows), lost=lost, kills=rows, bit_equal=equal)]
 
 
 def _until_a_moment(run: Run, count: int, draw: random.Random) -> None:
@@ -110,9 +110,8 @@ def sigterm(bench: Bench) -> list[dict]:
         good = good and (last == newest)  # every step that was done is saved
         on, lost = bench.goes_on(workdir, newest, *more)
         said = run.said() if at_once else run.out.read_text().splitlines()[-1]
-        rows.append(
-            row(f"{signal.Signals(number).name} {name}", 1, int(good and on), lost, said, code=code, seconds=seconds)
-        )
+        fault = f"{signal.Signals(number).name} {name}"
+        rows.append(row(fault, good and on, said, lost=lost, code=code, seconds=seconds))
         print(rows[-1], flush=True)
 
     run = Run(bench.workdir("sigterm_compile"), cold=True)
@@ -150,17 +149,8 @@ def sigterm(bench: Bench) -> list[dict]:
     code, seconds = again.end(), time.monotonic() - sent
     on, lost = bench.goes_on(run.workdir, EVERY)
     good = code == 143 and "nothing unsaved" in again.err.read_text() and on
-    rows.append(
-        row(
-            "SIGTERM after a resume, before its first step",
-            1,
-            int(good),
-            lost,
-            again.said(),
-            code=code,
-            seconds=seconds,
-        )
-    )
+    fault = "SIGTERM after a resume, before its first step"
+    rows.append(row(fault, good, again.said(), lost=lost, code=code, seconds=seconds))
 
     run = Run(bench.workdir("sigterm_twice"), *evaluation)
     run.until_step(15)
@@ -171,10 +161,8 @@ def sigterm(bench: Bench) -> list[dict]:
     run.signal(signal.SIGTERM)
     code, seconds = run.end(), time.monotonic() - sent
     on, lost = bench.goes_on(run.workdir, max(committed(run.workdir)), "--config.eval.every=100000")
-    rows.append(
-        row("SIGTERM twice, 0.2 s apart", 1, int(code == 143 and on), lost, run.said(), code=code, seconds=seconds)
-    )
-    return rows
+    fault = "SIGTERM twice, 0.2 s apart"
+    return [*rows, row(fault, code == 143 and on, run.said(), lost=lost, code=code, seconds=seconds)]
 
 
 def damage(bench: Bench) -> list[dict]:
@@ -195,13 +183,13 @@ def damage(bench: Bench) -> list[dict]:
         file.write_bytes(data)
         run = Run(workdir)
         refused = run.end() == 2 and run.clean() and FALL_BACK in run.said() and newest in committed(workdir)
-        rows.append(row(f"newest checkpoint {kind}", 1, int(refused), 0, run.said()))
+        rows.append(row(f"newest checkpoint {kind}", refused, run.said()))
         on, _ = bench.goes_on(workdir, newest - EVERY, FALL_BACK)
         err = sorted(workdir.parent.glob(f"{workdir.name}.*.err"))[-1].read_text()
         said = next(line for line in err.splitlines() if "moved it" in line).split("] ", 1)[-1]
         moved = (workdir / "damaged" / str(newest)).is_dir()
         said = said.replace(str(workdir.parent), "RUNS")
-        rows.append(row(f"the same with allow_fallback ({kind})", 1, int(on and moved), 0, said, recomputed=EVERY))
+        rows.append(row(f"the same with allow_fallback ({kind})", on and moved, said, recomputed=EVERY))
     return rows
 
 
@@ -214,7 +202,7 @@ def two_runs(bench: Bench) -> list[dict]:
     first.until_step(EVERY + 2)
     first.kill()
     good = refused and bench.same_losses(workdir, EVERY + 2)
-    return [row("a second run opens the workdir", 1, int(good), 0, second.said())]
+    return [row("a second run opens the workdir", good, second.said())]
 
 
 def not_finite(bench: Bench) -> list[dict]:
@@ -228,7 +216,7 @@ def not_finite(bench: Bench) -> list[dict]:
     good = records[12]["loss"] is None and records[12]["skipped_now"] == 1 and records[17]["skipped"] == 1
     good = good and all(r["loss"] is not None for r in records[:12] + records[13:18])
     line = next(x for x in run.out.read_text().splitlines() if x.startswith("step 13:"))
-    rows = [row("NaN in one batch", 1, int(good), 0, line)]
+    rows = [row("NaN in one batch", good, line)]
 
     first = EVERY + 1  # the tenth bad step is a step to save; it is not saved
     workdir = bench.workdir("poison_all")
@@ -236,7 +224,7 @@ def not_finite(bench: Bench) -> list[dict]:
     code = run.end()
     good = code == 1 and run.clean() and committed(workdir) == [EVERY]
     on, lost = bench.goes_on(workdir, EVERY)
-    return [*rows, row(f"NaN in every batch from step {first} on", 1, int(good and on), lost, run.said(), code=code)]
+    return [*rows, row(f"NaN in every batch from step {first} on", good and on, run.said(), lost=lost, code=code)]
 
 
 def poisoned_main(first: int, last: int) -> None:
@@ -285,10 +273,10 @@ def corrupt_records(bench: Bench) -> list[dict]:
             good = 0 < invalid < 90 and all(r["loss"] is not None for r in records[:30])
             said = next((x.split("] ", 1)[-1] for x in run.err.read_text().splitlines() if "cannot be read" in x), "")
             said = said.replace(str(bench.scratch), "RUNS")
-            rows.append(row("three corrupt records of 32", 3, 3 * good, 0, said, invalid_examples=invalid, of=180))
+            rows.append(row("three corrupt records of 32", 3 * good, said, injected=3, invalid_examples=invalid, of=180))
         else:
             good = run.end() == 2 and run.clean()
-            rows.append(row("the same, more than config.data.max_invalid", 1, int(good), 0, run.said()))
+            rows.append(row("the same, more than config.data.max_invalid", good, run.said()))
     return rows
 
 
@@ -300,16 +288,8 @@ def full_disk(bench: Bench) -> list[dict]:
     resource.prlimit(run.process.pid, resource.RLIMIT_FSIZE, (300_000, 300_000))
     code, newest = run.end(), max(committed(workdir))
     on, lost = bench.goes_on(workdir, newest)
-    rows = [
-        row(
-            "files limited to 300 kB during a save",
-            1,
-            int(code == 2 and run.clean() and on),
-            lost,
-            run.said(),
-            code=code,
-        )
-    ]
+    good = code == 2 and run.clean() and on
+    rows = [row("files limited to 300 kB during a save", good, run.said(), lost=lost, code=code)]
 
     place = bench.workdir("small_disk")
     place.mkdir()
@@ -325,10 +305,8 @@ def full_disk(bench: Bench) -> list[dict]:
     reference = [r["loss"] for r in metrics(bench.straight())]
     good = good and result["losses"] == reference[: len(result["losses"])]
     lost = result["newest"] - result["resumed"]
-    return [
-        *rows,
-        row("disk full (6 MB tmpfs) during a save", 1, int(good), lost, result.pop("said"), newest=result["newest"]),
-    ]
+    fault, said = "disk full (6 MB tmpfs) during a save", result["said"]
+    return [*rows, row(fault, good, said, lost=lost, newest=result["newest"])]
 
 
 def inside_small_disk(place: pathlib.Path) -> None:
@@ -375,10 +353,10 @@ def hosts(bench: Bench) -> list[dict]:
     same = [after[s] == before[s] for s in before]
     good = first.resumed() == second.resumed() == newest and all(same)
     said = f"the other ended by itself after {seconds:.0f} s (code {code}); both started again: resuming from step {newest}"
-    rows = [row("one of two hosts killed -9", 1, int(good), lost, said, compared=len(same), bit_equal=sum(same))]
+    rows = [row("one of two hosts killed -9", good, said, lost=lost, compared=len(same), bit_equal=sum(same))]
     ends = [run.out.read_text().splitlines()[-1] for run in (first, second)]
     stopped = ends[0] == ends[1] and codes == [143, 143] and f"saved step {max(committed(workdir))};" in ends[0]
-    return [*rows, row("SIGTERM to one of two hosts", 1, int(stopped), 0, f"both: {ends[0]}", codes=codes)]
+    return [*rows, row("SIGTERM to one of two hosts", stopped, f"both: {ends[0]}", codes=codes)]
 
 
 CASES = {
@@ -447,12 +425,8 @@ def main() -> int:
         results["cases"][name] = {"rows": rows, "seconds": round(time.monotonic() - begun)}
         write(path, results, report(results))
         print(json.dumps(rows, indent=1), flush=True)
-    bad = [
-        r["fault"]
-        for case in results["cases"].values()
-        for r in case["rows"]
-        if r["survived"] < r["injected"] or r["lost"]
-    ]
+    rows = [row for case in results["cases"].values() for row in case["rows"]]
+    bad = [r["fault"] for r in rows if r["survived"] < r["injected"] or r["lost"]]
     print(f"not survived: {bad}" if bad else "all survived")
     return int(bool(bad))
 

@@ -8,7 +8,6 @@ their names say front, side or back) and street_parsed (Clothing Co-Parsing). Ne
 
 from __future__ import annotations
 
-import json
 import pathlib
 import re
 import sys
@@ -19,6 +18,7 @@ import numpy as np
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
 
+from benchmarks import tables
 from input_pipeline.annotations.keypoints import load_pose
 from input_pipeline.annotations.parsing import LABEL_SETS, read_parsing
 from input_pipeline.annotations.photo import read_photo
@@ -29,10 +29,9 @@ from input_pipeline.synthetic.people import SyntheticPeople
 from truepose_jax.detection.blazepose import Person, blazepose
 from truepose_jax.detection.heuristic_parsing import parse_person
 from truepose_jax.runtime.cli import Parser, run_program
-from truepose_jax.runtime.files import atomic_write
-from truepose_jax.runtime.markdown import narrow
+from truepose_jax.runtime.markdown import narrow, table
 
-OUT = pathlib.Path(__file__).resolve().parent / "results" / "photo_accuracy"
+OUT = tables.RESULTS / "photo_accuracy"
 TRUNK = 0.29
 """From the neck to the hips, in body heights: DeepFashion's photos show half of a body, and have no map."""
 WITHIN = (0.025, 0.05, 0.1)
@@ -214,12 +213,10 @@ def report(rows: Mapping[str, Mapping[str, Mapping[str, float]]]) -> str:
     """Markdown."""
     lines = ["# What the files that come along find in photos", ""]
     lines += ["`python benchmarks/photo_accuracy.py --data=DIR`; its docstring says what the photos are.", ""]
-    for title, table in rows.items():
-        heads = list(next(iter(table.values())))
-        lines += [f"## {title}", "", "| | " + " | ".join(heads) + " |", "|---" * (len(heads) + 1) + "|"]
-        for name, row in table.items():
-            lines.append(f"| {name} | " + " | ".join(_text(row[head]) for head in heads) + " |")
-        lines.append("")
+    for title, part in rows.items():
+        heads = list(next(iter(part.values())))
+        cells = [[name, *(_text(row[head]) for head in heads)] for name, row in part.items()]
+        lines += [f"## {title}", "", *table(["", *heads], cells), ""]
     return narrow("\n".join(lines))
 
 
@@ -233,10 +230,7 @@ def main(argv: Sequence[str]) -> None:
     parser.add_argument("--out", type=pathlib.Path, default=OUT)
     flags = parser.parse_args(argv)
     rows = measure(flags.data)
-    flags.out.parent.mkdir(parents=True, exist_ok=True)
-    for suffix, text in ((".json", json.dumps(rows, indent=1) + "\n"), (".md", report(rows))):
-        with atomic_write(flags.out.with_suffix(suffix)) as partial:
-            partial.write_text(text)
+    tables.write(flags.out.with_suffix(".json"), rows, report(rows))
     print(report(rows))
 
 

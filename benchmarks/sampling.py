@@ -20,7 +20,7 @@ sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
 from benchmarks.side_by_side import Row, add_flags, case_of, check_flags, row_of, run
 from benchmarks.side_by_side_forms import PEERS
 from benchmarks.tables import result
-from truepose_jax.runtime.cli import Parser, run_program
+from truepose_jax.runtime.cli import Parser, program
 
 BATCHES = (1, 8)
 STEPS, GUIDANCE = 35, 3.5
@@ -42,11 +42,8 @@ def rows(flags) -> list[Row]:
     return made
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    return run_program(_main, sys.argv[1:] if argv is None else argv)
-
-
-def _main(argv: Sequence[str]) -> int:
+@program
+def main(argv: Sequence[str]) -> int:
     parser = Parser(description=__doc__.splitlines()[0])
     add_flags(parser)
     parser.add_argument("--steps", type=int, default=STEPS, help="of DDIM")

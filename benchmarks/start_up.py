@@ -31,7 +31,7 @@ from benchmarks.side_by_side import python_path
 from benchmarks.side_by_side_report import summary
 from benchmarks.tables import RESULTS, ROOT, commit, machine, read, result, write
 from input_pipeline.schema import NUM_JOINTS, InputError
-from truepose_jax.runtime.cli import Parser, run_program
+from truepose_jax.runtime.cli import Parser, program
 from truepose_jax.runtime.markdown import table
 
 IMPORTS = 7
@@ -185,11 +185,8 @@ def _alike(rows: Mapping[str, Any]) -> list[tuple[list[str], dict[str, Any]]]:
     return found
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    return run_program(_main, sys.argv[1:] if argv is None else argv)
-
-
-def _main(argv: Sequence[str]) -> int:
+@program
+def main(argv: Sequence[str]) -> int:
     parser = Parser(description=__doc__.splitlines()[0], formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", default="configs/demo.py")
     parser.add_argument("--rounds", type=int, default=2)

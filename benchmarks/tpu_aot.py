@@ -47,7 +47,7 @@ os.environ["TPU_SKIP_MDS_QUERY"] = "1"  # else libtpu asks a cloud's metadata se
 os.environ["ALLOW_MULTIPLE_LIBTPU_LOAD"] = "1"  # nothing here holds a TPU that another process could want
 
 from benchmarks import tables  # noqa: E402
-from truepose_jax.runtime.cli import Parser, run_program  # noqa: E402
+from truepose_jax.runtime.cli import Parser, program  # noqa: E402
 from truepose_jax.runtime.markdown import table  # noqa: E402
 
 TOPOLOGIES = {"v5e": "v5e:2x2", "v5p": "v5p:2x2x1", "v6e": "v6e:2x2"}
@@ -286,11 +286,8 @@ def chips_of(text: str) -> list[str]:
     return text.split(",")
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    return run_program(_main, sys.argv[1:] if argv is None else argv)
-
-
-def _main(argv: Sequence[str]) -> int:
+@program
+def main(argv: Sequence[str]) -> int:
     parser = Parser(description=__doc__.splitlines()[0])
     parser.add_argument("--setup", type=pathlib.Path, help="folder of the virtual environment to make and run in")
     parser.add_argument("--chips", type=chips_of, default=list(TOPOLOGIES))

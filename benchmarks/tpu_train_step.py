@@ -48,7 +48,7 @@ import tpu_aot  # noqa: E402
 from tpu_train_step_report import GIB, report  # noqa: E402
 
 from benchmarks import tables  # noqa: E402
-from truepose_jax.runtime.cli import Parser, run_program  # noqa: E402
+from truepose_jax.runtime.cli import Parser, program  # noqa: E402
 
 OPTIONS = {"exec_time_optimization_effort": -1.0}
 CONFIGS = {"256x176": "truepose_deepfashion_256", "512x352": "truepose_deepfashion_512"}
@@ -396,11 +396,8 @@ def summary(row: Row, answers: dict[int, dict], guess) -> dict:
     }
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    return run_program(_main, sys.argv[1:] if argv is None else argv)
-
-
-def _main(argv: Sequence[str]) -> int:
+@program
+def main(argv: Sequence[str]) -> int:
     parser = Parser(description=__doc__.splitlines()[0])
     parser.add_argument("--setup", type=pathlib.Path, help="folder of the virtual environment to make and run in")
     parser.add_argument("--rows", default="", help="only rows whose name this expression finds")
