@@ -53,6 +53,21 @@ def pytest_collection_finish():
     gc.freeze()  # what was imported stays
 
 
+@pytest.fixture
+def refuses(capsys):
+    """refuses(words, main, *flags): the program ends with 2 and one line on stderr, which has `words`; the line."""
+    from tests.process import code_of
+
+    def check(words, main, *flags) -> str:
+        capsys.readouterr()
+        assert code_of(main, *flags) == 2, flags
+        error = capsys.readouterr().err
+        assert error.startswith("error: ") and error.count("\n") == 1 and words in error, (flags, error)
+        return error
+
+    return check
+
+
 @pytest.fixture(scope="module")
 def started_quickly():
     """For modules that load programs and are not about speed (tests/tiny_run.py)."""

@@ -64,6 +64,14 @@ def run(*words, env: dict[str, str] | None = None) -> tuple[int, str, str]:
     return Program(*words, env=env).finish()
 
 
+def code_of(main: Callable, *words) -> int:
+    """The exit code of a program in this process, that of argparse's own exit included."""
+    try:
+        return main(list(map(str, words)))
+    except SystemExit as stopped:
+        return stopped.code
+
+
 def free_port(candidates: Iterable[int] = (0,)) -> int:
     """The first of these that nobody has; 0: any."""
     for port in candidates:

@@ -208,32 +208,21 @@ def test_a_peak_that_cannot_begin_anew_is_unknown(monkeypatch):
         (f"--out={__file__}", "is a file"),
     ],
 )
-def test_bad_flags_are_one_line(wrong, text, capsys):
+def test_bad_flags_are_one_line(wrong, text, refuses):
     for main in (train_step.main, sampling.main):
-        with pytest.raises(SystemExit) as stopped:
-            main([wrong])
-        error = capsys.readouterr().err
-        assert stopped.value.code == 2 and text in error and error.count("\n") == 1
+        refuses(text, main, wrong)
 
 
-def test_full_rows_are_chosen_by_batch(monkeypatch, capsys):
+def test_full_rows_are_chosen_by_batch(monkeypatch, refuses):
     monkeypatch.setattr(side_by_side.shutil, "which", lambda name: name)
-    for wrong, text in (
-        (["--batch=4"], "no row of --batch=4; choose of 2, 8, 12, 60"),
-        (["--size=64x64"], "leave --size"),
-    ):
-        with pytest.raises(SystemExit) as stopped:
-            train_step.main(["--device=gpu", "--full", *wrong])
-        error = capsys.readouterr().err
-        assert stopped.value.code == 2 and text in error and error.count("\n") == 1
+    refuses("no row of --batch=4; choose of 2, 8, 12, 60", train_step.main, "--device=gpu", "--full", "--batch=4")
+    refuses("leave --size", train_step.main, "--device=gpu", "--full", "--size=64x64")
 
 
-def test_results_that_cannot_be_read_are_one_line(tmp_path, capsys):
+def test_results_that_cannot_be_read_are_one_line(tmp_path, refuses):
     for text in ("{", "[]", '{"rows": {"a": {}}}'):
         (tmp_path / "train_step.json").write_text(text)
-        assert train_step.main([*TINY, f"--out={tmp_path}"]) == 2
-        error = capsys.readouterr().err
-        assert "train_step.json" in error and "another --out" in error and error.count("\n") == 1
+        assert "train_step.json" in refuses("another --out", train_step.main, *TINY, f"--out={tmp_path}")
 
 
 @pytest.fixture(scope="module")

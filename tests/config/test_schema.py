@@ -49,14 +49,12 @@ CONFIGS = sorted(
 )
 
 
-def changed(path, value):
-    """configs/base.py as a plain dict with one value replaced; `path` dotted."""
+def changed(values, value=None):
+    """configs/base.py as a plain dict with values replaced, by dotted path: {path: value}, or one path and its value."""
     found = get_config().to_dict()
-    group = found
-    *groups, key = path.split(".")
-    for name in groups:
-        group = group[name]
-    group[key] = value
+    for path, new in (values if isinstance(values, dict) else {values: value}).items():
+        *groups, key = path.split(".")
+        functools.reduce(dict.__getitem__, groups, found)[key] = new
     return found
 
 
@@ -207,17 +205,6 @@ def test_unknown_key(path, hint):
     assert message.startswith(f"config.{path} is not a setting") and hint in message
 
 
-@pytest.mark.parametrize("path", ["seed", "model.unet.in_channels", "diffusion.schedule.betas", "data.synthetic"])
-def test_missing_key(path):
-    values = changed(path, None)
-    group = values
-    *groups, key = path.split(".")
-    for name in groups:
-        group = group[name]
-    del group[key]
-    assert refusal(values) == f"{'.'.join(['config', *groups])} lacks {key}"
-
-
 @pytest.mark.parametrize(
     "path,value",
     [
@@ -257,8 +244,60 @@ def test_ill_typed_element(path, value, wrong):
     assert refusal(changed(path, value)) == f"config.{path} is {wrong}"
 
 
+X0 = {"diffusion.schedule.prediction": "x0"}
+CODEC = {"model.autoencoder": "patches", "model.unet.in_channels": 96, "model.unet.out_channels": 96}
+COSINE = {"model.fusion.cosine": True}
+HEAD = {"model.carry.head": True}
+
+
 @pytest.mark.parametrize(
-    "path,value,mentions",
+    "values,message",
+    [
+        (HEAD | X0 | COSINE, "model.carry.head composes pixels: it needs config.model.autoencoder 'patches'"),
+        (
+            HEAD | CODEC | X0,
+            "model.carry.head joins limb coordinates to HPFA's logits: it needs config.model.fusion.cosine",
+        ),
+        (HEAD | CODEC | COSINE, "model.carry.head adds to x0: config.diffusion.schedule.prediction must be 'x0'"),
+        (
+            {"diffusion.losses.flow": 0.3},
+            "losses.flow needs config.model.fusion.carry_latents or config.model.carry.head",
+        ),
+        ({"diffusion.losses.parsing": 0.3} | X0, "losses.parsing needs config.model.carry.head, which predicts it"),
+        ({"diffusion.losses.pixels": 2.0}, "prediction is 'eps'; losses.pixels and losses.parsing need 'x0'"),
+        ({"diffusion.losses.parsing": 0.3}, "prediction is 'eps'; losses.pixels and losses.parsing need 'x0'"),
+        ({"diffusion.losses.latents": -1.0}, "config.diffusion.losses.latents is -1.0; it must be 0 or more"),
+        ({"model.autoencoder": "patches"}, "channels are 4 and 4; autoencoder 'patches' needs 96"),
+        (CODEC | {"model.patch_channels": 49}, "config.model.patch_channels is 49; it must be from 1 to 48"),
+        ({"model.carry.limb_warp": True}, "config.model.carry: limb_warp is of the half-cell head: it needs head"),
+        ({"model.carry.width": 12}, "config.model.carry: width is 12; it must be a multiple of 8"),
+        (COSINE | {"model.fusion.texture": "concat"}, "settings of HPFA; texture 'concat' has none"),
+    ],
+)
+def test_what_is_ours_refuses_what_it_cannot_do(values, message):
+    """In one line; and all of it together is a configuration."""
+    assert message in refusal(changed(values))
+    every = HEAD | CODEC | X0 | COSINE | {"model.fusion.carry_latents": True, "model.fusion.residual": True}
+    every |= {f"diffusion.losses.{name}": 0.5 for name in ("latents", "flow", "pixels", "parsing")}
+    assert not from_config_dict(Config, changed(every)).model.fusion.is_paper
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf, 10**400], ids=["nan", "inf", "-inf", "400 digits"])
+@pytest.mark.parametrize("path", FLOATS)
+def test_floats_are_finite(path, value):
+    assert f"config.{path} is {value}; it must be" in refusal(changed(path, value))
+
+
+@pytest.mark.parametrize("path", WHOLE)
+def test_whole_numbers_have_a_range(path):
+    """No setting is a number that may be anything."""
+    for value in (-7, 10**400, -(10**400)):
+        message = refusal(changed(path, value))
+        assert path.rpartition(".")[2] in message and str(value) in message
+
+
+@pytest.mark.parametrize(
+    "path,value,message",
     [
         ("model.method", "fpdm9", "model.method"),
         ("model.method", [1, -1], "model.method"),
@@ -288,75 +327,6 @@ def test_ill_typed_element(path, value, wrong):
         ("batch_size", -4, "batch_size"),
         ("total_steps", 0, "total_steps"),
         ("checkpoint.every", 0, "checkpoint.every"),
-    ],
-)
-def test_values_that_cannot_run(path, value, mentions):
-    assert mentions in refusal(changed(path, value))
-
-
-X0 = {"diffusion.schedule.prediction": "x0"}
-CODEC = {"model.autoencoder": "patches", "model.unet.in_channels": 96, "model.unet.out_channels": 96}
-COSINE = {"model.fusion.cosine": True}
-HEAD = {"model.carry.head": True}
-
-
-def changed_all(values):
-    found = get_config().to_dict()
-    for path, value in values.items():
-        *groups, key = path.split(".")
-        functools.reduce(dict.__getitem__, groups, found)[key] = value
-    return found
-
-
-@pytest.mark.parametrize(
-    "values,message",
-    [
-        (HEAD | X0 | COSINE, "model.carry.head composes pixels: it needs config.model.autoencoder 'patches'"),
-        (
-            HEAD | CODEC | X0,
-            "model.carry.head joins limb coordinates to HPFA's logits: it needs config.model.fusion.cosine",
-        ),
-        (HEAD | CODEC | COSINE, "model.carry.head adds to x0: config.diffusion.schedule.prediction must be 'x0'"),
-        (
-            {"diffusion.losses.flow": 0.3},
-            "losses.flow needs config.model.fusion.carry_latents or config.model.carry.head",
-        ),
-        ({"diffusion.losses.parsing": 0.3} | X0, "losses.parsing needs config.model.carry.head, which predicts it"),
-        ({"diffusion.losses.pixels": 2.0}, "prediction is 'eps'; losses.pixels and losses.parsing need 'x0'"),
-        ({"diffusion.losses.parsing": 0.3}, "prediction is 'eps'; losses.pixels and losses.parsing need 'x0'"),
-        ({"diffusion.losses.latents": -1.0}, "config.diffusion.losses.latents is -1.0; it must be 0 or more"),
-        ({"model.autoencoder": "patches"}, "channels are 4 and 4; autoencoder 'patches' needs 96"),
-        (CODEC | {"model.patch_channels": 49}, "config.model.patch_channels is 49; it must be from 1 to 48"),
-        ({"model.carry.limb_warp": True}, "config.model.carry: limb_warp is of the half-cell head: it needs head"),
-        ({"model.carry.width": 12}, "config.model.carry: width is 12; it must be a multiple of 8"),
-        (COSINE | {"model.fusion.texture": "concat"}, "settings of HPFA; texture 'concat' has none"),
-    ],
-)
-def test_what_is_ours_refuses_what_it_cannot_do(values, message):
-    """In one line; and all of it together is a configuration."""
-    assert message in refusal(changed_all(values))
-    every = HEAD | CODEC | X0 | COSINE | {"model.fusion.carry_latents": True, "model.fusion.residual": True}
-    every |= {f"diffusion.losses.{name}": 0.5 for name in ("latents", "flow", "pixels", "parsing")}
-    assert not from_config_dict(Config, changed_all(every)).model.fusion.is_paper
-
-
-@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf, 10**400], ids=["nan", "inf", "-inf", "400 digits"])
-@pytest.mark.parametrize("path", FLOATS)
-def test_floats_are_finite(path, value):
-    assert f"config.{path} is {value}; it must be" in refusal(changed(path, value))
-
-
-@pytest.mark.parametrize("path", WHOLE)
-def test_whole_numbers_have_a_range(path):
-    """No setting is a number that may be anything."""
-    for value in (-7, 10**400, -(10**400)):
-        message = refusal(changed(path, value))
-        assert path.rpartition(".")[2] in message and str(value) in message
-
-
-@pytest.mark.parametrize(
-    "path,value,message",
-    [
         ("seed", -1, "config.seed is -1; it must be 0 or more"),
         ("seed", 2**63, f"config.seed is {2**63}; it must be within 64 bits"),
         ("eval.sheet_rows", -1, "config.eval.sheet_rows is -1; it must be 0 or more"),
@@ -385,7 +355,7 @@ def test_whole_numbers_have_a_range(path):
         ("mesh.fsdp", 0, "config.mesh.fsdp is 0; it must be above 0, or -1 for the rest"),
     ],
 )
-def test_ranges(path, value, message):
+def test_values_that_cannot_run(path, value, message):
     assert message in refusal(changed(path, value))
 
 
@@ -401,13 +371,10 @@ def test_conversions():
         assert found.heads == ((8,) * 4 if heads == 8 else heads)
 
 
-def test_json_round_trip():
+def test_configs_are_frozen_and_have_the_hash_of_what_they_hold():
     config = tiny.config({"optim": {"learning_rate": 0.1 + 0.2}, "model": {"fusion": {"sigma": 1 / 3}}})
     again = from_config_dict(Config, json.loads(json.dumps(to_dict(config))))
     assert again == config and hash(again) == hash(config)
-
-
-def test_configs_are_frozen():
     with pytest.raises(dataclasses.FrozenInstanceError):
         tiny.config().seed = 1
 

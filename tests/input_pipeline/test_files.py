@@ -13,20 +13,11 @@ import numpy as np
 import pytest
 from PIL import Image, ImageOps
 
+from input_pipeline import files
 from input_pipeline.annotations import photo
 from input_pipeline.annotations.keypoints import load_pose, read_annotations
 from input_pipeline.annotations.parsing import label_set, read_parsing
 from input_pipeline.annotations.photo import MAX_CHUNKS, decode_photo, read_photo
-from input_pipeline.files import (
-    check_form,
-    looks_like,
-    parse_json,
-    place_in,
-    read_bytes,
-    read_json,
-    read_list,
-    read_text,
-)
 from input_pipeline.records.reader import read_json as read_json_of_build
 from input_pipeline.schema import InputError, UserError
 from input_pipeline.sources.folder import read_pairs
@@ -42,10 +33,10 @@ READERS = {
     "photo": read_photo,
     "map": lambda path: read_parsing(path, label_set("atr18"), (4, 4)),
     "size": lambda path: image_size(path, upright=True),
-    "JSON": read_json,
+    "JSON": files.read_json,
     "JSON of a build": lambda path: read_json_of_build(pathlib.Path(path)),
-    "text": lambda path: read_text(path, "a text"),
-    "list": read_list,
+    "text": lambda path: files.read_text(path, "a text"),
+    "list": files.read_list,
     "pairs": read_pairs,
     "pairs of an evaluation": read_pair_list,
     "rows to generate": lambda path: read_rows(path, pathlib.Path("out"), labels=None, pose_frame=None),
@@ -96,20 +87,20 @@ BAD_JSON = {
 def test_json_that_lies_is_one_line_for_every_reader(tmp_path, kind):
     path = tmp_path / "metadata.json"
     path.write_bytes(BAD_JSON[kind] if isinstance(BAD_JSON[kind], bytes) else BAD_JSON[kind].encode())
-    assert str(path) in refused(read_json, path)
+    assert str(path) in refused(files.read_json, path)
     refused(read_metadata, tmp_path, error=CheckpointError)
     pose = tmp_path / "pose.json"
     pose.write_bytes(path.read_bytes())
     refused(load_pose, pose, error=InputError)
     if kind == "a pointer":
-        assert "git lfs pull" in refused(read_json, path)
+        assert "git lfs pull" in refused(files.read_json, path)
 
 
 def test_json_is_of_the_form_that_is_asked_for():
     form = {"step": int, "rate?": float, "names": [str], "sums": {str: int}, "size": (list, type(None))}
     good = {"step": 1, "rate": 2, "names": ["a"], "sums": {"a": 1}, "size": None, "more": object}
-    check_form(good, form)
-    check_form({key: value for key, value in good.items() if key != "rate"}, form)
+    files.check_form(good, form)
+    files.check_form({key: value for key, value in good.items() if key != "rate"}, form)
     for bad, where in (
         ([], "it is a list, not an object"),
         (good | {"step": True}, "step is true or false, not a whole number"),
@@ -120,8 +111,8 @@ def test_json_is_of_the_form_that_is_asked_for():
         ({"rate": 1.0}, "has no 'step'"),
     ):
         with pytest.raises(ValueError, match=where):
-            check_form(bad, form)
-    assert parse_json('{"a": [1, -2.5e3, true, null]}') == {"a": [1, -2500.0, True, None]}
+            files.check_form(bad, form)
+    assert files.parse_json('{"a": [1, -2.5e3, true, null]}') == {"a": [1, -2500.0, True, None]}
 
 
 def test_size_is_bounded_before_it_is_read(tmp_path):
@@ -129,14 +120,14 @@ def test_size_is_bounded_before_it_is_read(tmp_path):
     with path.open("wb") as file:
         file.truncate(10 << 20)
     with pytest.raises(InputError, match=r"cannot read the photo \(it is larger than 1 MiB"):
-        read_bytes(path, "a photo", limit=1 << 20)
+        files.read_bytes(path, "a photo", limit=1 << 20)
 
 
 def test_lists_part_cells_by_what_their_first_line_has(tmp_path):
     for name, mark in (("comma", ","), ("semicolon", ";"), ("tab", "\t")):
         path = tmp_path / f"{name}.csv"
         path.write_text(f"\ufefffrom{mark} to\n\na 1.jpg{mark}b.jpg\n", encoding="utf-8")
-        assert read_list(path) == [(1, ["from", "to"]), (3, ["a 1.jpg", "b.jpg"])]
+        assert files.read_list(path) == [(1, ["from", "to"]), (3, ["a 1.jpg", "b.jpg"])]
         assert read_pairs(path) == [("a 1.jpg", "b.jpg")] == read_pair_list(str(path))
 
 
@@ -145,7 +136,7 @@ def test_names_stay_in_their_folder(tmp_path):
     folder.mkdir()
     (folder / "circle").symlink_to(folder / "circle")
     (folder / "away").symlink_to(tmp_path)
-    assert place_in(folder, "a/../b.png", "out") == folder / "b.png"
+    assert files.place_in(folder, "a/../b.png", "out") == folder / "b.png"
     for name, words in (
         ("../b.png", "leaves the folder"),
         ("away/b.png", "leaves the folder"),
@@ -154,7 +145,7 @@ def test_names_stay_in_their_folder(tmp_path):
         ("a\0b.png", "no name of a file"),
         ("a" * 256, "longer than"),
     ):
-        assert words in refused(place_in, folder, name, "out")
+        assert words in refused(files.place_in, folder, name, "out")
     write_text(folder / ("n" * 255), "the longest name there is")
     assert (folder / ("n" * 255)).is_file()
 
@@ -308,7 +299,7 @@ def test_a_full_standard_output_is_one_line():
 
 
 def test_what_first_bytes_show():
-    assert looks_like(b"PK\x03\x04") == "a zip archive (or a PyTorch file)" and looks_like(b"hello") == ""
+    assert files.looks_like(b"PK\x03\x04") == "a zip archive (or a PyTorch file)" and files.looks_like(b"hello") == ""
 
 
 @pytest.mark.parametrize("mode", ["RGBA", "LA", "L", "RGB"])

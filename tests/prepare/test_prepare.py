@@ -60,12 +60,10 @@ def test_inspect_of_synthetic_people(tmp_path, capsys):
         (["--synthetic=2", "--pose-frame=64x48"], "--pose-frame means nothing to --synthetic"),
     ],
 )
-def test_bad_input_is_one_line_and_exit_code_2(tmp_path, capsys, flags, words):
+def test_bad_input_is_one_line_and_exit_code_2(tmp_path, refuses, flags, words):
     root = write_folder(tmp_path, ["a"])
     flags = [flag.replace("ROOT", str(root)) for flag in flags]
-    assert prepare.main(["inspect", "--size=64x48", *flags, f"--out={tmp_path}/s.png"]) == 2
-    error = capsys.readouterr().err
-    assert error.count("\n") == 1 and error.startswith("error: ") and words in error
+    refuses(words, prepare.main, "inspect", "--size=64x48", *flags, f"--out={tmp_path}/s.png")
 
 
 @pytest.mark.parametrize(
@@ -77,13 +75,11 @@ def test_bad_input_is_one_line_and_exit_code_2(tmp_path, capsys, flags, words):
         (["--out=FILE/s.png"], "cannot be written"),
     ],
 )
-def test_inspect_says_it_before_it_reads_photos(tmp_path, capsys, monkeypatch, flags, words):
+def test_inspect_says_it_before_it_reads_photos(tmp_path, refuses, monkeypatch, flags, words):
     monkeypatch.setattr(inspection, "synthetic_images", lambda *arguments: pytest.fail("photos were read"))
     (tmp_path / "file").write_text("")
     flags = [f.replace("ROOT", str(tmp_path)).replace("FILE", str(tmp_path / "file")) for f in flags]
-    assert prepare.main(["inspect", "--synthetic=1", "--size=64x48", f"--out={tmp_path}/s.png", *flags]) == 2
-    error = capsys.readouterr().err
-    assert error.count("\n") == 1 and words in error, error
+    refuses(words, prepare.main, "inspect", "--synthetic=1", "--size=64x48", f"--out={tmp_path}/s.png", *flags)
 
 
 def test_bad_flags_exit_with_2(tmp_path):

@@ -278,12 +278,10 @@ def test_a_sound_set_has_no_defects(sound, capsys):
         (["--dataset=folder", "--raw=PHOTOS", "--labels=none", "--out=/proc/x"], "cannot be written"),
     ],
 )
-def test_bad_input_is_one_line_and_exit_code_2(tmp_path, capsys, flags, words):
+def test_bad_input_is_one_line_and_exit_code_2(tmp_path, refuses, flags, words):
     photos = write_people(tmp_path / "photos", count=1)
-    flags = [f"--out={tmp_path}/r", *(flag.replace("PHOTOS", str(photos)) for flag in flags)]
-    assert prepare.main(["build", *flags]) == 2
-    error = capsys.readouterr().err
-    assert error.count("\n") == 1 and error.startswith("error: ") and words in error
+    flags = (flag.replace("PHOTOS", str(photos)) for flag in flags)
+    refuses(words, prepare.main, "build", f"--out={tmp_path}/r", *flags)
 
 
 @pytest.mark.parametrize("where", ["shard", "note", "table"])

@@ -58,7 +58,7 @@ def test_a_codec_of_photos(photos, tmp_path, capsys):
         (["--images=SMALL"], "3x9 pixels; a patch has 4x4"),
     ],
 )
-def test_what_does_not_serve(photos, tmp_path, capsys, flags, words):
+def test_what_does_not_serve(photos, tmp_path, refuses, flags, words):
     taken = tmp_path / "taken.safetensors"
     taken.write_bytes(b"")
     for name in ("EMPTY", "BROKEN", "SMALL"):
@@ -69,7 +69,5 @@ def test_what_does_not_serve(photos, tmp_path, capsys, flags, words):
     for name, place in places.items():
         flags = [flag.replace(name, str(place)) for flag in flags]
     out = tmp_path / "new.safetensors"
-    assert prepare.main(["codec", f"--images={photos}", f"--out={out}", *flags]) == 2
-    error = capsys.readouterr().err
-    assert error.startswith("error: ") and error.count("\n") == 1 and words in error, error
+    refuses(words, prepare.main, "codec", f"--images={photos}", f"--out={out}", *flags)
     assert not out.exists()

@@ -1,6 +1,7 @@
 """The generate program: one picture, lists that survive kills, and one line with exit code 2 for bad input."""
 
 import contextlib
+import functools
 import json
 import pathlib
 import re
@@ -10,7 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tests.process import Program, environment
+from tests.process import Program, code_of, environment
 from tests.shared_data import shared_data
 from tests.tiny_run import SIZE, shared_pipeline, shared_run, write_inputs
 from truepose_jax import generate
@@ -37,12 +38,7 @@ def loaded(monkeypatch, pipe):
     return pipe
 
 
-def run(*flags) -> int:
-    """main's exit code, that of argparse's own exit included."""
-    try:
-        return generate.main(list(map(str, flags)))
-    except SystemExit as stopped:
-        return stopped.code
+run = functools.partial(code_of, generate.main)
 
 
 def single(inputs, target, **changes) -> list[str]:
@@ -212,15 +208,13 @@ EATEN = {
 
 
 @pytest.mark.parametrize("kind", EATEN)
-def test_no_output_is_an_input_or_another_output(inputs, tmp_path, capsys, loaded, kind):
+def test_no_output_is_an_input_or_another_output(inputs, tmp_path, refuses, loaded, kind):
     before = {path: path.read_bytes() for path in inputs.iterdir() if path.is_file()}
     with contextlib.suppress(FileExistsError):
         (inputs / "link.png").symlink_to(inputs / "0.png")
     changes = {name: place.replace("INPUTS", str(inputs)) for name, place in EATEN[kind].items()}
     target = changes.pop("out")
-    assert run(*single(inputs, target, **changes), "--overwrite") == 2
-    error = capsys.readouterr().err
-    assert error.count("\n") == 1 and "would replace it" in error
+    refuses("would replace it", generate.main, *single(inputs, target, **changes), "--overwrite")
     (inputs / "link.png").unlink()
     assert {path: path.read_bytes() for path in inputs.iterdir() if path.is_file()} == before
 
@@ -395,7 +389,7 @@ def places(inputs, tmp_path_factory):
 
 
 @pytest.mark.parametrize("case", BAD)
-def test_bad_input_is_one_line_and_exit_code_2(case, inputs, places, tmp_path, capsys, monkeypatch):
+def test_bad_input_is_one_line_and_exit_code_2(case, inputs, places, tmp_path, refuses, monkeypatch):
     changes, words = BAD[case]
     for name, place in places.items():
         changes = {
@@ -404,13 +398,11 @@ def test_bad_input_is_one_line_and_exit_code_2(case, inputs, places, tmp_path, c
     if case not in ("vae of pixels", "clip"):
         monkeypatch.setattr(Pipeline, "of_run", None)  # before any long work
     request._say_once(request.NO_MAP)
-    assert run(*single(inputs, tmp_path / "out.png", **changes)) == 2
-    error = capsys.readouterr().err
-    assert error.startswith("error: ") and error.count("\n") == 1 and words in error, error
+    refuses(words, generate.main, *single(inputs, tmp_path / "out.png", **changes))
     assert not (tmp_path / "out.png").exists()
 
 
-def test_bad_lists_are_one_line_and_exit_code_2(inputs, tmp_path, capsys):
+def test_bad_lists_are_one_line_and_exit_code_2(inputs, tmp_path, capsys, refuses):
     row = "0.png,none,0.json,a.png"
     (tmp_path / "picture.csv").write_bytes((inputs / "0.png").read_bytes())
     cases = [
@@ -424,9 +416,7 @@ def test_bad_lists_are_one_line_and_exit_code_2(inputs, tmp_path, capsys):
         (write_list(tmp_path / "nothing.csv", [], header=""), "lacks columns"),
     ]
     for listed, words in cases:
-        assert run(f"--workdir={shared_run()}", f"--pairs={listed}", f"--out-dir={tmp_path / 'd'}") == 2
-        error = capsys.readouterr().err
-        assert error.startswith("error: ") and error.count("\n") == 1 and words in error, error
+        refuses(words, generate.main, f"--workdir={shared_run()}", f"--pairs={listed}", f"--out-dir={tmp_path / 'd'}")
     listed = write_list(inputs / "one.csv", [row])
     for flags, words in (
         ([f"--out-dir={tmp_path / 'd'}", "--batch-size=0"], "--batch-size is 0"),

@@ -13,6 +13,7 @@ from PIL import Image
 
 from input_pipeline.annotations.parsing import label_set
 from input_pipeline.schema import InputError
+from tests.process import code_of
 from tests.shared_data import openpose_json, standing_joints
 from tests.tiny_run import shared_pipeline, shared_run, write_inputs
 from tests.torch_models import tiny_vae
@@ -292,11 +293,7 @@ def flags_of(inputs, place, /, **changes) -> list[str]:
     return [f"--{name}={value}" for name, value in flags.items() if value is not None]
 
 
-def run(*flags) -> int:
-    try:
-        return generate.main(list(map(str, flags)))
-    except SystemExit as stopped:
-        return stopped.code
+run = functools.partial(code_of, generate.main)
 
 
 def test_the_program_makes_the_picture_of_the_api(inputs, tmp_path, monkeypatch, pipe):
@@ -334,14 +331,12 @@ BAD = {
 
 
 @pytest.mark.parametrize("case", BAD)
-def test_bad_input_is_one_line_and_exit_code_2(case, inputs, tmp_path, capsys, monkeypatch):
+def test_bad_input_is_one_line_and_exit_code_2(case, inputs, tmp_path, refuses, monkeypatch):
     _bad_files(inputs)
     monkeypatch.setattr(Pipeline, "of_run", None)  # before any long work
     changes, words = BAD[case]
     changes = {k: v if v is None else str(v).replace("INPUTS", str(inputs)) for k, v in changes.items()}
-    assert run(*flags_of(inputs, tmp_path / "out.png", **changes)) == 2
-    error = capsys.readouterr().err
-    assert error.startswith("error: ") and error.count("\n") == 1 and words in error, error
+    refuses(words, generate.main, *flags_of(inputs, tmp_path / "out.png", **changes))
 
 
 @functools.cache

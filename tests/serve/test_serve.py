@@ -139,7 +139,7 @@ def test_no_path_of_a_request_reaches_the_disk(client, folder):
         assert client.get(f"/gradio_api/file={path}").status_code in (403, 404), path
 
 
-def test_what_the_program_refuses(capsys, monkeypatch):
+def test_what_the_program_refuses(capsys, monkeypatch, refuses):
     for flags, words in (
         (["--host=nowhere"], "cannot listen there"),
         (["--port=99999"], "cannot listen there"),
@@ -147,8 +147,6 @@ def test_what_the_program_refuses(capsys, monkeypatch):
         (["--port=0", "--workdir=/gone"], "no such folder"),
         (["--port=0", f"--workdir={head_run()}", f"--workdir={head_run()}"], "is called run already"),
     ):
-        assert program.main(flags) == 2
-        error = capsys.readouterr().err
-        assert words in error and error.count("\n") == 1, error
+        refuses(words, program.main, *flags)
     monkeypatch.setattr(program.importlib.util, "find_spec", lambda name: None)
     assert program.main(["--port=0"]) == 2 and "pip install -e '.[web,pose]'" in capsys.readouterr().err

@@ -17,18 +17,9 @@ from configs.demo import get_config
 from input_pipeline.annotations.photo import read_photo
 from input_pipeline.batches.loader import eval_batches
 from input_pipeline.files import MappedArray
-from input_pipeline.records import reader
+from input_pipeline.records import reader, schema
 from input_pipeline.records.encode import DOUBTS, make_fields
 from input_pipeline.records.reader import RecordImages
-from input_pipeline.records.schema import (
-    RECORD_FIELDS,
-    RecordWriter,
-    pack_latents,
-    pack_tokens,
-    parse_record,
-    unpack_latents,
-    unpack_tokens,
-)
 from input_pipeline.records.tables import IMAGE_COLUMNS, PAIR_COLUMNS, read_tables, table_files
 from input_pipeline.records.writer import records_of_a_shard
 from input_pipeline.schema import InputError, TokenTable
@@ -48,41 +39,41 @@ def test_a_record_comes_back_as_it_was_and_as_tensorflow_datasets_reads_it():
     valid = np.zeros(21, bool)
     valid[[0, 4, 20]] = True
     tokens = rng.normal(size=(21, 5)).astype(np.float32)
-    fields["region_tokens"], fields["region_valid"] = pack_tokens(tokens, valid)
-    fields["latents"] = pack_latents(np.zeros((8, 6, 4)), np.ones((8, 6, 4)))  # starts and ends with zero bytes
+    fields["region_tokens"], fields["region_valid"] = schema.pack_tokens(tokens, valid)
+    fields["latents"] = schema.pack_latents(np.zeros((8, 6, 4)), np.ones((8, 6, 4)))  # starts and ends with zero bytes
     fields["flipped_latents"] = b"\0abc\0\0"
     fields["latents_size"] = np.array([64, 48], np.int32)
     fields["name"] = "WOMEN/Kleid ü/03"
-    writer = RecordWriter()
+    writer = schema.RecordWriter()
     data = writer.serialise(fields)
-    assert data == RecordWriter().serialise(dict(reversed(fields.items())))
+    assert data == schema.RecordWriter().serialise(dict(reversed(fields.items())))
 
-    read = parse_record(data)
+    read = schema.parse_record(data)
     other = writer.features.deserialize_example_np(data, decoders={"image": tfds.decode.SkipDecoding()})
-    assert read.keys() == fields.keys() == RECORD_FIELDS.keys() == other.keys()
+    assert read.keys() == fields.keys() == schema.RECORD_FIELDS.keys() == other.keys()
     for name, value in fields.items():
         np.testing.assert_array_equal(read[name], value, err_msg=name)
         theirs = other[name].decode() if isinstance(value, str) else other[name]
         np.testing.assert_array_equal(theirs, value, err_msg=name)
-    found, found_valid = unpack_tokens(read["region_tokens"], read["region_valid"])
+    found, found_valid = schema.unpack_tokens(read["region_tokens"], read["region_valid"])
     np.testing.assert_array_equal(found_valid, valid)
     np.testing.assert_array_equal(found[valid], tokens[valid].astype(np.float16).astype(np.float32))
     assert not found[~valid].any()
-    latents = unpack_latents(read["latents"], read["latents_size"])
+    latents = schema.unpack_latents(read["latents"], read["latents_size"])
     assert latents.shape == (2, 8, 6, 4) and not latents[0].any() and (latents[1] == 1).all()
 
 
 def test_absent_fields_say_so():
     fields = make_fields(NoiseItem(0, posed=False), "atr18", None)
     del fields[DOUBTS]
-    read = parse_record(RecordWriter().serialise(fields))
-    assert unpack_latents(read["latents"], read["latents_size"]) is None
-    assert not unpack_tokens(read["region_tokens"], read["region_valid"])[1].any()
+    read = schema.parse_record(schema.RecordWriter().serialise(fields))
+    assert schema.unpack_latents(read["latents"], read["latents_size"]) is None
+    assert not schema.unpack_tokens(read["region_tokens"], read["region_valid"])[1].any()
     assert not read["joints"].any()
     with pytest.raises(ValueError, match="no valid region"):
-        unpack_tokens(b"ab", 0)
+        schema.unpack_tokens(b"ab", 0)
     with pytest.raises(ValueError, match=r"lacks the fields .*boxes"):
-        parse_record(b"")
+        schema.parse_record(b"")
 
 
 def test_tensorflow_datasets_opens_the_folder(tmp_path):
