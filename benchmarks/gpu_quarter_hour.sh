@@ -6,7 +6,7 @@
 #
 #   OUT        folder for what comes of it: JSON, tables, logs, the sheet, weights in float16 in pieces of 16 MiB
 #   PROGRAMS   what `gpu_aot.py --keep` left: loaded where it fits, else compiled
-#   DRY_RUN=1  toy sizes on the CPU, the same stages, ten times their limits
+#   DRY_RUN=1  toy sizes on the CPU, the same stages, ten times their limits: three minutes of processor time
 #   STAGES     those to run, of "ceilings attention train sampling recipe pallas"; PYTHON: the interpreter
 #
 # The limits add up to 525 s. Pallas comes last: never run on a GPU yet, it may hang it.
