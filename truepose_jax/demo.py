@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import pathlib
 import time
@@ -26,7 +27,9 @@ from truepose_jax.runtime.bundled import SHIPPED
 from truepose_jax.runtime.cli import enable_compilation_cache, run_with_config
 from truepose_jax.runtime.files import atomic_write, check_new_file
 from truepose_jax.sampling.image_grid import sheet, to_uint8
-from truepose_jax.training.checkpoint import CheckpointError
+from truepose_jax.training.checkpoint import CheckpointError, check_place, check_same_config
+from truepose_jax.training.init import resolve_init_from
+from truepose_jax.training.time_budget import kept_steps
 from truepose_jax.training.validation import Pairs, carried_sources
 
 GATES = {"plain": Gates(margin=3.5, retrieval=0.95, outline_error=18.0), "patterned": Gates(2.5, 0.85, 20.5)}
@@ -83,6 +86,9 @@ def _judge_alone(which: str, eval_seed: int | None, out: str | None, pictures: s
 
 
 def _show_and_train(config: Config, workdir: pathlib.Path) -> int:
+    check_place(str(workdir))
+    kept = None if MINUTES.value is None else kept_steps(workdir)
+    check_same_config(workdir, resolve_init_from(dataclasses.replace(config, total_steps=kept or config.total_steps)))
     shipped = _show_shipped(config, workdir)
     code = train.train(config, str(workdir), profile=PROFILE.value, minutes=MINUTES.value)
     if code:
