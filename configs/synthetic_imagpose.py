@@ -27,7 +27,7 @@ def get_config(variant: str = "imagpose"):
     config.model.update(ABLATIONS.get(variant, {}))
     config.model.unet.in_channels = 97 if config.model.ilc_image else 49
     config.batch_size = 3
-    config.total_steps = 5_000
+    config.total_steps = 12_000
     if variant != "imagpose":
         config.total_steps = config.eval.every = 900
     config.eval.pairs = config.eval.batch_size = 16
