@@ -1,4 +1,4 @@
-"""The fuzzer for a quarter of a minute, and that it would see what it looks for."""
+"""The fuzzer for some seconds, and that it would see what it looks for."""
 
 import os
 import re
@@ -11,12 +11,12 @@ from tests.fuzz.outcomes import Call, outcome
 from tests.process import run
 from truepose_jax.runtime.cli import run_program
 
-SECONDS = 15
+SECONDS = 8
 
 
 def test_bad_inputs_end_in_one_line():
-    """In a process that forks before JAX has threads. No records: they take seconds to build. Another seed every day."""
-    flags = [f"--minutes={SECONDS / 60}", f"--seed={time.time() // 86400:.0f}", "--without=records"]
+    """In a process that forks before JAX has threads. No records: they take seconds to build."""
+    flags = [f"--minutes={SECONDS / 60}", "--seed=1", "--without=records"]
     code, out, errors = run("-m", "tests.fuzz", *flags)
     assert code == 0, out + errors
     assert int(re.search(r"^\| all \| ([\d,]+)", out, re.MULTILINE)[1].replace(",", "")) > 5, out

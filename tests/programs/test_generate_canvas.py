@@ -78,7 +78,7 @@ def bad_requests():
     yield "no joint", two, ["none.json"], 1, [], "no"
 
 
-@pytest.mark.parametrize("case", bad_requests(), ids=lambda case: case[0])
+@pytest.mark.parametrize("case", list(bad_requests()), ids=lambda case: case[0])
 def test_bad_requests_end_with_one_line(case, inputs, run, tmp_path, capsys):
     _, sources, poses, outs, more, want = case
     found = words(inputs, run, sources, poses, [tmp_path / f"{i}.png" for i in range(outs)], *more)
