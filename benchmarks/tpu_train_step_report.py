@@ -43,7 +43,7 @@ def report(rows: list[dict], order: Sequence[str]) -> str:
             "-" if row["wire_bytes"] is None else f"{row['wire_bytes'] / 1e6:,.0f}",
             f"{row['accessed_bytes'] / 1e9:,.0f}" if row.get("accessed_bytes") else "-",
             str(row["compilations"]),
-            ", ".join(f"{seconds:.0f}" for seconds in row["cpu_seconds"] if seconds is not None),
+            ", ".join("-" if seconds is None else f"{seconds:.0f}" for seconds in row["cpu_seconds"]),
         ]
         lines.append(cells)
     todo = [name for name in order if name not in {row["row"] for row in rows}]
