@@ -226,17 +226,19 @@ class IMAGPose:
         batch = without_invalid(batch)
         x0 = self.autoencoder.encode_sample(frozen.get("autoencoder"), tile(batch["views"]), keys)
         x0 = constrain(x0, "batch", "height", "width", "channels")
+        # Else compilers run both passes of the VAE over the canvas at once, and hold twice the memory.
+        views, x0 = jax.lax.optimization_barrier((batch["views"], x0))
         noisy = noised(self.diffusion, x0, keys)
         given = per_row(keys, "given", lambda key: draw_given(key, nothing=self.model.mask_all))
         chosen = jax.vmap(lambda key, g: draw_reference(rng.key(key, "reference"), g))(keys, given)
-        reference = jnp.take_along_axis(batch["views"], chosen[:, None, None, None, None], axis=1)[:, 0]
+        reference = jnp.take_along_axis(views, chosen[:, None, None, None, None], axis=1)[:, 0]
         u, rate = per_row(keys, "drop", jax.random.uniform), self.diffusion.drop_rate
         keep_high = 1.0 - ((u < rate) | ((u >= 2 * rate) & (u < 3 * rate))).astype(jnp.float32)
         keep_low = 1.0 - ((u >= rate) & (u < 3 * rate)).astype(jnp.float32)
         conditioning = self.condition(
             params,
             frozen,
-            {**batch, "given": given, "reference": reference},
+            {**batch, "views": views, "given": given, "reference": reference},
             keep_high=keep_high,
             keep_low=keep_low,
         )
