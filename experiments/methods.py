@@ -111,8 +111,9 @@ def table(report: dict[str, Any]) -> str:
         lines += [f"## {name}", ""]
         note = f" {row['note']}." if "note" in row else ""
         lines += [f"{RUNS[name]}, {row['steps']} steps, {row['date']}, {row['machine']['cpu']}.{note}", ""]
-        said = {True: "met: ", False: "MISSED: "} if name in PROVED else {True: "", False: ""}
-        lines += [f"- {said[met]}{text}" for text, met in row["thresholds"].items()]
+        for text, met in row["thresholds"].items():
+            said = ("met: " if met else "MISSED: ") if name in PROVED else ""
+            lines.append(f"- {said}{text}")
         costs = {key.removeprefix("swap_cost_"): cost for key, cost in row["eval"].items() if "swap_cost" in key}
         if costs:
             each = ", ".join(f"{swap} {cost:.2f}" for swap, cost in costs.items())
@@ -140,9 +141,6 @@ def ablation_table(rows: dict[str, Any]) -> list[str]:
     """IMAGPose with parts left out, at equal terms: dB inside the clothes, and what a second source gains in a back view's."""
     if not rows:
         return []
-    cva, texture, tiles = (
-        {name: ABLATIONS.get(name, {}).get(part, True) for name in rows} for part in ("cva", "texture", "ilc_image")
-    )
     lines = [
         "## imagpose's parts", "",
         f"{min(row['steps'] for row in rows.values())} steps each, one seed; PSNR of clothes.", "",
@@ -150,7 +148,8 @@ def ablation_table(rows: dict[str, Any]) -> list[str]:
         "|---|---|---|---|---|---|",
     ]  # fmt: skip
     for name, row in rows.items():
-        parts = ", ".join("yes" if part[name] else "no" for part in (cva, texture, tiles))
+        left_in = {"cva": True, "texture": True, "ilc_image": True} | ABLATIONS.get(name, {})
+        parts = ", ".join("yes" if there else "no" for there in left_in.values())
         scenarios, gains = row["canvases"]["scenarios"], row["canvases"]["second_source_gain"]
         cells = [
             scenarios[which][side]["clothes"] for which, side in (("T1", "front"), ("T3", "front"), ("T3", "back"))
