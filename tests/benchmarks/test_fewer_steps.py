@@ -1,10 +1,9 @@
-"""The table of fewer steps: its parts make the sampler's own pictures and count its FLOPs; names in a step's profile."""
+"""The table of fewer steps: its parts make the sampler's own pictures and count its FLOPs."""
 
 import numpy as np
 import pytest
 
 from benchmarks.fewer_steps import Parts, page
-from benchmarks.step_profile import _module
 from tests.tiny_run import SIZE, shared_pipeline
 from truepose_jax.inference.pipeline import Request
 
@@ -31,9 +30,3 @@ def test_the_table():
     machine = {"cpu": "a CPU", "cores": 1}
     found = {"model": "M", "pairs": 8, "guidance": 1.0, "machine": machine, "date": "2026-01-01", "rows": [row]}
     assert "| UniPC | 4 | 2.50 | 0.070 | 31.2 | 28.0 |" in page(found)
-
-
-def test_modules_of_a_profile():
-    assert _module("jit(step)/transpose(jvp(CarryTarget))/while/body/dot") == "backward CarryTarget/while/body"
-    assert _module("jit(step)/jvp(UNet)/up_blocks_1/conv2/add") == "forward UNet/up_blocks_#/conv#"
-    assert _module("jit(step)/jvp()/cos") == "forward loss/cos" and _module("") == "unnamed"
