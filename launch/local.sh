@@ -12,8 +12,9 @@ usage() { sed -n '2,8s/^# \{0,1\}//p' "$0" >&2; exit 2; }
 
 dry=
 if [[ ${1-} == --dry-run ]]; then dry=1; shift; fi
-count=${1-}
-[[ $count =~ ^[1-9][0-9]*$ ]] || usage
+[[ $# -gt 1 ]] || usage
+count=$1
+[[ $count =~ ^[1-9][0-9]*$ ]] || { echo "error: COUNT '$count' is not a number of processes, as 2" >&2; exit 2; }
 shift
 program=train
 if [[ ${1-} =~ ^(train|generate|evaluate|prepare)$ ]]; then program=$1; shift; fi

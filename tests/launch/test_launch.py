@@ -42,6 +42,11 @@ def test_without_arguments_it_says_how(script):
     assert done.returncode == 2 and f"launch/{script.name}" in done.stderr and "#" not in done.stderr
 
 
+def test_a_bad_count_is_one_line():
+    done = shell("local.sh", "0", *TRAIN)
+    assert done.returncode == 2 and done.stderr == "error: COUNT '0' is not a number of processes, as 2\n"
+
+
 def test_local_dry_run():
     done = shell("local.sh", "--dry-run", "2", *TRAIN, PORT="12345", PYTHON="py")
     lines = [shlex.split(line) for line in done.stdout.splitlines()]

@@ -7,6 +7,7 @@ import argparse
 import dataclasses
 import pathlib
 
+import cv2
 import numpy as np
 from PIL import Image
 
@@ -32,13 +33,14 @@ def study_style(flags: argparse.Namespace) -> None:
         mask = class_mask(reference.parsing, labels, flags.classes)
         if not mask.any():
             raise InputError(f"--classes={flags.classes}: {reference.name} wears none of them")
+        mask = cv2.dilate(mask.astype(np.uint8), np.ones((3, 3), np.uint8)) > 0  # pixels of an edge show both sides
         request = Request(
             style.photo, reference.own_joints, style.parsing, labels.name, name=style.name, seed=flags.seed
         )
         if run.config.model.carry.head:
             request = dataclasses.replace(request, source_joints=style.own_joints)
         plain.append(request)
-        edited.append(dataclasses.replace(request, edit=Edit(reference.photo, mask)))
+        edited.append(dataclasses.replace(request, edit=Edit(reference.photo, mask, "pasted")))
     enable_compilation_cache()
     pipeline = Pipeline.of_run(run)
     made = [pipeline.batch(requests, steps=flags.steps, guidance=flags.guidance) for requests in (plain, edited)]
