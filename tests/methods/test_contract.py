@@ -16,15 +16,15 @@ from truepose_jax.diffusion.schedule import Schedule
 from truepose_jax.methods import PAPERS, needs
 from truepose_jax.pretrained.conversion import paper_files
 from truepose_jax.pretrained.conversion.weights_folder import open_weights
+from truepose_jax.pretrained.factory import planned
 from truepose_jax.sampling.sampler import Sampler, Sampling
-from truepose_jax.training.init import resolve_init_from
+from truepose_jax.training.init import batch_spec, resolve_init_from
 from truepose_jax.training.step import Trainer
 
 ROWS = 4
 every = pytest.mark.parametrize("method", tiny_methods.METHODS)
-denoisers = pytest.mark.parametrize(
-    "method", ["fpdm", "imagpose"]
-)  # TruePose's are in test_truepose.py, test_sampling.py
+# TruePose's are in test_truepose.py, test_sampling.py.
+denoisers = pytest.mark.parametrize("method", ["fpdm", "imagpose"])
 
 
 def test_all_papers_are_tried():
@@ -47,11 +47,17 @@ def inputs(method, seed: int = 1):
     return params, frozen, tiny_methods.batch(cfg, seed, ROWS), tiny.keys(2, ROWS)
 
 
+def of_three_rows(method):
+    """These, of which row 1 weighs nothing."""
+    params, frozen, batch, keys = inputs(method)
+    batch["valid"][1] = 0
+    return params, frozen, batch, keys
+
+
 @every
 def test_rows_that_are_not_there_may_hold_anything(method):
     """NaN in every float of a row of weight 0 changes no bit, and neither do fields that the loss does not read."""
-    params, frozen, batch, keys = inputs(method)
-    batch["valid"][1] = 0
+    params, frozen, batch, keys = of_three_rows(method)
     want, metrics = gradient(method)(params, frozen, batch, keys)
     assert all(np.isfinite(x).all() for x in jax.tree.leaves(want)) and np.isfinite(metrics["loss"])
     assert any(np.any(x) for x in jax.tree.leaves(want))
@@ -67,10 +73,9 @@ def test_rows_that_are_not_there_may_hold_anything(method):
         np.testing.assert_array_equal(a, b)
 
 
-@pytest.mark.parametrize("method", ["fpdm", "imagpose"])
+@denoisers
 def test_micro_batches_add_up(method):
-    params, frozen, batch, keys = inputs(method)
-    batch["valid"][2] = 0
+    params, frozen, batch, keys = of_three_rows(method)
     want, metrics = gradient(method)(params, frozen, batch, keys)
     cfg = tiny_methods.config(method, {"optim": {"accumulation": 2}})
     cut = tiny.jit(Trainer(cfg, tiny_methods.one(method)[1]).gradients)
@@ -80,12 +85,17 @@ def test_micro_batches_add_up(method):
         np.testing.assert_allclose(cut_metrics[name], value, rtol=2e-4, atol=1e-6, err_msg=name)
 
 
-def test_a_mesh_gives_the_same():
+def test_a_mesh_gives_the_same(tmp_path):
     """Gradients (compared there) and loss of one device, ipf's matrix of the whole batch too, with parameters cut along both axes
     that cut them."""
-    code, out, errors = run("-m", "tests.methods.sharded", env=environment(devices=8))
+    for method in ("ipf", "fpdm", "imagpose"):
+        grads, metrics = gradient(method)(*of_three_rows(method))
+        np.savez(tmp_path / f"{method}.npz", loss=metrics["loss"], **tiny.named(grads))
+    code, out, errors = run("-m", "tests.methods.sharded", tmp_path, env=environment(devices=8))
     assert code == 0, errors[-3000:]
-    for method, found in json.loads(out.splitlines()[-1]).items():
+    report = json.loads(out.splitlines()[-1])
+    assert len(report) == 3
+    for method, found in report.items():
         assert found["loss"] < 1e-5 and {*found["cut"]} == {"fsdp", "tensor"}, method
 
 
@@ -137,7 +147,10 @@ def test_pictures_do_not_depend_on_their_batch(method):
 
 @denoisers
 def test_an_export_comes_back_bit_for_bit(method, tmp_path):
-    cfg, _, _, params = tiny_methods.one(method)
+    two_sites = {"model": {"unet": {"up_block_types": ("CrossAttnUpBlock2D",)}}}
+    cfg = tiny_methods.config(method, two_sites)
+    made, _ = planned(cfg)
+    params = tiny.randomise(jax.eval_shape(lambda: made.init(jax.random.key(0), batch_spec(cfg))), 0)
     paper_files.write(tmp_path / "out", params, config=cfg)
     words = [f"--model={method}", f"--src={tmp_path / 'out'}", f"--dst={tmp_path / 'back'}"]
     assert convert.main(["from-torch", *words]) == 0
@@ -146,7 +159,7 @@ def test_an_export_comes_back_bit_for_bit(method, tmp_path):
     assert weights.infos.keys() == want.keys() and not weights.fresh and weights.method == method
     for path, array in want.items():
         np.testing.assert_array_equal(weights.read(path), array, err_msg=path)
-    again = tiny_methods.config(method, {"init_from": str(tmp_path / "back")})
+    again = tiny_methods.config(method, {"init_from": str(tmp_path / "back")}, two_sites)
     assert resolve_init_from(again).model.unet == cfg.model.unet
 
 

@@ -1,6 +1,7 @@
 """Each further method through the training program: drawn people, batches, steps, evaluation with its sheet, and going on."""
 
 import json
+import shutil
 
 import jax
 import numpy as np
@@ -22,7 +23,8 @@ RUN = {
     "total_steps": 2,
     "model": {"size": (32, 24)},
     "data": DATA,
-    "checkpoint": {"every": 2},
+    "optim": {"layout": "flat"},  # a third of the time to compile
+    "checkpoint": {"every": 1},
     "eval": {"every": 2, "pairs": 3, "batch_size": 3, "sheet_rows": 2, "steps": 1, "guidance": 2.0},
     "diffusion": {"steps": 1},
 }
@@ -101,6 +103,6 @@ def test_trains_evaluates_and_goes_on(method, tmp_path):
             Pipeline.load(tmp_path)
         check_export(tmp_path, config)
 
-    again = tiny_methods.config(method, RUN, {"total_steps": 3, "eval": {"every": 0}})
-    assert train.train(again, str(tmp_path)) == 0
-    assert [line["step"] for line in lines(tmp_path)] == [1, 2, 3]
+    shutil.rmtree(tmp_path / "checkpoints" / "2")
+    assert train.train(tiny_methods.config(method, RUN, {"eval": {"every": 0}}), str(tmp_path)) == 0
+    assert [line["loss"] for line in lines(tmp_path)] == losses
