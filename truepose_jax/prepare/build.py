@@ -24,7 +24,12 @@ from input_pipeline.sources.wpose import read_wpose
 from truepose_jax.prepare.drop_sheet import drop_sheet
 from truepose_jax.runtime.cli import parse_size, reject_unused_flags
 
-DATASETS = ("deepfashion", "market1501", "wpose", "ccp", "phoenix", "folder", "synthetic")
+READERS = {
+    "deepfashion": read_deepfashion, "market1501": read_market1501, "wpose": read_wpose, "ccp": read_ccp,
+    "phoenix": read_phoenix,
+}  # fmt: skip
+"""Of published datasets."""
+DATASETS = (*READERS, "folder", "synthetic")
 SYNTHETIC_PAIRS, SYNTHETIC_SIZE = 10_000, (256, 176)
 FLAGS_OF: dict[str, tuple[str, ...]] = {
     "raw": ("deepfashion", "market1501", "wpose", "ccp", "phoenix", "folder"),
@@ -109,24 +114,18 @@ def read_raw(flags: argparse.Namespace) -> RawSet:
         )  # fmt: skip
     if not flags.raw:
         raise InputError(f"--dataset={flags.dataset} needs --raw=DIR, the folder of its files")
-    own = {"ccp": "atr18", "phoenix": "whole"}  # what the files have, so that it is not asked for
-    labels = own.get(flags.dataset) or label_set(_required_labels(flags)).name
+    heeded: dict[str, Any] = {}
+    if flags.dataset in FLAGS_OF["labels"]:
+        heeded["labels"] = label_set(_required_labels(flags)).name
+    if flags.dataset in FLAGS_OF["lists"]:
+        heeded["lists"] = flags.lists
     if flags.dataset == "folder":
         return read_folder(
-            flags.raw, labels=labels, pairs=flags.pairs or "self", test_pairs=flags.test_pairs,
+            flags.raw, **heeded, pairs=flags.pairs or "self", test_pairs=flags.test_pairs,
             keypoints=flags.keypoints, pose_frame=flags.pose_frame,
         )  # fmt: skip
     try:
-        if flags.dataset == "ccp":
-            raw, needed = read_ccp(flags.raw)
-        elif flags.dataset == "phoenix":
-            raw, needed = read_phoenix(flags.raw)
-        elif flags.dataset == "wpose":
-            raw, needed = read_wpose(flags.raw, labels=labels)
-        elif flags.dataset == "market1501":
-            raw, needed = read_market1501(flags.raw, labels=labels, lists=flags.lists)
-        else:
-            raw, needed = read_deepfashion(flags.raw, labels=labels, lists=flags.lists)
+        raw, needed = READERS[flags.dataset](flags.raw, **heeded)
     except MissingFiles as error:
         print(checklist(error.needed))
         raise
