@@ -66,8 +66,8 @@ def params_of(module: torch.nn.Module, shapes, keys=PLAIN):
     return from_torch.load({k: v.detach().numpy() for k, v in module.state_dict().items()}, shapes, keys)
 
 
-def epsilons(module: nn.Module, *inputs, method=None) -> dict[str, float]:
-    """{torch's name of the norm: its epsilon}, seen while the module's init is traced."""
+def epsilons(module: nn.Module, *inputs) -> tuple[dict[str, float], dict]:
+    """({torch's name of the norm: its epsilon}, the parameters as shapes), of one trace of the module's init."""
     found = {}
 
     def note(call, args, kwargs, context):
@@ -77,8 +77,8 @@ def epsilons(module: nn.Module, *inputs, method=None) -> dict[str, float]:
         return call(*args, **kwargs)
 
     with nn.intercept_methods(note):
-        jax.eval_shape(lambda: module.init(jax.random.key(0), *inputs))
-    return found
+        shapes = jax.eval_shape(lambda: module.init(jax.random.key(0), *inputs))["params"]
+    return found, shapes
 
 
 def torch_epsilons(module: torch.nn.Module) -> dict[str, float]:
@@ -136,8 +136,7 @@ def check(
         out = out if isinstance(out, tuple) else (out,)
         return sum(jnp.sum(y * w) for y, w in zip(out, weights, strict=True)), out
 
-    # Most of the time goes into compiling; at LLVM's lowest level it is 2/3 and the differences are the same.
-    step = jax.jit(jax.grad(loss, argnums=(0, 1), has_aux=True), compiler_options={"xla_backend_optimization_level": 0})
+    step = jax.jit(jax.grad(loss, argnums=(0, 1), has_aux=True))
     (grads, input_grads), out = step(params, [jnp.asarray(inputs[i]) for i in floating])
 
     forward = max(difference(y, from_nchw(r)) for y, r in zip(out, expected, strict=True))

@@ -75,7 +75,7 @@ def test_the_gated_layer():
 
 
 def test_epsilons_are_those_of_transformers():
-    found = epsilons(Dinov2(SMALL), normal(0, 1, 35, 35, 3))
+    found, _ = epsilons(Dinov2(SMALL), normal(0, 1, 35, 35, 3))
     assert found == torch_epsilons(torch_dinov2(SMALL)) and set(found.values()) == {1e-6}
 
 

@@ -1,6 +1,7 @@
 """What FPDM and IMAGPose add to the UNet against strangers' code: diffusers' UNet with its class embedding and hooks, its own
 temporal transformer; and small NumPy and torch forms of the rest. Every parameter random."""
 
+import dataclasses
 import itertools
 
 import jax
@@ -13,7 +14,7 @@ from diffusers.models.unets.unet_motion_model import AnimateDiffTransformer3D
 
 from tests import tiny
 from tests.parity.compare import NETWORK, check, difference, normal
-from tests.parity.test_unet import CROSS, PLAIN, config_of, diffusers_unet
+from tests.parity.test_unet import CROSS, PLAIN, config_of
 from truepose_jax.models import fpdm, imagpose
 from truepose_jax.models.attention import plain_block
 from truepose_jax.models.context import ContextSide, context_block
@@ -21,37 +22,7 @@ from truepose_jax.models.pose_encoder import ControlNetPoseEncoder
 from truepose_jax.models.unet import UNet2DCondition
 from truepose_jax.pretrained.conversion import key_maps
 
-SMALL = config_of(CROSS, PLAIN, block_out_channels=(16, 32), attention_head_dim=2, use_linear_projection=True)
-
-
-def with_class_embedding() -> UNet2DConditionModel:
-    fields = {name: getattr(SMALL, name) for name in SMALL.__dataclass_fields__}
-    return UNet2DConditionModel(**fields, class_embed_type="identity")
-
-
-def test_class_slot_and_pose():
-    """FPDM's two additions: a class embedding of type "identity", and features on conv_in's output, by a hook."""
-
-    def call_torch(unet, x, t, context, pose, after_time):
-        hook = unet.conv_in.register_forward_hook(lambda module, inputs, output: output + pose)
-        found = unet(x, t, context, class_labels=after_time, return_dict=False)[0]
-        hook.remove()
-        return found
-
-    def call_ours(apply, x, t, context, pose, after_time):
-        found = apply(x, t, context, after_conv_in=pose, after_time=after_time)
-        return found[0] if isinstance(found, tuple) else found
-
-    inputs = [normal(1, 2, 6, 4, 4), np.array([3, 981], np.int32), normal(2, 2, 3, 24), normal(3, 2, 6, 4, 16)]
-    check(
-        with_class_embedding(),
-        call_torch,
-        UNet2DCondition(SMALL, plain_block),
-        [*inputs, normal(4, 2, 64)],
-        call_ours=call_ours,
-        keys=key_maps.UNET,
-        tolerance=NETWORK,
-    )
+SMALL = config_of((PLAIN[0], CROSS[1]), block_out_channels=(16,), attention_head_dim=2, use_linear_projection=True)
 
 
 class PerFrame(torch.nn.GroupNorm):
@@ -100,24 +71,19 @@ CVA_KEYS = key_maps.ModelKeys(
 )
 
 
-def test_cva():
-    check(TorchCVA(16, 4), lambda m, x: m(x), imagpose.CrossViewAttention(4), [normal(1, 2, 6, 4, 16)], keys=CVA_KEYS)
-
-
-def test_cva_stands_after_every_layer():
-    """Forward hooks on the last module of each layer of diffusers' UNet: down, up and in the middle, 7 places of this one; a
-    canvas channel more as input."""
-    reference = diffusers_unet(SMALL)
+def test_the_unet_with_all_that_is_added():
+    """FPDM's class embedding of type "identity" and features on conv_in's output; IMAGPose's CVA after every layer, by forward
+    hooks on the last module of each: down, up and in the middle, 4 places of this one."""
+    fields = {name: getattr(SMALL, name) for name in SMALL.__dataclass_fields__}
+    reference = UNet2DConditionModel(**fields, class_embed_type="identity")
     places = []
-    for blocks, attends in ((reference.down_blocks, "attentions"), (reference.up_blocks, "attentions")):
-        for block in blocks:
-            layers = getattr(block, attends, None) or block.resnets
-            widths = [layer.out_channels if hasattr(layer, "out_channels") else layer.in_channels for layer in layers]
-            block.motion_modules = torch.nn.ModuleList(TorchCVA(width, 8) for width in widths)
-            places += zip(layers, block.motion_modules, strict=True)
-    reference.mid_block.motion_modules = torch.nn.ModuleList([TorchCVA(32, 8)])
+    for block in (*reference.down_blocks, *reference.up_blocks):
+        layers = getattr(block, "attentions", None) or block.resnets
+        block.motion_modules = torch.nn.ModuleList(TorchCVA(16, 8) for _ in layers)
+        places += zip(layers, block.motion_modules, strict=True)
+    reference.mid_block.motion_modules = torch.nn.ModuleList([TorchCVA(16, 8)])
     places.append((reference.mid_block.attentions[0], reference.mid_block.motion_modules[0]))
-    assert len(places) == 7
+    assert len(places) == 4
 
     def hooked(motion):
         return lambda module, inputs, out: (motion(out[0]),) if isinstance(out, tuple) else motion(out)
@@ -125,18 +91,25 @@ def test_cva_stands_after_every_layer():
     for layer, motion in places:
         layer.register_forward_hook(hooked(motion))
 
-    def call_ours(apply, *inputs):
-        found = apply(*inputs)
+    def call_torch(unet, x, t, context, pose, after_time):
+        hook = unet.conv_in.register_forward_hook(lambda module, inputs, output: output + pose)
+        found = unet(x, t, context, class_labels=after_time, return_dict=False)[0]
+        hook.remove()
+        return found
+
+    def call_ours(apply, x, t, context, pose, after_time):
+        found = apply(x, t, context, after_conv_in=pose, after_time=after_time)
         return found[0] if isinstance(found, tuple) else found
 
     def after(site, *, name):
         return imagpose.CrossViewAttention(8, name=name)
 
+    inputs = [normal(1, 2, 6, 4, 4), np.array([3, 981], np.int32), normal(2, 2, 3, 24), normal(3, 2, 6, 4, 16)]
     check(
         reference,
-        lambda m, x, t, c: m(x, t, c, return_dict=False)[0],
+        call_torch,
         UNet2DCondition(SMALL, plain_block, after),
-        [normal(1, 1, 8, 4, 4), np.array([500], np.int32), normal(2, 1, 3, 24)],
+        [*inputs, normal(4, 2, 64)],
         call_ours=call_ours,
         keys=CVA_KEYS,
         tolerance=NETWORK,
@@ -145,7 +118,8 @@ def test_cva_stands_after_every_layer():
 
 def test_keys_and_values_outside_of_the_unet_are_those_inside():
     """Output and gradients of the cut UNet with its context side against the plain one, which is diffusers' (test_unet.py)."""
-    plain, cut, side = UNet2DCondition(SMALL, plain_block), UNet2DCondition(SMALL, context_block), ContextSide(SMALL)
+    config = dataclasses.replace(SMALL, layers_per_block=0)
+    plain, cut, side = UNet2DCondition(config, plain_block), UNet2DCondition(config, context_block), ContextSide(config)
     x, t, tokens = normal(1, 2, 6, 4, 4), np.array([3, 981], np.int32), normal(2, 2, 5, 24)
     params = tiny.randomise(jax.eval_shape(lambda: plain.init(jax.random.key(0), x, t, tokens)["params"]), 1)
     flat = dict(key_maps.leaves(params))

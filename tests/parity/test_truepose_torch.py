@@ -36,13 +36,13 @@ from truepose_jax.runtime import rng
 
 RUN = {"step": 1, "weights": "raw", "frozen": {}}
 
-# As SD1.5: attention at all levels but the lowest, two heads everywhere. Latents of 16x11 -> 8x6.
-SD15_LIKE = {
+# Attention in the middle and on the way up, two heads everywhere. Latents of 16x11 -> 8x6.
+PAPERS = {
     "model": {
         "size": (32, 22),
         "unet": {
             "block_out_channels": (16, 32),
-            "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
+            "down_block_types": ("DownBlock2D", "DownBlock2D"),
             "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D"),
             "layers_per_block": 1,
             "norm_num_groups": 8,
@@ -63,7 +63,7 @@ FLOW = {
         "fusion": {"carry_latents": True, "cosine": True, "residual": True},
     }
 }
-NETWORKS = {"the paper's": SD15_LIKE, "carried latents": FLOW}
+NETWORKS = {"the paper's": PAPERS, "carried latents": FLOW}
 TARGETS, SOURCES = 6, 3
 VALID = np.float32([1, 1, 1, 1, 0, 1])
 SEED = 36
@@ -277,7 +277,7 @@ def test_a_network_from_nothing_samples_alike(tmp_path):
     """Pixels as latents, positions, the parsing map in SourceNet, x0 prediction, clipping: DDIM with guidance, and the
     source's side computed once or at every step."""
     settings = synthetic_ablation.get_config("paper")
-    settings.model.unet.block_out_channels = (16, 32)
+    settings.model.unet.update(block_out_channels=(16, 16), layers_per_block=0)
     settings.model.autoencoder, settings.model.pixel_factor = "pixels", 4
     settings.model.unet.in_channels = settings.model.unet.out_channels = 48
     settings.diffusion.schedule.clip_x0 = 1.0
@@ -311,7 +311,7 @@ def test_a_network_from_nothing_samples_alike(tmp_path):
 
 def test_denoise_is_one_graph(tmp_path):
     """Under torch.compile, both branches, without a graph break."""
-    cfg = tiny.config(tiny.MIDDLE_ONLY, {"model": {"unet": {"layers_per_block": 1}}})
+    cfg = tiny.config(tiny.MIDDLE_ONLY)
     model = exported(cfg, tiny.params(tiny.method(cfg), cfg), tmp_path / "export")
     batch = tiny.batch(cfg, 1, targets=2)
     x = torch.randn(2, 12, 8, 5)
@@ -343,7 +343,7 @@ def test_masks_and_coverage():
 
 
 def test_another_models_tensors_are_an_error(tmp_path):
-    cfg = tiny.config(tiny.MIDDLE_ONLY, {"model": {"unet": {"layers_per_block": 1}}})
+    cfg = tiny.config(tiny.MIDDLE_ONLY)
     exported(cfg, tiny.params(tiny.method(cfg), cfg), tmp_path / "export")
     settings = json.loads((tmp_path / "export/truepose.json").read_text())
     (tmp_path / "export/truepose.json").write_text(json.dumps(settings | {"source_parsing": "coverage", "classes": 20}))

@@ -23,15 +23,12 @@ def config_of(*levels, **fields) -> UNetConfig:
     return UNetConfig(down_block_types=down, up_block_types=up[::-1], **fields)
 
 
-# name: (config, latent h x w, batch). Together they have every block type and every field.
+# name: (config, latent h x w, batch). Together they have every block type and every field; two layers a block at full size
+# (test_full_size.py).
 CASES = {
-    # As in SD1.5 the lowest level has no attention. 16x11 -> 8x6 -> 4x3.
-    "sd15": (
-        config_of(CROSS, CROSS, PLAIN, block_out_channels=(16, 32, 48), attention_head_dim=2),
-        (16, 11),
-        2,
-    ),
-    # As in SD2.x linear projections and heads per level. Two layers per block. 11x6 -> 6x3.
+    # As in SD1.5 the lowest level has no attention. 9x7 -> 5x4.
+    "sd15": (config_of(CROSS, PLAIN, block_out_channels=(16, 32), attention_head_dim=2), (9, 7), 2),
+    # As in SD2.x linear projections and heads per level. 7x4 -> 4x2.
     "linear": (
         config_of(
             PLAIN,
@@ -39,15 +36,15 @@ CASES = {
             in_channels=12,
             out_channels=6,
             block_out_channels=(16, 32),
-            layers_per_block=2,
             attention_head_dim=(1, 4),
             use_linear_projection=True,
             norm_eps=1e-3,
         ),
-        (11, 6),
+        (7, 4),
         1,
     ),
 }
+DEEPER = dataclasses.replace(CASES["linear"][0], layers_per_block=2, transformer_layers_per_block=2)
 
 
 def diffusers_unet(config: UNetConfig) -> UNet2DConditionModel:
@@ -70,10 +67,7 @@ def diffusers_unet(config: UNetConfig) -> UNet2DConditionModel:
 @pytest.mark.parametrize("case", CASES)
 def test_unet(case):
     config, hw, batch = CASES[case]
-    x, context = (
-        normal(1, batch, *hw, config.in_channels),
-        normal(2, batch, 3, config.cross_attention_dim),
-    )
+    x, context = normal(1, batch, *hw, config.in_channels), normal(2, batch, 3, config.cross_attention_dim)
     check(
         diffusers_unet(config),
         lambda m, x, t, c: m(x, t, c, return_dict=False)[0],
@@ -91,24 +85,17 @@ def _prediction(result):
 
 @pytest.mark.parametrize(
     "config,parameters",
-    [
-        (UNetConfig(), 859_520_964),
-        (dataclasses.replace(CASES["linear"][0], transformer_layers_per_block=2), None),
-    ],
-    ids=["sd15", "two blocks a transformer"],
+    [(UNetConfig(), 859_520_964), (DEEPER, None)],
+    ids=["sd15", "two layers a block, two blocks a transformer"],
 )
 def test_parameters_and_epsilons_are_those_of_diffusers(config, parameters):
     module = UNet2DCondition(config, plain_block)
-    inputs = (
-        normal(0, 1, 16, 12, config.in_channels),
-        np.zeros(1, np.int32),
-        normal(0, 1, 7, config.cross_attention_dim),
-    )
-    shapes = jax.eval_shape(module.init, jax.random.key(0), *inputs)["params"]
+    inputs = normal(0, 1, 16, 12, config.in_channels), np.zeros(1, np.int32), normal(0, 1, 7, config.cross_attention_dim)
+    found, shapes = epsilons(module, *inputs)
     with torch.device("meta"):
         reference = diffusers_unet(config)
     expected = {k: tuple(v.shape) for k, v in reference.state_dict().items()}
     assert {need.tensor: need.shape for need in from_torch.wanted(shapes)} == expected
-    assert epsilons(module, *inputs) == torch_epsilons(reference)
+    assert found == torch_epsilons(reference)
     if parameters:
         assert sum(x.size for x in jax.tree.leaves(shapes)) == parameters

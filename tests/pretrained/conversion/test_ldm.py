@@ -12,7 +12,7 @@ import torch
 from diffusers import AutoencoderKL
 from diffusers.loaders.single_file_utils import convert_ldm_unet_checkpoint, convert_ldm_vae_checkpoint
 
-from tests.parity.test_unet import CASES, diffusers_unet
+from tests.parity.test_unet import CROSS, DEEPER, PLAIN, config_of, diffusers_unet
 from tests.parity.test_vae import SMALL as SMALL_VAE
 from tests.parity.test_vae import torch_vae
 from tests.pretrained.conversion import sd15
@@ -25,6 +25,7 @@ from truepose_jax.pretrained.conversion import ldm, readers
 from truepose_jax.pretrained.conversion.safetensors_io import ArraySource
 from truepose_jax.pretrained.conversion.weights_folder import open_weights
 
+THREE_LEVELS = config_of(CROSS, CROSS, PLAIN, block_out_channels=(16, 32, 48), attention_head_dim=2)
 FULL_VAE = AutoencoderKLConfig()
 __all__ = ["quick_shapes"]  # a fixture for every test here
 
@@ -45,8 +46,8 @@ def on_meta(make):
 
 MODELS = {
     "sd15": lambda: (on_meta(lambda: diffusers_unet(UNetConfig())), UNetConfig(), on_meta(lambda: torch_vae(FULL_VAE))),
-    "two layers": lambda: (diffusers_unet(CASES["linear"][0]), CASES["linear"][0], torch_vae(SMALL_VAE)),
-    "three levels": lambda: (diffusers_unet(CASES["sd15"][0]), CASES["sd15"][0], sd15.vae()),
+    "two layers": lambda: (diffusers_unet(DEEPER), DEEPER, torch_vae(SMALL_VAE)),
+    "three levels": lambda: (diffusers_unet(THREE_LEVELS), THREE_LEVELS, sd15.vae()),
 }
 
 

@@ -68,8 +68,7 @@ def vae():
     return shapes(), {name: tensor.numpy() for name, tensor in randomise(make(), 0).state_dict().items()}
 
 
-@pytest.mark.parametrize("dtype", TORCH_DTYPES)
-@pytest.mark.parametrize("how", ["single", "sharded"])
+@pytest.mark.parametrize("dtype,how", [("float32", "single"), ("float16", "sharded"), ("bfloat16", "sharded")])
 def test_round_trip_is_bit_equal(model, tmp_path, dtype, how):
     """A folder by diffusers or transformers -> fp32 parameters -> a folder that the same class opens."""
     name, shapes, keys, reference, cls = model
@@ -114,19 +113,6 @@ def test_two_parameters_of_one_name_are_an_error():
         to_torch.infos({"net_0": {"bias": np.zeros(2)}, "net": {"0": {"bias": np.zeros(2)}}})
 
 
-def test_old_attention_names_of_the_autoencoder(vae):
-    shapes, state = vae
-    new_to_old = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
-    old = {}
-    for name, array in state.items():
-        for new, spelling in new_to_old.items():
-            name = name.replace(f"mid_block.attentions.0.{new}.", f"mid_block.attentions.0.{spelling}.")
-        old[name] = array
-    assert sum(name not in state for name in old) == 16
-    same = from_torch.load(old, shapes, key_maps.VAE), from_torch.load(state, shapes, key_maps.VAE)
-    jax.tree.map(np.testing.assert_array_equal, *same)
-
-
 def test_vision_side_of_a_whole_clip(tmp_path):
     text = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
     vision = torch_clip(CLIP_CONFIG).config.to_dict()
@@ -160,25 +146,25 @@ NAME = "decoder.up_blocks.0.resnets.1.conv2.weight"
 @pytest.mark.parametrize(
     "change,lines",
     [
-        (lambda s: s.pop(NAME), ["1 tensors missing:", f"  {NAME} [32, 32, 3, 3]"]),
+        (lambda s: s.pop(NAME), ["1 tensors missing:", f"  {NAME} [16, 16, 3, 3]"]),
         (
             lambda s: s.update({"extra.weight": np.zeros((2, 3))}),
             ["1 tensors unexpected:", "  extra.weight [2, 3]"],
         ),
         (
-            lambda s: s.update({NAME: np.zeros((3, 3, 32, 32), np.float32)}),
-            ["1 tensors of another shape:", f"  {NAME} is [3, 3, 32, 32], expected [32, 32, 3, 3]"],
+            lambda s: s.update({NAME: np.zeros((3, 3, 16, 16), np.float32)}),
+            ["1 tensors of another shape:", f"  {NAME} is [3, 3, 16, 16], expected [16, 16, 3, 3]"],
         ),
         (
-            lambda s: s.update({NAME: np.zeros((32, 32, 3, 3), np.int8)}),
+            lambda s: s.update({NAME: np.zeros((16, 16, 3, 3), np.int8)}),
             ["1 tensors of another type:", f"  {NAME} is int8, which float32 does not hold exactly"],
         ),
         (
-            lambda s: s.update({NAME: np.zeros((32, 32, 3, 3), np.float64)}),
+            lambda s: s.update({NAME: np.zeros((16, 16, 3, 3), np.float64)}),
             ["1 tensors of another type:", f"  {NAME} is float64, which float32 does not hold exactly"],
         ),
         (
-            lambda s: s.update({"encoder.mid_block.attentions.0.query.bias": np.zeros(32, np.float32)}),
+            lambda s: s.update({"encoder.mid_block.attentions.0.query.bias": np.zeros(16, np.float32)}),
             ["1 tensors given twice:", "encoder.mid_block.attentions.0.query.bias and"],
         ),
     ],
