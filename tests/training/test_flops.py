@@ -10,7 +10,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from configs.base import get_config
 from tests import tiny
-from tests.parity.test_truepose_torch import SD15_LIKE, exported, inputs_of, nchw
+from tests.parity.test_truepose_torch import PAPERS, exported, inputs_of, nchw
 from truepose_jax.config import Config, from_config_dict
 from truepose_jax.kernels.attention import api
 from truepose_jax.sampling.sampler import Sampler, Sampling
@@ -77,7 +77,7 @@ def test_steps_of_sampling_add_up():
 def test_forward_against_xla():
     """Of the unoptimised program, which also counts elementwise operations and leaves padding out: a few per cent, and
     fewer where the network is wide."""
-    _, made, params, batch = network(SD15_LIKE, {"model": {"unet": {"block_out_channels": (128, 128)}}})
+    _, made, params, batch = network(PAPERS, {"model": {"unet": {"block_out_channels": (128, 128)}}})
     with api.default_implementation("reference"):  # XLA counts what a loop of `per_image` does once
         cost = jax.jit(lambda p, b: forward(made, p, b)).lower(params, batch).cost_analysis()
         ratio = count(lambda p, b: forward(made, p, b), params, batch) / cost["flops"]
@@ -86,7 +86,7 @@ def test_forward_against_xla():
 
 
 def test_training_against_pytorchs_counter(tmp_path):
-    cfg, made, shapes, batch = network(SD15_LIKE)
+    cfg, made, shapes, batch = network(PAPERS)
     model = exported(cfg, tiny.randomise(shapes, 0), tmp_path / "export")
     source = made.autoencoder.encode_mean({}, batch["source"])
     x0 = nchw(source)
