@@ -31,12 +31,12 @@ from typing import Any
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 
-from tpu_aot import NO_PIP, SIZES, hash_of, operation  # noqa: E402
+from tpu_aot import SIZES, hash_of, operation, set_up  # noqa: E402
 
+from benchmarks import tables  # noqa: E402
 from benchmarks.side_by_side_case import Case  # noqa: E402
-from truepose_jax.runtime import atomic  # noqa: E402
 from truepose_jax.runtime.cli import Parser, run_program  # noqa: E402
-from truepose_jax.runtime.markdown import narrow  # noqa: E402
+from truepose_jax.runtime.markdown import table  # noqa: E402
 
 JAX = "0.11.2"
 H200 = """
@@ -65,18 +65,6 @@ CASES: dict[str, Case | tuple[str, int, int, str]] = {
 }  # fmt: skip
 ROOMS = ("kernels", "models", "methods", "diffusion", "sampling")
 SOURCES = (*(f"truepose_jax/{room}/**/*.py" for room in ROOMS), "truepose_jax/training/step.py")
-
-
-def set_up(folder: pathlib.Path, interpreter: str) -> pathlib.Path:
-    """The Python of a virtual environment with the GPU wheels; made where it is not there. Raises SystemExit(NO_PIP)."""
-    python, done = folder / "bin" / "python", folder / ".done"
-    if not done.exists():
-        subprocess.run([interpreter, "-m", "venv", folder], check=True)
-        call = subprocess.run([python, "-m", "pip", "install", "--quiet", f"jax=={JAX}", "-e", f"{ROOT}[gpu]"])
-        if call.returncode:
-            raise SystemExit(NO_PIP)
-        done.touch()
-    return python
 
 
 # --- programs ----------------------------------------------------------------------------------------------------
@@ -204,18 +192,18 @@ def report(found: dict[str, Any]) -> str:
         "at hand, and none of these programs has run. `held`: arguments, results, temporaries. `kernels`: Pallas', with the most "
         "registers of one and the bytes that all of them spill. `compile s`: of CPU time.",
         "",
-        "| program | held MB | temporaries MB | kernels | registers | spilled bytes | library calls | compile s |",
-        "|" + "---|" * 8,
     ]
+    heads = ("program", "held MB", "temporaries MB", "kernels", "registers", "spilled bytes", "library calls", "compile s")
+    rows = []
     for name, row in sorted(found["rows"].items(), key=lambda item: list(CASES).index(item[0])):
         if "failed" in row:
             continue
         cells = [f"{row[key] / 1e6:,.1f}" for key in ("held_bytes", "temporary_bytes")]
         cells += [f"{row[key]:,}" if key in row else "-" for key in ("kernels", "registers", "spilled_bytes", "library_calls")]
         cells += [f"{row['compile_cpu_s']:,.0f}"]
-        lines.append(f"| {name} | " + " | ".join(cells) + " |")
+        rows.append([name, *cells])
     failed = [f"- {name}: {row['failed']}" for name, row in found["rows"].items() if "failed" in row]
-    return "\n".join([*lines, "", *(["Not compiled:", "", *failed, ""] if failed else [])])
+    return "\n".join([*lines, *table(heads, rows), "", *(["Not compiled:", "", *failed, ""] if failed else [])])
 
 
 def _of_process(name: str, limit: float, keep: pathlib.Path | None) -> dict[str, Any]:
@@ -242,17 +230,18 @@ def _main(argv: Sequence[str]) -> int:
     parser.add_argument("--cases", default="", help="those whose name matches; all of: " + ", ".join(CASES))
     parser.add_argument("--limit", type=float, default=900, help="seconds of a case")
     parser.add_argument("--keep", type=pathlib.Path, help="folder for the programs")
-    parser.add_argument("--out", type=pathlib.Path, default=ROOT / "benchmarks" / "results")
+    parser.add_argument("--out", type=pathlib.Path, default=tables.RESULTS)
     parser.add_argument("--case", choices=CASES, help="compile one here and print what comes of it")
     flags = parser.parse_args(argv)
     if flags.setup is not None:
         rest = [word for word in argv if not word.startswith(("--setup", "--python"))]
-        return subprocess.run([set_up(flags.setup, flags.python), __file__, *rest]).returncode
+        python = set_up(flags.setup, (f"jax=={JAX}", "-e", f"{ROOT}[gpu]"), flags.python)
+        return subprocess.run([python, __file__, *rest]).returncode
     if flags.case:
         print(json.dumps(compile_case(flags.case, flags.keep)))
         return 0
-    path = flags.out / "gpu_aot.json"
-    rows = json.loads(path.read_text())["rows"] if path.exists() else {}
+    path = tables.result(parser, flags.out, "gpu_aot")
+    rows = dict(tables.read(path, "sources"))
     for name in CASES:
         if re.search(flags.cases, name):
             sources = hash_of(SOURCES)
@@ -264,9 +253,8 @@ def _main(argv: Sequence[str]) -> int:
                 "machine": f"{os.cpu_count()} cores, {platform.system()} {platform.machine()}",
                 "when": datetime.date.today().isoformat(),
             }
-            flags.out.mkdir(parents=True, exist_ok=True)
-            atomic.write_text(path, json.dumps({"about": about, "rows": rows}, indent=1) + "\n")
-            atomic.write_text(path.with_suffix(".md"), narrow(report({"about": about, "rows": rows})))
+            found = {"about": about, "rows": rows}
+            tables.write(path, found, report(found))
     return 0
 
 

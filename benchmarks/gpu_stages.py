@@ -23,7 +23,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 
 from tpu_aot import SIZES  # noqa: E402
 
-from truepose_jax.runtime.cli import Parser, run_program  # noqa: E402
+from truepose_jax.runtime.cli import Parser, program  # noqa: E402
 
 IMAGES, HEADS = 2, 8
 TOY_SIZES = ((48, 16),)
@@ -143,11 +143,8 @@ def _lines(path: pathlib.Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    return run_program(_main, sys.argv[1:] if argv is None else argv)
-
-
-def _main(argv: Sequence[str]) -> int:
+@program
+def main(argv: Sequence[str]) -> int:
     parser = Parser(description=__doc__.splitlines()[0])
     parser.add_argument("stage", choices=("ceilings", "attention", "table"))
     parser.add_argument("--out", type=pathlib.Path, required=True)

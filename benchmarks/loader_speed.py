@@ -6,13 +6,11 @@ A pair is finished: both photos (decoded JPEG, or stored latents), the source's 
 skeleton, the switched-on classes, half of them mirrored. Records are made here: synthetic people of 512x352, their
 pixels replaced by those of --photos where it names a folder (real photos take longer to decode), tokens and latents
 of random numbers. Rates are pairs per CPU second of this process (so per core) and per second of the wall clock, each the
-best of WINDOWS windows: other work on the machine slows memory and caches too. `parts` are microseconds a pair of one
-thread, each part timed alone on the same records.
+best of WINDOWS windows: other work on the machine slows memory and caches too.
 """
 
 import argparse
 import dataclasses
-import functools
 import json
 import os
 import pathlib
@@ -27,18 +25,15 @@ import cv2
 import numpy as np
 
 from input_pipeline.annotations import photo
-from input_pipeline.annotations.keypoints import flip_joints
-from input_pipeline.annotations.parsing import class_on, decode_parsing, label_set
+from input_pipeline.annotations.parsing import label_set
 from input_pipeline.annotations.photo import decode_photo, read_photo
 from input_pipeline.annotations.regions import region_boxes
-from input_pipeline.annotations.skeleton import draw_skeleton_into
 from input_pipeline.batches.loader import make_loader
-from input_pipeline.batches.readers import RecordTokens, make_reader
-from input_pipeline.batches.transforms import write_picture
+from input_pipeline.batches.readers import RecordTokens
 from input_pipeline.fields import Layout
 from input_pipeline.records.annotate import rewrite_records
 from input_pipeline.records.reader import RecordImages
-from input_pipeline.records.schema import pack_latents, pack_tokens, unpack_tokens
+from input_pipeline.records.schema import pack_latents, pack_tokens
 from input_pipeline.records.writer import build_records
 from input_pipeline.sources.base import RawPicture, RawSet, RawSplit
 from input_pipeline.sources.own_photos import synthetic_people
@@ -134,57 +129,6 @@ def loader_rate(images: RecordImages, form: str, threads: int, pairs: int) -> di
     return {"pairs_per_cpu_second": round(by_cpu), "pairs_per_second": round(by_wall)}
 
 
-def parts(images: RecordImages, form: str) -> dict[str, float]:
-    """Microseconds a pair; flips count half, for half of the pairs are mirrored."""
-    labels, fields = label_set(images.labels), [images.fields(i) for i in range(24)]
-    maps = [decode_parsing(f["parsing"], labels, SIZE, name="") for f in fields]
-    canvas = np.zeros((*SIZE, 3), np.uint8)
-    found = {
-        "read and parse two records": 2 * _each(lambda i: images.fields(i)),
-        "map of the source": _each(lambda i: decode_parsing(fields[i]["parsing"], labels, SIZE, name="")),
-        "region tokens": _each(lambda i: unpack_tokens(fields[i]["region_tokens"], fields[i]["region_valid"])),
-        "skeleton": _each(lambda i: draw_skeleton_into(canvas, fields[i]["joints"], joints_hw=SIZE)),
-        "flips of map and joints": _each(
-            lambda i: (cv2.flip(maps[i], 1), flip_joints(fields[i]["joints"], SIZE[1]))
-        )
-        / 2,
-        "switched-on classes": _each(lambda i: class_on(fields[i]["joints"], labels, hw=SIZE)),
-    }
-    make = functools.partial(layout(form).empty, batch_size=BATCH, targets_per_source=1, size=SIZE)
-    if form == "latents":
-        batch = make()
-
-        reader = make_reader(images, RecordTokens(images, WIDTH, True), layout(form))
-
-        def moments(i):
-            write_picture(reader._moments(fields[i], i, flip=False), out=batch["source"][0])
-
-        found["two latents"] = 2 * _each(moments)
-    else:
-        decoded = [decode_photo(f["image"], name="") for f in fields]
-        found["decode two photos"] = 2 * _each(lambda i: decode_photo(fields[i]["image"], name=""))
-        found["flip and copy two photos"] = _each(lambda i: cv2.flip(decoded[i], 1)) + 2 * _each(
-            lambda i: np.copyto(canvas, decoded[i])
-        )
-
-    def touched(_):
-        for array in make().values():
-            array.reshape(-1)[:: 4096 // array.itemsize] = 1  # the memory is only taken when it is written
-
-    found["memory of the batch"] = _each(touched) / BATCH
-    return {name: round(value) for name, value in found.items()}
-
-
-def _each(call, repeats: int = 5) -> float:
-    best = float("inf")
-    for _ in range(repeats):
-        start = time.process_time()
-        for i in range(24):
-            call(i)
-        best = min(best, time.process_time() - start)
-    return best / 24 * 1e6
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--photos", help="folder of JPEGs whose pixels the records get")
@@ -213,7 +157,7 @@ def main() -> None:
             report[name] = {
                 f"{threads} thread{'s' * (threads > 1)}": loader_rate(images, form, threads, flags.pairs)
                 for threads in (1, 2)
-            } | {"jpeg_kB": round(size / 1000, 1), "parts_us": parts(images, form)}
+            } | {"jpeg_kB": round(size / 1000, 1)}
     text = json.dumps(report, indent=1)
     print(text)
     if flags.out:

@@ -28,7 +28,7 @@ from input_pipeline.sources.ccp import read_ccp
 from input_pipeline.synthetic.people import SyntheticPeople
 from truepose_jax.detection.blazepose import Person, blazepose
 from truepose_jax.detection.heuristic_parsing import parse_person
-from truepose_jax.runtime.cli import Parser, run_program
+from truepose_jax.runtime.cli import Parser, program
 from truepose_jax.runtime.markdown import narrow, table
 
 OUT = tables.RESULTS / "photo_accuracy"
@@ -224,6 +224,7 @@ def _text(value: float) -> str:
     return f"{value:,}" if isinstance(value, int) else f"{value:.3f}"
 
 
+@program
 def main(argv: Sequence[str]) -> None:
     parser = Parser(description=__doc__.split("\n\n", 1)[0])
     parser.add_argument("--data", type=pathlib.Path, required=True)
@@ -235,4 +236,4 @@ def main(argv: Sequence[str]) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(run_program(main, sys.argv[1:]))
+    sys.exit(main())

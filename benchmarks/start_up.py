@@ -29,7 +29,7 @@ sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
 
 from benchmarks.side_by_side import python_path
 from benchmarks.side_by_side_report import summary
-from benchmarks.tables import RESULTS, ROOT, commit, machine, read, result, write
+from benchmarks.tables import RESULTS, ROOT, commit, machine, origins, read, result, write
 from input_pipeline.schema import NUM_JOINTS, InputError
 from truepose_jax.runtime.cli import Parser, program
 from truepose_jax.runtime.markdown import table
@@ -138,12 +138,7 @@ ROWS = {"train": train_row, "generate": generate_row}
 
 def report(rows: Mapping[str, Any]) -> str:
     lines = ["# Start-up", "", "`python benchmarks/start_up.py`.", ""]
-    for names, about in _alike(rows):
-        lines += [
-            f"{', '.join(names)}: {about['machine']['cores']} cores of {about['machine']['cpu']}, jax {about['machine']['jax']}; "
-            f"{about['config']}" + (f"; commit {about['commit']}" if about.get("commit") else "") + ".",
-            "",
-        ]
+    lines += [*origins([{"of": _of(row), "name": name} for name, row in rows.items()], lambda row: row["name"]), ""]
     if "import" in rows:
         middle = {name: summary(times)["median"] for name, times in rows["import"]["times"].items()}
         seconds = middle["import"] - middle["empty"]
@@ -172,17 +167,10 @@ def report(rows: Mapping[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def _alike(rows: Mapping[str, Any]) -> list[tuple[list[str], dict[str, Any]]]:
-    """Names of rows that were measured alike, and how."""
-    found: list[tuple[list[str], dict[str, Any]]] = []
-    for name, row in rows.items():
-        about = {key: row.get(key) for key in ("machine", "config", "commit")}
-        same = next((names for names, other in found if other == about), None)
-        if same is None:
-            found.append(([name], about))
-        else:
-            same.append(name)
-    return found
+def _of(row: Mapping[str, Any]) -> str:
+    machine = row["machine"]
+    commit = f"; commit {row['commit']}" if row.get("commit") else ""
+    return f"{machine['cores']} cores of {machine['cpu']}, jax {machine['jax']}; {row['config']}{commit}"
 
 
 @program

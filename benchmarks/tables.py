@@ -13,8 +13,8 @@ import subprocess
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from input_pipeline import atomic
 from input_pipeline.schema import InputError
-from truepose_jax.runtime import atomic
 from truepose_jax.runtime.markdown import narrow
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent

@@ -37,7 +37,6 @@ import platform
 import subprocess
 import sys
 import time
-import venv
 from collections.abc import Sequence
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
@@ -60,15 +59,17 @@ NO_PIP = 3
 """Exit code where pip cannot set up the environment."""
 
 
-def set_up(folder: pathlib.Path) -> pathlib.Path:
-    """The Python of a virtual environment with jax[tpu] of this JAX's version; made where it is not there yet.
+TPU_WHEELS = (f"jax[tpu]=={importlib.metadata.version('jax')}", "jaxtyping")
+
+
+def set_up(folder: pathlib.Path, wanted: Sequence[str] = TPU_WHEELS, interpreter: str = sys.executable) -> pathlib.Path:
+    """The Python of a virtual environment with what pip installs of `wanted`; made where it is not there yet.
 
     Raises SystemExit(NO_PIP) where pip fails.
     """
     python, done = folder / "bin" / "python", folder / ".done"
     if not done.exists():
-        venv.create(folder, with_pip=True)
-        wanted = [f"jax[tpu]=={importlib.metadata.version('jax')}", "jaxtyping"]
+        subprocess.run([interpreter, "-m", "venv", folder], check=True)
         call = subprocess.run([python, "-m", "pip", "install", "--quiet", *wanted], capture_output=True, text=True)
         if call.returncode:
             print(f"pip cannot install {' '.join(wanted)}: {call.stderr.strip().splitlines()[-1]}", file=sys.stderr)

@@ -259,7 +259,7 @@ def compiled(row: Row, per_chip: int, work: pathlib.Path, *, code: bool = False)
     if texts["live-range"]:
         keep_peak(texts["live-range"][0], folder / "peak.txt")
     shutil.rmtree(dump)
-    from truepose_jax.runtime import atomic
+    from input_pipeline import atomic
 
     atomic.write_text(answer, json.dumps(found))
     return found

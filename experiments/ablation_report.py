@@ -14,7 +14,7 @@ from PIL import Image
 
 from configs.variants import READINGS, RECIPE, VARIANTS
 from experiments.ablation_runs import ATTENTION, PAIRS, PATTERNS, SHOWN, STEPS, TRAIN_PAIRS, Bench
-from truepose_jax.runtime.markdown import narrow
+from truepose_jax.runtime.markdown import narrow, table
 from truepose_jax.sampling.image_grid import sheet
 
 METRICS = ("psnr_person", "psnr_clothes", "psnr_face", "psnr", "ssim", "psnr_carried")
@@ -117,26 +117,24 @@ def summary(rows: Rows) -> dict:
     return {"variants": variants, "against_full": differences, "paper_order": steps}
 
 
-def table(found: dict, names: Iterable[str]) -> list[str]:
-    titles = ["variant", "seeds", *TITLES, *ONCE]
-    lines = ["| " + " | ".join(titles) + " |", "|---" * len(titles) + "|"]
+def variants_table(found: dict, names: Iterable[str]) -> list[str]:
+    rows = []
     for name in names:
         v = found["variants"][name]
         cells = [_cell(v[metric], digits=3 if metric == "ssim" else 2) for metric in METRICS]
         cells += ["-" if None in v[key] else f"{np.mean(v[key]):.{digits}f}" for key, digits in DIGITS.items()]
-        lines.append(f"| {name} | {v['seeds']} | " + " | ".join(cells) + " |")
-    return lines
+        rows.append([name, str(v["seeds"]), *cells])
+    return table(("variant", "seeds", *TITLES, *ONCE), rows)
 
 
 def _comparison(title: str, found: Mapping[str, Mapping[str, dict]]) -> list[str]:
     names = dict(zip(METRICS, TITLES, strict=True))
-    titles = [title, *(names[m] for m in COMPARED), "person, by seed"]
-    lines = ["| " + " | ".join(titles) + " |", "|---" * len(titles) + "|"]
+    rows = []
     for name, of in found.items():
         cells = [f"{verdict(of[m])} {_cell(of[m]['interval'], 3 if m == 'ssim' else 2)}" for m in COMPARED]
         cells.append(", ".join(f"{seed:.2f}" for seed in of["psnr_person"]["by_seed"]))
-        lines.append(f"| {name} | " + " | ".join(cells) + " |")
-    return lines
+        rows.append([name, *cells])
+    return table((title, *(names[m] for m in COMPARED), "person, by seed"), rows)
 
 
 def _cell(value: tuple[float, float, float], digits: int = 2) -> str:
@@ -163,7 +161,7 @@ def markdown(found: dict, bench: Bench) -> str:
         "settings: configs/synthetic_ablation.py and variants.py. The region encoder is a small CLIP trained on other synthetic",
         "people and frozen (configs/synthetic_clip.py). What is ours and not the paper's is on in all but the recipe's rows.",
         "",
-        *table(found, names),
+        *variants_table(found, names),
         "",
     ]
     if "B3" in found["variants"]:
@@ -193,7 +191,7 @@ def markdown(found: dict, bench: Bench) -> str:
     ]
     for title, of in (("Without what is ours", RECIPE), ("Readings", READINGS)):
         if there := [n for n in of if n in found["variants"]]:
-            lines += ["", f"## {title} (against `full`'s same seeds)", "", *table(found, there), ""]
+            lines += ["", f"## {title} (against `full`'s same seeds)", "", *variants_table(found, there), ""]
             lines += _comparison(
                 "less `full`", {n: found["against_full"][n] for n in there if n in found["against_full"]}
             )

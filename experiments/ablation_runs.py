@@ -14,13 +14,13 @@ import numpy as np
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
 
+from input_pipeline import atomic
 from truepose_jax.data.datasets import evaluation_set
 from truepose_jax.evaluate.judge import carrying, sampling
 from truepose_jax.inference.pipeline import Pipeline
 from truepose_jax.metrics.outlines import outline_error, sharpness
 from truepose_jax.metrics.psnr import psnr, psnr_inside
 from truepose_jax.metrics.ssim import gaussian_window, ssim_map
-from truepose_jax.runtime import atomic
 from truepose_jax.runtime.cli import enable_compilation_cache
 from truepose_jax.sampling.image_grid import to_uint8
 from truepose_jax.training.validation import Pairs, carried_sources, swap_costs, swap_scores

@@ -21,13 +21,14 @@ from jaxtyping import Array, Float
 
 from input_pipeline.annotations.parsing import label_set
 from input_pipeline.annotations.regions import clip_normalise, region_crops
+from input_pipeline.atomic import replacing
 from input_pipeline.schema import MAX_CLASSES
 from input_pipeline.synthetic.people import SyntheticPeople
 from truepose_jax.config import ClipConfig, ConfigError, Count, Positive, PositiveFloat, SyntheticConfig
+from truepose_jax.data.datasets import people_settings
 from truepose_jax.models.clip import CLIPVisionConfig, CLIPVisionModelWithProjection
 from truepose_jax.pretrained.conversion import to_torch
 from truepose_jax.pretrained.region_tokens import RegionEncoder, untrained_config
-from truepose_jax.runtime.atomic import replacing
 from truepose_jax.runtime.files import writing
 from truepose_jax.training.checkpoint import CheckpointError, Checkpoints, Preemption
 
@@ -71,19 +72,8 @@ class Crops:
 
 def read_crops(config: ClipTraining, *, split: str) -> Crops:
     """Renders the people of a split and cuts their regions out."""
-    s, train = config.synthetic, split == "train"
-    identities = s.identities if train else s.heldout_identities
-    poses = s.poses_per_identity if train else s.heldout_poses_per_identity
-    people = SyntheticPeople(
-        seed=config.seed,
-        split=split,
-        identities=identities,
-        poses_per_identity=poses,
-        size=config.size,
-        patterns=s.patterns,
-        background=s.background,
-        framing=s.framing,
-    )
+    people = SyntheticPeople(**people_settings(config.synthetic, split, seed=config.seed, size=config.size))
+    identities, poses = people.identities, people.poses_per_identity
     side, names = config.clip.image_size, label_set(people.labels)
     pixels = np.zeros((len(people), MAX_CLASSES + 1, side, side, 3), np.uint8)
     valid = np.zeros(pixels.shape[:2], bool)

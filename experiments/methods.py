@@ -25,10 +25,10 @@ sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
 from benchmarks.tables import machine
 from configs.imagpose_deepfashion_512 import ABLATIONS
 from experiments.methods_judge import canvases, first_stage, pictures, thresholds
+from input_pipeline.atomic import write_text
 from truepose_jax.inference.pipeline import Pipeline, Run
-from truepose_jax.runtime.atomic import write_text
 from truepose_jax.runtime.cli import Parser, enable_compilation_cache
-from truepose_jax.runtime.markdown import narrow
+from truepose_jax.runtime.markdown import narrow, table
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 RUNS = {
@@ -96,7 +96,7 @@ def found(name: str, workdir: pathlib.Path, sheet: pathlib.Path) -> dict[str, An
     return row | {"thresholds": thresholds(name, row)}
 
 
-def table(report: dict[str, Any]) -> str:
+def page(report: dict[str, Any]) -> str:
     """The report as a page."""
     lines = [
         "# Methods of the other papers on drawn people",
@@ -121,18 +121,13 @@ def table(report: dict[str, Any]) -> str:
         lines.append("")
         for kind, each in row.get("judged", {}).items():
             regions = ("face", "clothes", "person", "whole")
-            lines += [f"| PSNR, {kind} clothes | " + " | ".join(regions) + " |", "|---" * (1 + len(regions)) + "|"]
-            for which, psnr in each["psnr"].items():
-                lines.append(f"| {which} | " + " | ".join(f"{psnr[region]:.2f}" for region in regions) + " |")
-            lines.append("")
+            rows = [[which, *(f"{psnr[region]:.2f}" for region in regions)] for which, psnr in each["psnr"].items()]
+            lines += [*table((f"PSNR, {kind} clothes", *regions), rows), ""]
         if "canvases" in row:
-            lines += [
-                "| PSNR | clothes, back | person, back | clothes, front | person, front |",
-                "|---|---|---|---|---|",
-            ]
-            for which, sides in row["canvases"]["scenarios"].items():
-                cells = [sides[side][region] for side in ("back", "front") for region in ("clothes", "person")]
-                lines.append(f"| {which} | " + " | ".join(f"{cell:.2f}" for cell in cells) + " |")
+            places = [(region, side) for side in ("back", "front") for region in ("clothes", "person")]
+            found = row["canvases"]["scenarios"].items()
+            rows = [[which, *(f"{sides[side][region]:.2f}" for region, side in places)] for which, sides in found]
+            lines += table(("PSNR", *map(", ".join, places)), rows)
         lines.append("")
     return narrow("\n".join(lines + ablation_table(ablations)).rstrip() + "\n")
 
@@ -144,19 +139,17 @@ def ablation_table(rows: dict[str, Any]) -> list[str]:
     lines = [
         "## imagpose's parts", "",
         f"{min(row['steps'] for row in rows.values())} steps each, one seed; PSNR of clothes.", "",
-        "| | CVA, texture, given tiles | T1, front | T3, front | T3, back | a second photo of the back; of the front |",
-        "|---|---|---|---|---|---|",
     ]  # fmt: skip
+    heads = ("", "CVA, texture, given tiles", "T1, front", "T3, front", "T3, back", "a second photo of the back; of the front")
+    cells = []
     for name, row in rows.items():
         left_in = {"cva": True, "texture": True, "ilc_image": True} | ABLATIONS.get(name, {})
         parts = ", ".join("yes" if there else "no" for there in left_in.values())
         scenarios, gains = row["canvases"]["scenarios"], row["canvases"]["second_source_gain"]
-        cells = [
-            scenarios[which][side]["clothes"] for which, side in (("T1", "front"), ("T3", "front"), ("T3", "back"))
-        ]
+        shown = (scenarios[which][side]["clothes"] for which, side in (("T1", "front"), ("T3", "front"), ("T3", "back")))
         gained = f"{gains['other side']:+.2f}; {gains['same side']:+.2f}"
-        lines.append(f"| {name} | {parts} | " + " | ".join(f"{cell:.2f}" for cell in cells) + f" | {gained} |")
-    return lines
+        cells.append([name, parts, *(f"{cell:.2f}" for cell in shown), gained])
+    return [*lines, *table(heads, cells)]
 
 
 def main(argv: list[str]) -> int:
@@ -170,7 +163,7 @@ def main(argv: list[str]) -> int:
             {"note": f"{row['steps']} steps, not the configuration's"} if flags.steps or flags.judge else {}
         )
         write_text(flags.out, json.dumps(report, indent=1) + "\n")
-        write_text(flags.out.with_suffix(".md"), table(report))
+        write_text(flags.out.with_suffix(".md"), page(report))
         print(f"{name}: written to {flags.out}", flush=True)
     return 0 if all(met for name in PROVED if name in report for met in report[name]["thresholds"].values()) else 1
 

@@ -35,7 +35,6 @@ import sys
 from collections.abc import Sequence
 
 import tqdm
-from PIL import Image
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
 
@@ -45,8 +44,8 @@ from input_pipeline.records.reader import RecordImages
 from input_pipeline.schema import InputError
 from truepose_jax.evaluate.pairing import Folder, image_key
 from truepose_jax.evaluate.protocols import PIL_BICUBIC
-from truepose_jax.generate import save_png
-from truepose_jax.runtime.cli import Parser, run_program
+from truepose_jax.runtime.cli import Parser, program
+from truepose_jax.sampling.image_grid import save_png
 
 ROWS = ("512", "256", "B1", "B2", "B3", "B4", "wpose", "real")
 NEEDED = {"wpose": "run", "real": None}
@@ -138,9 +137,7 @@ def write_photos(records: pathlib.Path, folder: pathlib.Path) -> None:
     for split in ("train", "test"):
         images = RecordImages(records, split, size=STAND_IN_SIZE)
         for record in map(images.image, range(len(images))):
-            path = folder / f"{record.name}.png"
-            path.parent.mkdir(parents=True, exist_ok=True)
-            Image.fromarray(record.image).save(path)
+            save_png(record.image, folder / f"{record.name}.png")
 
 
 def write_real(records: pathlib.Path, photos: pathlib.Path, folder: pathlib.Path, size: tuple[int, int]) -> None:
@@ -160,11 +157,8 @@ def write_real(records: pathlib.Path, photos: pathlib.Path, folder: pathlib.Path
         csv.writer(table, lineterminator="\n").writerows([("from", "to"), *pairs])
 
 
+@program
 def main(argv: Sequence[str]) -> int:
-    return run_program(_main, argv)
-
-
-def _main(argv: Sequence[str]) -> int:
     flags = parse(argv)
     for made, command in steps(flags):
         print("python -m " + shlex.join([f"truepose_jax.{command[0]}", *command[1:]]), flush=True)
@@ -183,4 +177,4 @@ def _main(argv: Sequence[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(main())

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import csv
+import hashlib
 import io
 import json
 import math
@@ -272,6 +273,12 @@ def read_list(path: str | os.PathLike[str], what: str = "a list", *, advice: str
 
 
 # ---------------------------------------------------------------------------------------------------- names
+
+
+def sha256_of(path: str | os.PathLike[str]) -> str:
+    """Of a file's bytes."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def place_in(folder: pathlib.Path, name: str, what: str) -> pathlib.Path:

@@ -7,6 +7,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from input_pipeline.annotations.keypoints import load_pose
+from input_pipeline.annotations.photo import Framing
 from input_pipeline.schema import ImageRecord
 
 SHARED = pathlib.Path(__file__).resolve().parent.parent.parent / "shared" / "data"
@@ -78,3 +80,9 @@ class NoiseImages:
     def image(self, index: int) -> ImageRecord:
         identity = f"person{index // self.views}"
         return ImageRecord(self.images[index], self.maps[index], self.joints[index], f"{index:03d}", identity)
+
+
+def read_pose(spec, *, frame_hw=None, out_hw) -> np.ndarray:
+    """Joints of a spec in pixels of a picture into which its frame is put as a photo would be."""
+    pose = load_pose(spec, frame_hw=frame_hw)
+    return Framing.fit(pose.frame_hw, out_hw).joints(pose.joints)

@@ -84,7 +84,7 @@ ROOMS = {
         "sampling training training.checkpoint",
         torch="late",
     ),
-    "scaling": Room("programs config data kernels methods pretrained runtime training training.checkpoint"),
+    "scaling": Room("input_pipeline programs config data kernels methods pretrained runtime training training.checkpoint"),
 }
 """From the ground up: a room imports rooms above its row only, so there is no circle. "programs" are the files at the top of
 truepose_jax/."""

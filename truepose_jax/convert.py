@@ -25,12 +25,10 @@ from truepose_jax.flags.convert import MODELS, make_parser
 from truepose_jax.inference import hub
 from truepose_jax.inference.exported import Exported
 from truepose_jax.inference.pipeline import Run
-from truepose_jax.methods import make_method
-from truepose_jax.models.clip import CLIPVisionConfig, CLIPVisionModelWithProjection
+from truepose_jax.models.clip import CLIPVisionConfig
 from truepose_jax.models.fpdm import ImagePoseFusion
-from truepose_jax.models.patch_codec import PatchAutoencoder
 from truepose_jax.models.unet import UNetConfig
-from truepose_jax.models.vae import AutoencoderKLConfig, KLAutoencoder, PixelAutoencoder
+from truepose_jax.models.vae import AutoencoderKLConfig, KLAutoencoder
 from truepose_jax.pretrained import vision_networks
 from truepose_jax.pretrained.conversion import (
     animate_anyone,
@@ -51,9 +49,9 @@ from truepose_jax.pretrained.conversion.safetensors_io import (
     TensorSource,
     open_source,
 )
-from truepose_jax.pretrained.factory import planned
+from truepose_jax.pretrained.region_tokens import vision_shapes
 from truepose_jax.runtime.cli import install, program
-from truepose_jax.training.init import batch_spec
+from truepose_jax.training.init import param_shapes
 
 OF_HPFA = ("carry_latents", "cosine", "residual")
 """Settings of config.model.fusion with which HPFA's parameters are others than the paper's."""
@@ -135,7 +133,7 @@ def make_plan(flags: argparse.Namespace) -> Plan:
         if (src / CONFIG_FILE).is_file():
             config = _config_of(src / CONFIG_FILE, "truepose")
             if not config.model.fusion.is_whole:
-                shapes = shapes._replace(truepose=lambda *_: method_shapes(config))
+                shapes = shapes._replace(truepose=lambda *_: param_shapes(config))
         plan = readers.truepose_export(src, shapes, name=name)
     if flags.clip:
         clip, name = _locate(flags.clip, [STEMS[1]], None)
@@ -178,7 +176,7 @@ def _paper(flags: argparse.Namespace) -> Plan:
         items, texts = paper_files.first_stage_items(source, shapes, clip)
         ipf = dataclasses.replace(config.model.ipf, image_size=clip.image_size)
         config = dataclasses.replace(config, model=dataclasses.replace(config.model, ipf=ipf))
-    plan = paper_files.plan_of(src, config, method_shapes(config), source_of, name=flags.src)
+    plan = paper_files.plan_of(src, config, param_shapes(config), source_of, name=flags.src)
     plan = dataclasses.replace(plan, items={**plan.items, **items}, texts=texts)
     if flags.dino:
         try:
@@ -261,14 +259,7 @@ def truepose_shapes(unet: UNetConfig, settings: Mapping[str, Any]) -> Tree:
         values.diffusion.schedule.prediction = "x0"
     with model.ignore_type():
         model.unet = to_dict(unet)
-    config = from_config_dict(Config, values)
-    made = {
-        "sd15": KLAutoencoder,
-        "pixels": lambda: PixelAutoencoder(config.model.pixel_factor),
-        "patches": lambda: PatchAutoencoder(config.model.patch_channels),
-    }
-    method = make_method(config, made[config.model.autoencoder]())
-    return jax.eval_shape(lambda: method.init(jax.random.key(0), batch_spec(config)))
+    return param_shapes(from_config_dict(Config, values))
 
 
 def paper_shapes(method: str, unet: UNetConfig) -> Tree:
@@ -281,13 +272,7 @@ def paper_shapes(method: str, unet: UNetConfig) -> Tree:
     model.size = (64, 64)
     with model.ignore_type():
         model.unet = to_dict(unet)
-    return method_shapes(from_config_dict(Config, values))
-
-
-def method_shapes(config: Config) -> Tree:
-    """The parameters of the configuration's method as shapes."""
-    made, _ = planned(config)
-    return jax.eval_shape(lambda: made.init(jax.random.key(0), batch_spec(config)))
+    return param_shapes(from_config_dict(Config, values))
 
 
 def first_stage_shapes(clip: CLIPVisionConfig) -> Tree:
@@ -303,9 +288,7 @@ def autoencoder_shapes(config: Mapping[str, Any]) -> Tree:
 
 def clip_shapes(config: Mapping[str, Any]) -> Tree:
     """Of a transformers config."""
-    found = CLIPVisionConfig.from_transformers(config)
-    pixels = jax.ShapeDtypeStruct((1, found.image_size, found.image_size, found.num_channels), np.float32)
-    return jax.eval_shape(CLIPVisionModelWithProjection(found).init, jax.random.key(0), pixels)["params"]
+    return vision_shapes(CLIPVisionConfig.from_transformers(config))
 
 
 def _locate(src: str, weights: Sequence[str], variant: str | None) -> tuple[pathlib.Path, str]:

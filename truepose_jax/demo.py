@@ -11,7 +11,6 @@ from collections.abc import Mapping, Sequence
 import cv2
 import jax
 import numpy as np
-from PIL import Image
 
 from configs.demo import get_config
 from truepose_jax import train
@@ -26,7 +25,7 @@ from truepose_jax.pretrained.conversion.safetensors_io import ConversionError
 from truepose_jax.runtime.bundled import SHIPPED
 from truepose_jax.runtime.cli import enable_compilation_cache, run_with_config
 from truepose_jax.runtime.files import atomic_write, check_new_file
-from truepose_jax.sampling.image_grid import sheet, to_uint8
+from truepose_jax.sampling.image_grid import save_png, sheet, to_uint8
 from truepose_jax.training.checkpoint import CheckpointError, check_place, check_same_config
 from truepose_jax.training.init import resolve_init_from
 from truepose_jax.training.time_budget import kept_steps
@@ -81,7 +80,7 @@ def _judge_alone(which: str, eval_seed: int | None, out: str | None, pictures: s
         _write_json(pathlib.Path(out), verdicts)
     if pictures is not None:
         pages = [_all_pairs(each) for each in found.values()]
-        _write_png(pathlib.Path(pictures), np.concatenate(pages))
+        save_png(np.concatenate(pages), pathlib.Path(pictures))
     return 0
 
 
@@ -106,7 +105,7 @@ def _show_and_train(config: Config, workdir: pathlib.Path) -> int:
         columns = {"carried": carried_sources(pairs, images, carried, config.seed, rows)} | columns
     if shipped is not None:
         columns["shipped"] = shipped
-    _write_png(workdir / "demo.png", shown_sheet(pairs, columns))
+    save_png(shown_sheet(pairs, columns), workdir / "demo.png")
     _write_json(workdir / "demo.json", verdicts)
     missed = [line for kind, gates in GATES.items() for line in gates.missed(kind, verdicts[kind])]
     print(f"\n{judge.report(verdicts, config)}\n\nsheet: {workdir / 'demo.png'}; numbers: {workdir / 'demo.json'}")
@@ -127,7 +126,7 @@ def _show_shipped(config: Config, workdir: pathlib.Path) -> np.ndarray | None:
         {kind: judge.people(config, pipe.encoder, patterns, reader=reader) for kind, patterns in KINDS.items()}
     )
     images = pairs.sample(judge.sampling(pipe), config.seed, judge.batch_size(pipe, len(pairs)))
-    _write_png(workdir / "shipped.png", shown_sheet(pairs, {"shipped": images}))
+    save_png(shown_sheet(pairs, {"shipped": images}), workdir / "shipped.png")
     seconds = time.monotonic() - began
     print(
         f"the shipped model's pictures of people it has not seen: {workdir / 'shipped.png'} ({seconds:.0f} s)",
@@ -167,12 +166,6 @@ def _columns(pairs: Pairs, columns: Mapping[str, np.ndarray]) -> dict[str, Seque
     }
     pose = to_uint8(batch["target_pose"] * 2 - 1)
     return {"source": to_uint8(batch["source"]), "pose": pose, **fitted, "truth": to_uint8(batch["target"])}
-
-
-def _write_png(path: pathlib.Path, picture: np.ndarray) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with atomic_write(path) as partial:
-        Image.fromarray(picture).save(partial, format="PNG")
 
 
 def _write_json(path: pathlib.Path, verdicts: Mapping[str, judge.Verdict]) -> None:

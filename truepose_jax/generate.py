@@ -13,9 +13,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-import numpy as np
 import tqdm
-from PIL import Image
 
 from input_pipeline.annotations.keypoints import split_spec
 from input_pipeline.annotations.parsing import label_set
@@ -38,10 +36,10 @@ from truepose_jax.inference.record_requests import CanvasRow, RecordRow, canvas_
 from truepose_jax.runtime.bundled import SHIPPED
 from truepose_jax.runtime.choices import FILLS, OUTSIDE, SCENARIOS
 from truepose_jax.runtime.cli import BAD_INPUT, enable_compilation_cache, program, reject_unused_flags
-from truepose_jax.runtime.files import atomic_write, check_apart, make_folder, writing
+from truepose_jax.runtime.files import atomic_write, check_apart, make_folder
 from truepose_jax.runtime.reading import batches, readable
 from truepose_jax.runtime.shards import shard_of, signals_as_exits
-from truepose_jax.sampling.image_grid import sheet
+from truepose_jax.sampling.image_grid import save_png, sheet
 from truepose_jax.sampling.inpainting import read_edit, sheet_columns
 from truepose_jax.sampling.sampler import Sampling
 from truepose_jax.training.checkpoint import STOPPED, Preemption
@@ -275,14 +273,6 @@ def _check_new_png(path: str | pathlib.Path, overwrite: bool) -> None:
     if path.is_dir() or (path.exists() and not overwrite):
         raise InputError(f"{path}: is there already; give another name" + ("" if path.is_dir() else ", or --overwrite"))
     make_folder(path.parent)
-
-
-def save_png(picture: np.ndarray, path: pathlib.Path) -> None:
-    """uint8 [h w 3]; the file appears when it is whole. Raises InputError where it cannot be written."""
-    with writing(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-    with atomic_write(path) as partial:
-        Image.fromarray(picture).save(partial, format="PNG")
 
 
 def generate_list(flags: argparse.Namespace, share: Shard) -> int:

@@ -1,7 +1,7 @@
 """8-bit grey PNGs whose rows carry no filter: how `prepare label` writes parsing maps, and older builds stored them.
 
 Any PNG reader reads them. Label maps compress better so than with filters, and reading one back is little more than
-zlib: 0.16 ms for 512x352 where Pillow takes 0.5 and cv2 0.24 (benchmarks/loader_speed.py).
+zlib: 0.16 ms for 512x352 where Pillow takes 0.5 and cv2 0.24.
 """
 
 from __future__ import annotations

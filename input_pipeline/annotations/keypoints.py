@@ -28,7 +28,7 @@ from typing import Any
 
 import numpy as np
 
-from input_pipeline.annotations.photo import Framing, one_line
+from input_pipeline.annotations.photo import one_line
 from input_pipeline.files import MAX_TEXT, parse_json, read_json, read_text
 from input_pipeline.schema import NUM_JOINTS, InputError
 from input_pipeline.skeletons import joint_set
@@ -80,33 +80,6 @@ class Pose:
     joints: np.ndarray
     frame_hw: tuple[int, int] | None
     notes: tuple[str, ...] = ()
-
-
-def read_pose(
-    spec: str | pathlib.Path, *, frame_hw: tuple[int, int] | None = None, out_hw: tuple[int, int]
-) -> np.ndarray:
-    """Joints float32 [18 3] of a spec (see the module) in pixels of a picture of `out_hw`.
-
-    `frame_hw` (--pose-frame=HxW) overrides the frame; the frame is put into the picture as a photo would be
-    (`photo.Framing.fit`: stretched if that is under 2 %, else padded). Raises InputError where the file is
-    absent, unknown or broken, where the frame is neither implied nor given, and where no joint lies in the
-    picture.
-    """
-    pose = load_pose(spec, frame_hw=frame_hw)
-    if pose.frame_hw is None:
-        raise InputError(f"{spec}: the file does not say how large its image was; add --pose-frame=HxW")
-    return place_pose(pose, out_hw=out_hw, name=str(spec))
-
-
-def place_pose(pose: Pose, *, out_hw: tuple[int, int], name: str) -> np.ndarray:
-    """Joints of a pose with a known frame, in pixels of `out_hw`; InputError where none lies in it."""
-    joints = Framing.fit(pose.frame_hw, out_hw).joints(pose.joints)
-    if not pose.joints[:, 2].any():
-        raise InputError(f"{name}: no joint is visible; choose another pose")
-    if not inside(joints, out_hw).any():
-        h, w = pose.frame_hw
-        raise InputError(f"{name}: every joint lies outside its {h}x{w} frame; give the right --pose-frame=HxW")
-    return joints
 
 
 def load_pose(spec: str | pathlib.Path, *, frame_hw: tuple[int, int] | None = None) -> Pose:

@@ -18,9 +18,10 @@ from typing import Any
 
 import tqdm
 
+from input_pipeline import atomic
 from input_pipeline.records.reader import RecordImages, open_build, read_json
 from input_pipeline.records.schema import RecordWriter
-from input_pipeline.records.writer import write_shard, write_whole, writing
+from input_pipeline.records.writer import write_shard, writing
 from input_pipeline.schema import ImageRecord, InputError
 from input_pipeline.shards import WHOLE, Shard
 
@@ -94,7 +95,7 @@ def _rewrite(
             for other in work.glob(f"annotated-*{shard}.json"):  # of another wish, which will have to begin anew
                 other.unlink()
             checksum = write_shard(root / shard, work, writer, [fields for fields, _ in records])
-            write_whole(note, json.dumps({"shard": shard, "sha256": checksum, "broken": broken}))
+            atomic.write_text(note, json.dumps({"shard": shard, "sha256": checksum, "broken": broken}))
             if share.finishes:
                 _enter_checksums(root, [note])
     if not share.finishes:
@@ -116,7 +117,7 @@ def _begin(root: pathlib.Path, work: pathlib.Path, wanted: dict) -> None:
     metadata = read_json(root / "metadata.json")
     if metadata.get(ANNOTATIONS, {}).keys() & wanted.keys():
         kept = {name: value for name, value in metadata[ANNOTATIONS].items() if name not in wanted}
-        write_whole(root / "metadata.json", json.dumps(metadata | {ANNOTATIONS: kept}, indent=2))
+        atomic.write_text(root / "metadata.json", json.dumps(metadata | {ANNOTATIONS: kept}, indent=2))
 
 
 def _filled(images: RecordImages, chunk: range, fill: Fill) -> list[tuple[dict[str, Any], ImageRecord | None]]:
@@ -140,7 +141,7 @@ def _enter_checksums(root: pathlib.Path, notes: Sequence[pathlib.Path]) -> None:
     sums = before | {note["shard"]: note["sha256"] for note in map(read_json, filter(pathlib.Path.is_file, notes))}
     if sums != before:
         digest = hashlib.sha256(json.dumps(sums, sort_keys=True).encode()).hexdigest()
-        write_whole(root / "checksums.json", json.dumps({"digest": digest, "sha256": sums}, indent=1))
+        atomic.write_text(root / "checksums.json", json.dumps({"digest": digest, "sha256": sums}, indent=1))
 
 
 def _finish(
@@ -157,10 +158,10 @@ def _finish(
         for entry in info["splits"]:
             if entry["name"] == split:
                 entry["numBytes"] = str(sum((root / shard).stat().st_size for shard in images.shards))
-    write_whole(root / "dataset_info.json", json.dumps(info, indent=2))
+    atomic.write_text(root / "dataset_info.json", json.dumps(info, indent=2))
     metadata = read_json(root / "metadata.json")
     metadata[ANNOTATIONS] = metadata.get(ANNOTATIONS, {}) | wanted
-    write_whole(root / "metadata.json", json.dumps(metadata, indent=2))
+    atomic.write_text(root / "metadata.json", json.dumps(metadata, indent=2))
     broken = sum(read_json(note)["broken"] for note in notes)
     for note in notes:
         note.unlink()

@@ -11,12 +11,14 @@ from typing import Any
 import numpy as np
 import tqdm
 
+from input_pipeline import atomic
 from input_pipeline.annotations.keypoints import inside
 from input_pipeline.annotations.parsing import label_set
 from input_pipeline.annotations.plausibility import SetOfDoubts, judge
+from input_pipeline.files import sha256_of
 from input_pipeline.records.reader import RecordImages, open_build, read_json
 from input_pipeline.records.schema import unpack_latents, unpack_tokens
-from input_pipeline.records.writer import file_checksum, write_whole, writing
+from input_pipeline.records.writer import writing
 from input_pipeline.schema import InputError
 from input_pipeline.shards import WHOLE, Shard
 
@@ -60,7 +62,7 @@ def check_records(root: str | pathlib.Path, *, share: Shard = WHOLE) -> tuple[li
             if not share.finishes:
                 with writing(root):
                     note_of[file].parent.mkdir(exist_ok=True)
-                    write_whole(note_of[file], json.dumps(found.pop(file)))
+                    atomic.write_text(note_of[file], json.dumps(found.pop(file)))
     if not share.finishes:
         return [], []
     if share.merge:
@@ -84,7 +86,7 @@ def check_records(root: str | pathlib.Path, *, share: Shard = WHOLE) -> tuple[li
 def _file_defect(path: pathlib.Path, checksum: str | None) -> str:
     if not path.is_file():
         return f"{path}: is missing"
-    if file_checksum(path) != checksum:
+    if sha256_of(path) != checksum:
         return f"{path}: is corrupt (its checksum is not the one of the build); remove the folder and build again"
     return ""
 

@@ -23,7 +23,7 @@ VERSION = "1.1.0"
 """Since 1.1.0 a pose may have other than 18 joints; records of 1.0.0 are read as they are."""
 SHARD_OPTIONS = "group_size:1,uncompressed"
 """Random access to single records; any reader of ArrayRecord reads them. Uncompressed: JPEG, PNG and half-precision noise
-do not shrink (5 %), and reading one takes 50 us against 240 (benchmarks/loader_speed.py)."""
+do not shrink (5 %), and reading one takes 50 us against 240."""
 
 REGION_ROWS = MAX_CLASSES + 1
 

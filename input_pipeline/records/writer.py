@@ -19,16 +19,16 @@ import hashlib
 import json
 import os
 import pathlib
-import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import tqdm
 
+from input_pipeline import atomic
 from input_pipeline.annotations.photo import one_line
 from input_pipeline.annotations.plausibility import SetOfDoubts
-from input_pipeline.files import map_npy
+from input_pipeline.files import map_npy, sha256_of
 from input_pipeline.records.encode import DOUBTS, read_items
 from input_pipeline.records.reader import read_json
 from input_pipeline.records.schema import VERSION, RecordWriter, features
@@ -156,7 +156,7 @@ class _Shard:
             "dropped": [dataclasses.astuple(drop) for drop in dropped],
             DOUBTS: doubts,
         }
-        write_whole(self.note(work), json.dumps(note))
+        atomic.write_text(self.note(work), json.dumps(note))
 
 
 # ------------------------------------------------------------------------------------------------- plan and end
@@ -201,7 +201,7 @@ def _begin(out: pathlib.Path, plan: dict[str, Any]) -> bool:
         raise InputError(f"{out}: exists and is not a build of this program; choose another --out")
     try:
         note.parent.mkdir(parents=True, exist_ok=True)
-        write_whole(note, json.dumps(plan, indent=1))
+        atomic.write_text(note, json.dumps(plan, indent=1))
     except OSError as error:
         raise InputError(f"{out}: cannot be written ({error.strerror}); choose another --out") from error
     return False
@@ -225,11 +225,11 @@ def _finish(raw: RawSet, out: pathlib.Path, work: pathlib.Path, plan: dict, shar
         sums |= told.sums
         report["doubts"] += [f"{split}: {line}" for line in told.doubts.lines()]
         images_file, pairs_file = (out / name for name in table_files(split))
-        with _replacing(images_file) as partial:
+        with atomic.replacing(images_file) as partial:
             write_images(partial, total, told.widths, (read_json(shard.note(work))["images"] for shard in mine))
         images = map_npy(images_file)
         pairs, lost = _kept_pairs(content.pairs, np.concatenate(told.places), images["joints"])
-        with _replacing(pairs_file) as partial, open(partial, "wb") as file:
+        with atomic.replacing(pairs_file) as partial, open(partial, "wb") as file:
             np.save(file, pairs)
         report["splits"][split] = {
             "images": total,
@@ -244,14 +244,14 @@ def _finish(raw: RawSet, out: pathlib.Path, work: pathlib.Path, plan: dict, shar
         reason: {"count": count, "images": [_told(drop) for drop in dropped if drop.reason == reason]}
         for reason, count in reasons.most_common()
     }
-    write_whole(out / "report.json", json.dumps(report, indent=1))
+    atomic.write_text(out / "report.json", json.dumps(report, indent=1))
     if not lengths:
         raise InputError(f"{out}: no image could be read, so there is no dataset; report.json says why for each")
-    sums |= {file: file_checksum(out / file) for split in lengths for file in table_files(split)}
+    sums |= {file: sha256_of(out / file) for split in lengths for file in table_files(split)}
     digest = hashlib.sha256(json.dumps(sums, sort_keys=True).encode()).hexdigest()
-    write_whole(out / "checksums.json", json.dumps({"digest": digest, "sha256": sums}, indent=1))
+    atomic.write_text(out / "checksums.json", json.dumps({"digest": digest, "sha256": sums}, indent=1))
     _write_info(raw, out, plan, lengths, report)
-    for left in (*(shard.note(work) for shard in shards), *work.glob("*.json.*.partial"), *out.glob("*.npy.*.partial")):
+    for left in (*(shard.note(work) for shard in shards), *work.glob(".*.partial"), *out.glob(".*.partial")):
         left.unlink()  # partial ones are of a kill
 
 
@@ -337,12 +337,6 @@ def _write_info(raw: RawSet, out: pathlib.Path, plan: dict, lengths: dict[str, l
 # ------------------------------------------------------------------------------------------------- files
 
 
-def file_checksum(path: pathlib.Path) -> str:
-    """SHA-256 of a file."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
 @contextlib.contextmanager
 def writing(folder: pathlib.Path) -> Iterator[None]:
     """Errors of the disk inside become InputError."""
@@ -360,27 +354,9 @@ def write_shard(path: pathlib.Path, work: pathlib.Path, writer: RecordWriter, re
     partial = work / f"{path.name}.partial"
     try:
         writer.write_shard(partial, records)
-        checksum = file_checksum(partial)
+        checksum = sha256_of(partial)
         os.replace(partial, path)
     finally:
         with contextlib.suppress(OSError):
             partial.unlink(missing_ok=True)
     return checksum
-
-
-def write_whole(path: pathlib.Path, text: str) -> None:
-    """Writes a file that is there whole or not at all."""
-    with _replacing(path) as partial:
-        partial.write_text(text, encoding="utf-8")
-
-
-@contextlib.contextmanager
-def _replacing(path: pathlib.Path) -> Iterator[pathlib.Path]:
-    """A name to write to, which becomes `path` at the end."""
-    partial = path.with_name(f"{path.name}.{uuid.uuid4().hex[:8]}.partial")  # several parts may write the same file at once
-    try:
-        yield partial
-        os.replace(partial, path)
-    finally:
-        with contextlib.suppress(OSError):
-            partial.unlink(missing_ok=True)

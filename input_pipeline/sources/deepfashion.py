@@ -18,7 +18,7 @@ import pathlib
 from input_pipeline.schema import InputError
 from input_pipeline.sources import listing
 from input_pipeline.sources.base import NO_MAP, NO_PHOTO, NO_POSE, Dropped, RawSet, RawSplit
-from input_pipeline.sources.folder import identity_of
+from input_pipeline.sources.folder import first_folder, identity_of
 
 SPLITS = ("train", "test")
 EXPECTED_PAIRS = {"train": 101_966, "test": 8_570}
@@ -80,12 +80,12 @@ def read_deepfashion(
         for split in SPLITS
     }
     folder = _photo_folder(root)
-    maps = listing.first_folder(root, listing.PARSING_FOLDERS)
+    maps = first_folder(root, listing.PARSING_FOLDERS)
     needed = _checklist(root, folder, maps, labels, found)
     if folder is None:
         raise listing.MissingFiles(f"{root}: no photos (img_highres/WOMEN/..., MEN/...)", needed)
 
-    photos, pose_folder = listing.photos_by_key(folder), listing.first_folder(root, listing.POSE_FOLDERS)
+    photos, pose_folder = listing.photos_by_key(folder), first_folder(root, listing.POSE_FOLDERS)
     map_files = listing.maps_by_key(maps, labels)
     splits: dict[str, RawSplit] = {}
     problems: list[str] = []
@@ -144,7 +144,7 @@ def _pairs(split: str, files: dict, names: list[str], poses: listing.Poses, prob
 
 def _photo_folder(root: pathlib.Path) -> pathlib.Path | None:
     """The folder that holds WOMEN/ and MEN/, or flat files."""
-    folder = listing.first_folder(root, PHOTO_FOLDERS)
+    folder = first_folder(root, PHOTO_FOLDERS)
     if folder is not None:
         return folder
     return root if (root / "WOMEN").is_dir() or (root / "MEN").is_dir() else None

@@ -119,7 +119,7 @@ class FolderImages:
         return photo, parsing, Framing.fit(pose.frame_hw or hw, hw).joints(pose.joints)
 
     def _find_maps(self) -> dict[str, pathlib.Path]:
-        folder = _first_folder(self.root, PARSING_FOLDERS)
+        folder = first_folder(self.root, PARSING_FOLDERS)
         if folder is None:
             ours = PARSING_FOLDERS[0]
             raise InputError(f"{self.root}: has no {ours}/ with {self.labels} maps; add it or use labels none")
@@ -133,7 +133,7 @@ class FolderImages:
         return maps
 
     def _read_poses(self, keypoints: str | pathlib.Path | None, frame_hw: tuple[int, int] | None) -> list[Pose]:
-        place = pathlib.Path(keypoints) if keypoints else _first_folder(self.root, POSE_FOLDERS)
+        place = pathlib.Path(keypoints) if keypoints else first_folder(self.root, POSE_FOLDERS)
         if place is None or not place.exists():
             raise InputError(
                 f"{place or self.root}: no poses; add {POSE_FOLDERS[0]}/NAME.json or give an annotation CSV"
@@ -163,21 +163,22 @@ class FolderImages:
         elif pairs == "identity":
             found = pairs_within([identity_of(name) for name in self.names], posed)
         else:
-            found = self._listed_pairs(pairs, posed)
+            found = self.listed_pairs(pairs)
+            found = found[posed[found[:, 1]]]
         if len(found) == 0:
             raise InputError(
                 f"{self.root}: no pairs '{pairs}' among {len(self.names)} photos ({posed.sum()} with a pose)"
             )
         return found.astype(np.int32)
 
-    def _listed_pairs(self, path: str, posed: np.ndarray) -> np.ndarray:
+    def listed_pairs(self, path: str) -> np.ndarray:
+        """int32 [n 2]: the pairs of a CSV as indices. Raises InputError where it names a photo that is not there."""
         index = {name_key(name): i for i, name in enumerate(self.names)}
-        listed = read_pairs(path)
+        listed = read_pairs(path, advice="give a CSV, or 'self' or 'identity'")
         unknown = sorted({name for pair in listed for name in pair if name_key(name) not in index})
         if unknown:
             raise InputError(f"{path}: names {len(unknown)} photos that {self.root} does not hold: {_some(unknown)}")
-        found = np.array([[index[name_key(name)] for name in pair] for pair in listed], np.int32).reshape(-1, 2)
-        return found[posed[found[:, 1]]]
+        return np.array([[index[name_key(name)] for name in pair] for pair in listed], np.int32).reshape(-1, 2)
 
 
 def find_photos(root: pathlib.Path) -> dict[str, pathlib.Path]:
@@ -187,9 +188,9 @@ def find_photos(root: pathlib.Path) -> dict[str, pathlib.Path]:
     """
     if not root.is_dir():
         raise InputError(f"{root}: no such folder; give the folder that holds image/, parsing/ and keypoints/")
-    folder = _first_folder(root, PHOTO_FOLDERS)
+    folder = first_folder(root, PHOTO_FOLDERS)
     if folder is None:
-        parts = [path for path in sorted(root.iterdir()) if path.is_dir() and _first_folder(path, PHOTO_FOLDERS)]
+        parts = [path for path in sorted(root.iterdir()) if path.is_dir() and first_folder(path, PHOTO_FOLDERS)]
         advice = f"; {parts[0].name}/ has one: give {parts[0]}" if parts else ""
         raise InputError(f"{root}: has no folder {PHOTO_FOLDERS[0]}/ with photos{advice}")
     photos: dict[str, pathlib.Path] = {}
@@ -237,9 +238,9 @@ def pairs_within(identities: Sequence[str], usable: np.ndarray) -> np.ndarray:
     return np.array(found, np.int32).reshape(-1, 2)
 
 
-def read_pairs(path: str | pathlib.Path) -> list[tuple[str, str]]:
+def read_pairs(path: str | pathlib.Path, *, advice: str = "give a CSV with from,to") -> list[tuple[str, str]]:
     """(source, target) names of a CSV with columns from,to or source,target; empty lines are skipped."""
-    rows = read_list(path, "a list of pairs", advice="give a CSV, or 'self' or 'identity'")
+    rows = read_list(path, "a list of pairs", advice=advice)
     header = [cell.lower() for cell in rows[0][1]] if rows else []
     columns = next((names for names in PAIR_COLUMNS if set(names) <= set(header)), None)
     if columns is None:
@@ -253,7 +254,8 @@ def read_pairs(path: str | pathlib.Path) -> list[tuple[str, str]]:
     return pairs
 
 
-def _first_folder(root: pathlib.Path, names: Sequence[str]) -> pathlib.Path | None:
+def first_folder(root: pathlib.Path, names: Sequence[str]) -> pathlib.Path | None:
+    """The first of these sub-folders that exists."""
     return next((root / name for name in names if (root / name).is_dir()), None)
 
 

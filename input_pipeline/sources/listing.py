@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import collections
 import dataclasses
 import pathlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -15,7 +14,7 @@ from input_pipeline.annotations.photo import PHOTO_SUFFIXES
 from input_pipeline.files import read_text
 from input_pipeline.schema import InputError
 from input_pipeline.sources.base import BAD_POSE, NO_MAP, NO_PHOTO, NO_POSE, Dropped, Item, PhotoItem, RawSplit
-from input_pipeline.sources.folder import read_pairs
+from input_pipeline.sources.folder import pairs_within, read_pairs
 
 POSE_FOLDERS = ("keypoints", "pose")
 PARSING_FOLDERS = ("parsing",)
@@ -57,11 +56,6 @@ def first_file(folders: Iterable[pathlib.Path], names: Sequence[str]) -> pathlib
     return next((path for folder in folders for name in names if (path := folder / name).is_file()), None)
 
 
-def first_folder(root: pathlib.Path, names: Sequence[str]) -> pathlib.Path | None:
-    """The first of these sub-folders that exists."""
-    return next((root / name for name in names if (root / name).is_dir()), None)
-
-
 def files_by_key(folder: pathlib.Path | None, suffixes: Sequence[str]) -> dict[str, pathlib.Path]:
     """Files anywhere under `folder` by the `name_key` of their path in it: any spelling, flat or in folders."""
     found: dict[str, pathlib.Path] = {}
@@ -91,7 +85,6 @@ class Poses:
     rows: Mapping[str, str]
     path: pathlib.Path | None
     files: Mapping[str, pathlib.Path]
-    frame_hw: tuple[int, int] | None = None
 
     def __contains__(self, key: str) -> bool:
         return key in self.rows or key in self.files
@@ -102,16 +95,14 @@ class Poses:
     def of(self, key: str):
         """The pose, or None where there is none. Raises InputError where it is broken."""
         if key in self.rows:
-            return annotation_pose(self.rows, key, path=self.path, frame_hw=self.frame_hw)
-        return load_pose(self.files[key], frame_hw=self.frame_hw) if key in self.files else None
+            return annotation_pose(self.rows, key, path=self.path)
+        return load_pose(self.files[key]) if key in self.files else None
 
 
-def read_poses(
-    annotations: pathlib.Path | None, folder: pathlib.Path | None, frame_hw: tuple[int, int] | None = None
-) -> Poses:
+def read_poses(annotations: pathlib.Path | None, folder: pathlib.Path | None) -> Poses:
     """The annotation CSV (None: none), and for images it lacks the pose files under `folder`."""
     rows = read_annotations(annotations) if annotations else {}
-    return Poses(rows, annotations, files_by_key(folder, (".json", ".txt")), frame_hw)
+    return Poses(rows, annotations, files_by_key(folder, (".json", ".txt")))
 
 
 def read_names(path: pathlib.Path) -> list[str]:
@@ -128,13 +119,10 @@ def read_pair_keys(path: pathlib.Path) -> list[tuple[str, str]]:
 def derived_pairs(keys: Sequence[str], poses: Poses, identity: Callable[[str], str | None]) -> list[tuple[str, str]]:
     """All ordered pairs of different images of one identity, all with PAIR_JOINTS: the rule behind the published
     lists. identity: None for images that belong to nobody."""
-    groups: dict[str, list[str]] = collections.defaultdict(list)
-    for key in keys:
-        who = identity(key)
-        pose = poses.of(key) if who is not None else None
-        if pose is not None and (pose.joints[PAIR_JOINTS, 2] > 0).all():
-            groups[who].append(key)
-    return [(a, b) for members in groups.values() for a in members for b in members if a != b]
+    people = [identity(key) for key in keys]
+    poses_of = [None if who is None else poses.of(key) for who, key in zip(people, keys, strict=True)]
+    usable = np.array([pose is not None and (pose.joints[PAIR_JOINTS, 2] > 0).all() for pose in poses_of], bool)
+    return [(keys[a], keys[b]) for a, b in pairs_within(people, usable)]
 
 
 def paired_photos(

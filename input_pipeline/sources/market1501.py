@@ -18,6 +18,7 @@ import re
 from input_pipeline.schema import InputError
 from input_pipeline.sources import listing
 from input_pipeline.sources.base import NO_MAP, NO_PHOTO, NO_POSE, Dropped, RawSet, RawSplit
+from input_pipeline.sources.folder import first_folder
 
 PHOTO_FOLDERS = {"train": ("bounding_box_train", "train"), "test": ("bounding_box_test", "test")}
 LIST_FOLDERS = ("", "lists")
@@ -48,7 +49,7 @@ def read_market1501(
     if not root.is_dir():
         raise InputError(f"{root}: no such folder; make it and put the files of `--dataset=market1501` there")
     places = [pathlib.Path(lists)] if lists else [root / folder for folder in LIST_FOLDERS]
-    maps = listing.first_folder(root, listing.PARSING_FOLDERS)
+    maps = first_folder(root, listing.PARSING_FOLDERS)
     map_files = listing.maps_by_key(maps, labels)
     needed: list[listing.Needed] = []
     splits: dict[str, RawSplit] = {}
@@ -56,7 +57,7 @@ def read_market1501(
     notes: list[str] = []
     dropped: list[Dropped] = []
     for split, folders in PHOTO_FOLDERS.items():
-        folder = listing.first_folder(root, folders)
+        folder = first_folder(root, folders)
         annotations = listing.first_file(places, [f"market-annotation-{split}.csv"])
         listed = listing.first_file(places, [f"market-pairs-{split}.csv"])
         needed += [

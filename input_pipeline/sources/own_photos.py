@@ -8,10 +8,9 @@ import pathlib
 
 import numpy as np
 
-from input_pipeline.annotations.keypoints import name_key
 from input_pipeline.schema import InputError
 from input_pipeline.sources.base import PhotoItem, RawPicture, RawSet, RawSplit, restricted
-from input_pipeline.sources.folder import FolderImages, identity_of, read_pairs
+from input_pipeline.sources.folder import FolderImages, identity_of
 from input_pipeline.synthetic.people import SyntheticPeople
 
 ANY_SIZE = (64, 64)
@@ -53,7 +52,7 @@ def read_folder(
         for i, name in enumerate(images.names)
     ]
     notes: list[str] = []
-    held = _held_out(images, test_pairs)
+    held = images.listed_pairs(test_pairs) if test_pairs else None
     if held is None:
         splits = {"train": RawSplit(items, images.pairs)}
     else:
@@ -68,18 +67,6 @@ def read_folder(
         )
         splits = {"train": _part(items, ~tested, within), "test": restricted(RawSplit(items, images.pairs), held)}
     return RawSet("folder", images.labels, splits, f"Photos of {pathlib.Path(root).name}.", notes=notes)
-
-
-def _held_out(images: FolderImages, test_pairs: str | None) -> np.ndarray | None:
-    """The test pairs as indices."""
-    if not test_pairs:
-        return None
-    index = {name_key(name): i for i, name in enumerate(images.names)}
-    listed = read_pairs(test_pairs)
-    unknown = sorted({name for pair in listed for name in pair if name_key(name) not in index})
-    if unknown:
-        raise InputError(f"{test_pairs}: names {len(unknown)} photos that are not there, such as {unknown[0]}")
-    return np.array([[index[name_key(name)] for name in pair] for pair in listed], np.int32).reshape(-1, 2)
 
 
 def _part(items, keep: np.ndarray, pairs: np.ndarray) -> RawSplit:

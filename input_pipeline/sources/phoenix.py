@@ -21,7 +21,8 @@ import numpy as np
 from input_pipeline.annotations.photo import PHOTO_SUFFIXES, one_line
 from input_pipeline.schema import InputError
 from input_pipeline.sources.base import BAD_POSE, RawPicture, RawSet, RawSplit, Unusable, read_photo_bytes, restricted
-from input_pipeline.sources.listing import MissingFiles, Needed, first_folder
+from input_pipeline.sources.folder import first_folder
+from input_pipeline.sources.listing import MissingFiles, Needed
 
 VIDEOS = {"train": 7_096, "test": 642}
 TRAIN_PAIRS, TEST_PAIRS, SEED = 100_000, 64_627, 0

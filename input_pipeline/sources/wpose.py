@@ -20,7 +20,7 @@ from input_pipeline.files import read_text
 from input_pipeline.schema import InputError
 from input_pipeline.sources import listing
 from input_pipeline.sources.base import NO_MAP, NO_PHOTO, NO_POSE, RawSet
-from input_pipeline.sources.folder import read_pairs
+from input_pipeline.sources.folder import first_folder, read_pairs
 
 EXPECTED_PAIRS = 2_304
 PHOTO_FOLDERS, MAP_FOLDERS = ("images", "image"), ("parsing", "gt_parsing")
@@ -42,9 +42,9 @@ def read_wpose(raw: str | pathlib.Path, *, labels: str) -> tuple[RawSet, list[li
     root = root / "wpose" if (root / "wpose").is_dir() else root
     if not root.is_dir():
         raise InputError(f"{root}: no such folder; make it and put the files of `--dataset=wpose` there")
-    photos, maps = listing.first_folder(root, PHOTO_FOLDERS), listing.first_folder(root, MAP_FOLDERS)
+    photos, maps = first_folder(root, PHOTO_FOLDERS), first_folder(root, MAP_FOLDERS)
     poses, listed = (
-        listing.first_folder(root, listing.POSE_FOLDERS),
+        first_folder(root, listing.POSE_FOLDERS),
         listing.first_file([root], ["test_pairs.txt", "test_pairs.csv"]),
     )
     needed = [

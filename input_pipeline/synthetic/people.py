@@ -145,7 +145,7 @@ class SyntheticPeople:
     Poses are drawn from the seed: numbers of the built-in generator (even in training, odd held out), or
     entries of `pose_list`, distinct within an identity; splitting a list between train and held-out is the
     caller's part (`poses.load_real_poses(split=...)` does it). same_colours: so many identities in a row are one
-    person in as many patterns (draw_identity). preload: render everything now and keep it in memory.
+    person in as many patterns (draw_identity).
     """
 
     labels = "atr18"
@@ -163,7 +163,6 @@ class SyntheticPeople:
         background: str = "all",
         framing: str = "all",
         same_colours: int = 0,
-        preload: bool = False,
     ):
         if split not in SPLITS:
             raise InputError(f"split '{split}' is neither 'train' nor 'heldout'")
@@ -179,7 +178,6 @@ class SyntheticPeople:
         self._pose_list, self._looks = pose_list, {"patterns": patterns, "background": background}
         self._looks["same_colours"] = same_colours
         self.pairs = _ordered_pairs(identities, poses_per_identity)
-        self._stored = [self._render(i) for i in range(len(self))] if preload else None
 
     def __len__(self) -> int:
         return self.identities * self.poses_per_identity
@@ -196,20 +194,16 @@ class SyntheticPeople:
 
     def image(self, index: int) -> ImageRecord:
         """Picture number `index` with its annotations."""
-        index = self._checked(index)
-        return self._stored[index] if self._stored is not None else self._render(index)
+        identity = self._checked(index) // self.poses_per_identity
+        return render(
+            seed=self.seed, identity=identity, pose=self.pose(index), size=self.size, split=self.split,
+            **self._looks
+        )  # fmt: skip
 
     def _checked(self, index: int) -> int:
         if not 0 <= index < len(self):
             raise IndexError(f"image {index} of a set of {len(self)}")
         return int(index)
-
-    def _render(self, index: int) -> ImageRecord:
-        identity = index // self.poses_per_identity
-        return render(
-            seed=self.seed, identity=identity, pose=self.pose(index), size=self.size, split=self.split,
-            **self._looks
-        )  # fmt: skip
 
 
 def _ordered_pairs(identities: int, poses: int) -> np.ndarray:

@@ -11,6 +11,7 @@ from PIL import Image
 from safetensors.numpy import load_file, save_file
 
 from configs.demo import get_config
+from input_pipeline import atomic
 from input_pipeline.files import MappedArray
 from input_pipeline.schema import InputError
 from input_pipeline.synthetic.people import render
@@ -19,7 +20,7 @@ from truepose_jax.config import Config, from_config_dict
 from truepose_jax.data.datasets import evaluation_set, training_set
 from truepose_jax.pretrained import region_tokens
 from truepose_jax.pretrained.region_tokens import make_encoder, token_table
-from truepose_jax.runtime import atomic, files
+from truepose_jax.runtime import files
 
 
 def write_folder(root, count=3):

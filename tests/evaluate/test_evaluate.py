@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from PIL import Image
 
 from input_pipeline.schema import InputError
+from input_pipeline.sources.folder import read_pairs
 from tests.metrics.torch_networks import save_weights
 from truepose_jax.evaluate import pairing, scores, statistics
 from truepose_jax.evaluate.__main__ import main
@@ -147,8 +148,8 @@ def test_a_list_of_pairs(tmp_path):
     assert [p.generated for p in found.pairs] == ["p1_2_p2.png", "p4.png"]
     assert found.unmatched == ("p3_2_p2.png",) and found.missing == ("p0 > p3",)
     (tmp_path / "list.csv").write_text("from,to\np0,p1\n\np2,\n")
-    with pytest.raises(InputError, match=r"list\.csv, line 4: 'p2,'"):
-        pairing.read_pair_list(str(tmp_path / "list.csv"))
+    with pytest.raises(InputError, match=r"list\.csv: line 4 names no pair"):
+        read_pairs(str(tmp_path / "list.csv"))
 
 
 def test_two_files_of_one_pair(tmp_path):

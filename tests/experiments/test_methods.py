@@ -59,7 +59,7 @@ def test_a_page():
     report = {"imagpose": canvases(3.5, 11.0), "full": canvases(3.1, 1.0), "B4": canvases(0.2, 1.0)}
     report = {name: row | {"thresholds": thresholds(name, row)} for name, row in report.items()}
     assert list(report["imagpose"]["thresholds"].values()) == [True, True, True, False]
-    page = methods.table(report)
+    page = methods.page(report)
     assert "- met: a second source, of the unseen side: +3.50 dB" in page
     assert "- MISSED: within a canvas by 11.0, 0.55" in page
     assert "| B4 | no, yes, yes | 12.50 | 12.50 | 12.50 | +0.20; +0.10 |" in page and "## B4" not in page

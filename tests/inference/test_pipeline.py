@@ -9,11 +9,10 @@ import jax
 import numpy as np
 import pytest
 
-from input_pipeline.annotations.keypoints import read_pose
 from input_pipeline.annotations.parsing import whole_photo
 from input_pipeline.annotations.photo import fit_photo
 from input_pipeline.schema import InputError
-from tests.shared_data import openpose_json, standing_joints
+from tests.shared_data import openpose_json, read_pose, standing_joints
 from tests.tiny_run import SIZE, STEPS, shared_pipeline, shared_run, tiny_config
 from truepose_jax.config import ConfigError, to_dict
 from truepose_jax.inference import request

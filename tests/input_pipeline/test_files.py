@@ -18,13 +18,13 @@ from input_pipeline.annotations import photo
 from input_pipeline.annotations.keypoints import load_pose, read_annotations
 from input_pipeline.annotations.parsing import label_set, read_parsing
 from input_pipeline.annotations.photo import MAX_CHUNKS, decode_photo, read_photo
+from input_pipeline.atomic import write_text
 from input_pipeline.records.reader import read_json as read_json_of_build
 from input_pipeline.schema import InputError, UserError
 from input_pipeline.sources.folder import read_pairs
-from truepose_jax.evaluate.pairing import image_size, read_pair_list
+from truepose_jax.evaluate.pairing import image_size
 from truepose_jax.inference.csv_requests import read_rows
 from truepose_jax.pretrained.conversion.safetensors_io import ConversionError, open_source
-from truepose_jax.runtime.atomic import write_text
 from truepose_jax.runtime.cli import run_program
 from truepose_jax.training.checkpoint import CheckpointError, read_metadata
 
@@ -38,7 +38,6 @@ READERS = {
     "text": lambda path: files.read_text(path, "a text"),
     "list": files.read_list,
     "pairs": read_pairs,
-    "pairs of an evaluation": read_pair_list,
     "rows to generate": lambda path: read_rows(path, pathlib.Path("out"), labels=None, pose_frame=None),
     "annotations": read_annotations,
     "safetensors": open_source,
@@ -128,7 +127,7 @@ def test_lists_part_cells_by_what_their_first_line_has(tmp_path):
         path = tmp_path / f"{name}.csv"
         path.write_text(f"\ufefffrom{mark} to\n\na 1.jpg{mark}b.jpg\n", encoding="utf-8")
         assert files.read_list(path) == [(1, ["from", "to"]), (3, ["a 1.jpg", "b.jpg"])]
-        assert read_pairs(path) == [("a 1.jpg", "b.jpg")] == read_pair_list(str(path))
+        assert read_pairs(path) == [("a 1.jpg", "b.jpg")]
 
 
 def test_names_stay_in_their_folder(tmp_path):

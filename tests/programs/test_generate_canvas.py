@@ -10,11 +10,12 @@ from PIL import Image
 
 from input_pipeline.records.reader import RecordImages
 from input_pipeline.records.writer import build_records
+from input_pipeline.sources.folder import read_pairs
 from tests import tiny_methods
 from tests.records import NoiseItem, RawSet, RawSplit, all_pairs
 from tests.tiny_run import SIZE, make_run, shared_run, write_inputs
 from truepose_jax import generate
-from truepose_jax.evaluate.pairing import Folder, pair_folders, read_pair_list
+from truepose_jax.evaluate.pairing import Folder, pair_folders
 from truepose_jax.inference.canvas import Pose, Source
 from truepose_jax.inference.pipeline import Pipeline
 
@@ -163,7 +164,7 @@ def test_scenarios_of_records(scenario, records, run, loaded, tmp_path, monkeypa
         (tmp_path / "truth").mkdir(exist_ok=True)
         Image.new("RGB", SIZE[::-1]).save(tmp_path / "truth" / f"{name}.png")
     folders = (Folder.read(str(tmp_path / name), flag=name) for name in ("out", "truth"))
-    pairing = pair_folders(*folders, read_pair_list(str(tmp_path / "out" / "pairs.csv")))
+    pairing = pair_folders(*folders, read_pairs(str(tmp_path / "out" / "pairs.csv")))
     assert len(pairing.pairs) == 14 and not pairing.unmatched and not pairing.missing
 
     stamps = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").glob("*.png")}

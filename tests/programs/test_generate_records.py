@@ -11,11 +11,12 @@ from input_pipeline.annotations.keypoints import canonical_name, patn_name
 from input_pipeline.records.reader import RecordImages
 from input_pipeline.records.writer import build_records
 from input_pipeline.schema import InputError
+from input_pipeline.sources.folder import read_pairs
 from tests.process import Program, environment
 from tests.records import NoiseItem, RawSet, RawSplit, all_pairs
 from tests.tiny_run import SIZE, shared_pipeline, shared_run
 from truepose_jax import generate
-from truepose_jax.evaluate.pairing import Folder, pair_folders, read_pair_list
+from truepose_jax.evaluate.pairing import Folder, pair_folders
 from truepose_jax.inference.pipeline import Pipeline, Request
 from truepose_jax.inference.record_requests import record_rows
 
@@ -66,7 +67,7 @@ def test_all_pairs_are_made_named_and_found_by_evaluate(records, tmp_path, loade
         path = tmp_path / "truth" / f"{patn_name(name)}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
         Image.new("RGB", SIZE[::-1]).save(path)
-    wanted = read_pair_list(str(out / "pairs.csv"))
+    wanted = read_pairs(str(out / "pairs.csv"))
     pairing = pair_folders(Folder.read(str(out), flag="a"), Folder.read(str(tmp_path / "truth"), flag="b"), wanted)
     assert len(pairing.pairs) == 12 and not pairing.unmatched and not pairing.missing
     with open(out / "pairs.csv", newline="") as file:

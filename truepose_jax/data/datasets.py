@@ -8,6 +8,7 @@ import json
 import logging
 import pathlib
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 
@@ -21,7 +22,7 @@ from input_pipeline.skeletons import DRAWINGS
 from input_pipeline.sources.folder import FolderImages
 from input_pipeline.synthetic.people import SyntheticPeople
 from input_pipeline.synthetic.poses import load_real_poses
-from truepose_jax.config import Config, ConfigError
+from truepose_jax.config import Config, ConfigError, SyntheticConfig
 from truepose_jax.data.annotations import stored_tokens
 from truepose_jax.methods import needs
 from truepose_jax.pretrained.region_tokens import LazyEncoder, RegionEncoder, token_table
@@ -146,19 +147,24 @@ def evenly_spaced(pairs: np.ndarray, count: int) -> np.ndarray:
     return pairs[np.arange(count) * len(pairs) // count]
 
 
-def _synthetic(config: Config, split: str) -> tuple[ImageSet, str]:
-    s = config.data.synthetic
+def people_settings(s: SyntheticConfig, split: str, *, seed: int, size: tuple[int, int]) -> dict[str, Any]:
+    """Arguments of SyntheticPeople for a split, "train" or "heldout"."""
     train = split == "train"
-    settings = {
-        "seed": config.seed if train else config.seed + EVAL_SEED,
+    return {
+        "seed": seed,
         "split": split,
         "identities": s.identities if train else s.heldout_identities,
         "poses_per_identity": s.poses_per_identity if train else s.heldout_poses_per_identity,
-        "size": config.model.size,
+        "size": size,
         "patterns": s.patterns,
         "background": s.background,
         "framing": s.framing,
     }
+
+
+def _synthetic(config: Config, split: str) -> tuple[ImageSet, str]:
+    s, seed = config.data.synthetic, config.seed + (0 if split == "train" else EVAL_SEED)
+    settings = people_settings(s, split, seed=seed, size=config.model.size)
     poses = load_real_poses(s.poses, split=split) if s.poses else None
     images = SyntheticPeople(**settings, pose_list=poses)
     return RecordCache(images, max_bytes=CACHE_BYTES), json.dumps(settings | {"poses": s.poses}, sort_keys=True)

@@ -13,6 +13,7 @@ from typing import Any
 from input_pipeline.annotations.parsing import label_set
 from input_pipeline.schema import InputError
 from input_pipeline.shards import WHOLE, Shard
+from input_pipeline.sources.folder import read_pairs
 from truepose_jax.evaluate import pairing
 from truepose_jax.evaluate.flags import make_parser
 from truepose_jax.evaluate.pairing import NAMED, OR_ALLOW, Folder, Pairing, summarize
@@ -50,7 +51,7 @@ def evaluate(flags: argparse.Namespace, share: Shard, argv: Sequence[str]) -> No
         Folder.read(flags.generated, flag="--generated"),
         Folder.read(flags.reference, flag="--reference"),
     )
-    wanted = pairing.read_pair_list(flags.pairs) if flags.pairs else None
+    wanted = read_pairs(flags.pairs) if flags.pairs else None
     paired = pairing.pair_folders(generated, reference, wanted)
     paired.check(allow_missing=flags.allow_missing)
     sizes = pairing.sizes(generated, reference, paired.pairs, equal=flags.protocol == "plain")

@@ -23,8 +23,7 @@ from input_pipeline.annotations.keypoints import name_key
 from input_pipeline.annotations.photo import EXIF_ORIENTATION, open_picture
 from input_pipeline.files import open_plain, read_list
 from input_pipeline.schema import InputError
-from input_pipeline.sources.folder import PARSING_FOLDERS, PHOTO_FOLDERS, PHOTO_SUFFIXES, POSE_FOLDERS
-from input_pipeline.sources.listing import first_folder
+from input_pipeline.sources.folder import PARSING_FOLDERS, PHOTO_FOLDERS, PHOTO_SUFFIXES, POSE_FOLDERS, first_folder
 
 SAME_NAME = "same name"
 SEPARATORS = {"SOURCE_2_TARGET": "_2_", "SOURCE_to_TARGET": "_to_", "SOURCE___TARGET": "___"}
@@ -235,21 +234,6 @@ def _listed_key(source: str | None, target: str, listed: Mapping[tuple[str, str]
         return (source, target) if (source, target) in listed else None
     of_target = [key for key in listed if key[1] == target]
     return of_target[0] if len(of_target) == 1 else None
-
-
-def read_pair_list(path: str) -> list[tuple[str, str]]:
-    """(from, to) of a CSV with those columns. Raises InputError."""
-    rows = read_list(path)
-    if not rows or rows[0][1][:2] != ["from", "to"]:
-        raise InputError(f"--pairs={path}: the first line must be from,to")
-    pairs = []
-    for line, row in rows[1:]:
-        if len(row) < 2 or not (row[0] and row[1]):
-            raise InputError(f"--pairs={path}, line {line}: '{','.join(row)}'; write from,to, and none of them empty")
-        pairs.append((row[0], row[1]))
-    if not pairs:
-        raise InputError(f"--pairs={path}: holds no pairs")
-    return pairs
 
 
 def read_names(path: str) -> set[str]:

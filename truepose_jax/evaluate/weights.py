@@ -24,7 +24,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from input_pipeline.annotations.photo import one_line
-from input_pipeline.files import check_form, parse_json
+from input_pipeline.files import check_form, parse_json, sha256_of
 from input_pipeline.schema import InputError
 from truepose_jax.metrics.fid import FID_KINDS
 from truepose_jax.metrics.inception import Inception
@@ -131,7 +131,7 @@ def load(metric: str, path: str) -> Network:
     except (OSError, ConversionError, SafetensorError) as error:
         raise InputError(f"{published.flag}={path}: {'; '.join(str(error).splitlines()[:3])}") from error
     sources, doubts = _verify(published, metadata, file)
-    digest = _sha256(file)
+    digest = sha256_of(file)
     facts = {"file": str(file), "sha256": digest, "made_from": sources, "verified": not doubts}
     params = jax.tree.map(jnp.asarray, params)
     call = _compiled(metric)
@@ -180,11 +180,6 @@ def tensors_sha256(tensors: Mapping[str, np.ndarray]) -> str:
     return digest.hexdigest()
 
 
-def _sha256(file: pathlib.Path) -> str:
-    with file.open("rb") as opened:
-        return hashlib.file_digest(opened, "sha256").hexdigest()
-
-
 def convert(paths: Sequence[str], out: str) -> dict[str, str]:
     """One safetensors file of the tensors of PyTorch's .pth files; {file: sha256}. Needs torch.
 
@@ -203,7 +198,7 @@ def convert(paths: Sequence[str], out: str) -> dict[str, str]:
         try:
             state = torch.load(path, map_location="cpu", weights_only=True)
             found = {name: tensor.detach().numpy() for name, tensor in state.items()}
-            sources[pathlib.Path(path).name] = _sha256(pathlib.Path(path))
+            sources[pathlib.Path(path).name] = sha256_of(path)
         except FileNotFoundError as error:
             raise InputError(f"--pth={path}: no such file") from error
         except (OSError, RuntimeError, ValueError, AttributeError, EOFError, pickle.UnpicklingError) as error:

@@ -12,7 +12,7 @@ from input_pipeline.annotations.photo import Framing
 from input_pipeline.annotations.skeleton import draw_skeleton_uint8
 from input_pipeline.batches.plans import TILES
 from input_pipeline.schema import ImageRecord, InputError
-from truepose_jax.inference.request import Request
+from truepose_jax.inference.request import Fitted, Request
 from truepose_jax.runtime.choices import FILLS
 
 if TYPE_CHECKING:
@@ -72,30 +72,14 @@ def fit_canvas(
         raise InputError(f"fill is {fill!r}; choose one of {FILLS}")
     free = TILES - n - m
     shown = [*sources, *[sources[-1]] * (free if fill == "source" else 0)]
-    fits = [
-        run.fit(
-            Request(
-                source.photo,
-                poses[0].joints,
-                frame_hw=poses[0].frame_hw or sources[0].photo.shape[:2],
-                name=name,
-                seed=seed,
-                source_joints=source.joints,
-                source_frame_hw=source.frame_hw,
-            )
-        )
-        for source in shown
-    ]
-    first = sources[0]
-    asked = [
-        run.fit(
-            Request(
-                first.photo, pose.joints, frame_hw=pose.frame_hw, name=name, seed=seed,
-                source_joints=first.joints, source_frame_hw=first.frame_hw,
-            )
-        )
-        for pose in poses
-    ]  # fmt: skip
+
+    def fit(source: Source, pose: Pose) -> Fitted:
+        frame_hw, own = pose.frame_hw or sources[0].photo.shape[:2], source.frame_hw
+        request = Request(source.photo, pose.joints, frame_hw=frame_hw, name=name, seed=seed)
+        return run.fit(dataclasses.replace(request, source_joints=source.joints, source_frame_hw=own))
+
+    fits = [fit(source, poses[0]) for source in shown]
+    asked = [fit(sources[0], pose) for pose in poses]
     black = [dataclasses.replace(a.source, image=np.zeros_like(a.source.image), joints=a.joints) for a in asked]
     black += [black[-1]] * (TILES - len(shown) - m)
     tiles = (*(fit.source for fit in fits), *black)

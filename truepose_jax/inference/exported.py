@@ -25,10 +25,10 @@ from truepose_jax.pretrained.conversion.plan import Shapes
 from truepose_jax.pretrained.conversion.readers import truepose_export
 from truepose_jax.pretrained.conversion.truepose_names import SETTINGS_FILE
 from truepose_jax.pretrained.conversion.weights_folder import CODEC_FILE, PARAMS_FILE, WEIGHTS_FILE, open_weights
-from truepose_jax.pretrained.factory import VISION, planned
+from truepose_jax.pretrained.factory import VISION
 from truepose_jax.pretrained.frozen_networks import KINDS
 from truepose_jax.training.checkpoint import CheckpointError
-from truepose_jax.training.init import batch_spec
+from truepose_jax.training.init import param_shapes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,8 +73,7 @@ class Exported:
         """As Checkpoints.restore_part, of the one part and step that there are; every tensor is checked. Raises
         ConversionError."""
         del name, step
-        method, _ = planned(self.config)
-        made = jax.eval_shape(lambda: method.init(jax.random.key(0), batch_spec(self.config)))
+        made = param_shapes(self.config)
         wanted = {path: leaf.dtype for path, leaf in key_maps.leaves(made)}
         plan = truepose_export(self.folder, Shapes(lambda *_: made, _none_here, _none_here), name=str(self.folder))
         tensors = plan.check().tensors(PARAMS_FILE)
@@ -151,9 +150,7 @@ class Converted:
         """As Checkpoints.restore_part, of the parameters that there are. Raises CheckpointError and ConversionError."""
         del name, step
         found = open_weights(self.folder)
-        method, _ = planned(self.config)
-        made = jax.eval_shape(lambda: method.init(jax.random.key(0), batch_spec(self.config)))
-        wanted = dict(key_maps.leaves(made))
+        wanted = dict(key_maps.leaves(param_shapes(self.config)))
         if wrong := sorted(wanted.keys() ^ found.infos.keys()):
             raise CheckpointError(f"{self.folder}: {wrong[0]} is of one and not of the other: its tensors, this model")
         return key_maps.nest(

@@ -20,7 +20,8 @@ from input_pipeline.annotations.parsing import LABEL_SETS, LABELS_FILE, check_sa
 from input_pipeline.annotations.photo import PHOTO_SUFFIXES, read_photo
 from input_pipeline.schema import NUM_JOINTS, InputError
 from input_pipeline.shards import Shard
-from input_pipeline.sources.listing import PARSING_FOLDERS, POSE_FOLDERS, files_by_key, first_folder
+from input_pipeline.sources.folder import first_folder
+from input_pipeline.sources.listing import PARSING_FOLDERS, POSE_FOLDERS, files_by_key
 from truepose_jax.detection.embedded import EMBEDDED, EmbeddedParsing, EmbeddedPose
 from truepose_jax.runtime import files
 from truepose_jax.runtime.cli import reject_unused_flags

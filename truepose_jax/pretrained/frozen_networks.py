@@ -214,8 +214,5 @@ def _one_line(error: Exception) -> str:
 def files_sha256(folder: pathlib.Path) -> str:
     """Of one file of weights its sha256, the number that model hubs list; of shards the sha256 of theirs in a row. Raises
     ConversionError."""
-    digests = []
-    for file in weight_files(folder):
-        with file.open("rb") as opened:
-            digests.append(hashlib.file_digest(opened, "sha256").hexdigest())
+    digests = [files.sha256_of(file) for file in weight_files(folder)]
     return digests[0] if len(digests) == 1 else hashlib.sha256("".join(digests).encode()).hexdigest()

@@ -9,9 +9,9 @@ from collections.abc import Iterator, Mapping
 
 from safetensors import SafetensorError
 
+from input_pipeline import atomic
 from input_pipeline.annotations.photo import one_line
 from input_pipeline.schema import InputError
-from truepose_jax.runtime import atomic
 
 
 @contextlib.contextmanager

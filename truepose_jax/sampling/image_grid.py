@@ -1,11 +1,15 @@
-"""Pictures for people: sample sheets."""
+"""Pictures for people: sample sheets, PNG files."""
 
 from __future__ import annotations
 
+import pathlib
 from collections.abc import Mapping, Sequence
 
 import cv2
 import numpy as np
+from PIL import Image
+
+from truepose_jax.runtime.files import atomic_write, writing
 
 MARGIN, TITLE = 4, 22
 LEAST_CELL = 128
@@ -38,3 +42,11 @@ def sheet(columns: Mapping[str, Sequence[np.ndarray]], *, blocks: int = 1, least
             if line == 0:
                 cv2.putText(page, name, (left, TITLE - 7), cv2.FONT_HERSHEY_SIMPLEX, 0.45, (30, 30, 30), 1, cv2.LINE_AA)
     return page
+
+
+def save_png(picture: np.ndarray, path: pathlib.Path) -> None:
+    """uint8 [h w 3]; the file appears when it is whole. Raises InputError where it cannot be written."""
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+    with atomic_write(path) as partial:
+        Image.fromarray(picture).save(partial, format="PNG")

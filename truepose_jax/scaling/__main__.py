@@ -14,8 +14,9 @@ from typing import Any
 import jax
 import tqdm
 
+from input_pipeline import atomic
 from truepose_jax.config import Config, ConfigError, from_config_dict, to_dict
-from truepose_jax.runtime import atomic, files, plots
+from truepose_jax.runtime import files, plots
 from truepose_jax.runtime.cli import enable_compilation_cache, parse_size, run_with_config
 from truepose_jax.scaling import batch, batch_report, devices, memory
 from truepose_jax.scaling import flags as told

@@ -9,8 +9,9 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
+from input_pipeline import atomic
 from truepose_jax.config import Config
-from truepose_jax.runtime import atomic, plots
+from truepose_jax.runtime import plots
 from truepose_jax.runtime.markdown import narrow
 from truepose_jax.scaling.batch import Settings, evaluations, step_moments
 from truepose_jax.scaling.fits import Hyperbola, hyperbola, noise_estimate

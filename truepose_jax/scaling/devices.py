@@ -6,8 +6,9 @@ import dataclasses
 import pathlib
 from collections.abc import Mapping, Sequence
 
+from input_pipeline import atomic
 from truepose_jax.config import Config, ConfigError, checked
-from truepose_jax.runtime import atomic, plots
+from truepose_jax.runtime import plots
 from truepose_jax.runtime.markdown import narrow
 from truepose_jax.scaling import worker
 from truepose_jax.scaling.hardware import Topology, predicted

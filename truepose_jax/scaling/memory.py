@@ -8,8 +8,9 @@ import pathlib
 import sys
 from collections.abc import Callable, Sequence
 
+from input_pipeline import atomic
 from truepose_jax.config import Config, ConfigError, checked
-from truepose_jax.runtime import atomic, plots
+from truepose_jax.runtime import plots
 from truepose_jax.runtime.markdown import narrow
 from truepose_jax.scaling import worker
 from truepose_jax.scaling.devices import PREDICTION

@@ -11,8 +11,9 @@ from typing import Any
 
 from flax.traverse_util import flatten_dict
 
+from input_pipeline import atomic
 from truepose_jax.config import ConfigError
-from truepose_jax.runtime import atomic, files
+from truepose_jax.runtime import files
 
 Row = dict[str, Any]
 

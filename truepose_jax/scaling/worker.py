@@ -17,8 +17,8 @@ import sys
 from collections.abc import Mapping
 from typing import Any
 
+from input_pipeline import atomic
 from truepose_jax.config import Config, ConfigError, from_config_dict, to_dict
-from truepose_jax.runtime import atomic
 
 
 def run(task: Mapping[str, Any], folder: pathlib.Path, *, python: str = sys.executable, fake_devices: int = 0) -> Any:

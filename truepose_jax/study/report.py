@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from truepose_jax.runtime.markdown import table
 from truepose_jax.study.drawing import short
 from truepose_jax.study.regions import LEAST_SHARE, REGIONS
 from truepose_jax.study.table import MAPS, OVER_T, TARGET, THROUGH, Row, select
@@ -87,8 +88,7 @@ def report(
 
 
 def _table(first: str, entries: Sequence[tuple[str, Mapping[str, Row]]]) -> list[str]:
-    lines = [f"| {first} | {' | '.join(REGIONS)} |", "|---|" + "---:|" * len(REGIONS)]
-    return lines + [f"| {name} | {' | '.join(_cell(found.get(r)) for r in REGIONS)} |" for name, found in entries]
+    return table((first, *REGIONS), ([name, *(_cell(found.get(r)) for r in REGIONS)] for name, found in entries))
 
 
 def _cell(row: Row | None) -> str:

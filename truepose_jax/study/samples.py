@@ -13,7 +13,7 @@ from input_pipeline.schema import ImageRecord, ImageSet, InputError
 from input_pipeline.sources.folder import FolderImages
 from input_pipeline.synthetic.people import SyntheticPeople
 from truepose_jax.config import Config, TruePoseModel
-from truepose_jax.data.datasets import EVAL_SEED, evenly_spaced
+from truepose_jax.data.datasets import EVAL_SEED, evenly_spaced, people_settings
 from truepose_jax.inference.pipeline import Request
 from truepose_jax.runtime.choices import SYNTHETIC
 
@@ -91,14 +91,5 @@ def _original(images: ImageSet, index: int) -> tuple[np.ndarray, np.ndarray, str
 
 
 def _people(config: Config, count: int) -> SyntheticPeople:
-    s = config.data.synthetic
-    return SyntheticPeople(
-        seed=config.seed + EVAL_SEED,
-        split="heldout",
-        identities=count,
-        poses_per_identity=2,
-        size=config.model.size,
-        patterns=s.patterns,
-        background=s.background,
-        framing=s.framing,
-    )
+    found = people_settings(config.data.synthetic, "heldout", seed=config.seed + EVAL_SEED, size=config.model.size)
+    return SyntheticPeople(**found | {"identities": count, "poses_per_identity": 2})

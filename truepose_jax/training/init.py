@@ -25,6 +25,7 @@ from truepose_jax.pretrained.conversion.key_maps import leaves, nest
 from truepose_jax.pretrained.conversion.paper_start import fresh_of
 from truepose_jax.pretrained.conversion.safetensors_io import ConversionError, TensorInfo
 from truepose_jax.pretrained.conversion.weights_folder import CODEC_FILE, WEIGHTS_FILE, WeightsFolder, open_weights
+from truepose_jax.pretrained.factory import planned
 from truepose_jax.pretrained.frozen_networks import KINDS, folder_fingerprint, load_torch_folder, read_torch_config
 from truepose_jax.runtime.sharding import like_params, param_specs
 from truepose_jax.training import lora
@@ -108,6 +109,12 @@ def batch_spec(config: Config, *, targets: int | None = None, form: str = "float
     k = config.data.targets_per_source
     shapes = layout_of(config, form).shapes(batch_size=targets or k, targets_per_source=k, size=config.model.size)
     return {name: jax.ShapeDtypeStruct(shape, np.dtype(dtype)) for name, (shape, dtype) in shapes.items()}
+
+
+def param_shapes(config: Config) -> dict[str, Any]:
+    """The parameters of the configuration's method as shapes; no weights are read."""
+    method, _ = planned(config)
+    return jax.eval_shape(lambda: method.init(jax.random.key(0), batch_spec(config)))
 
 
 def abstract_state(config: Config, trainer: Trainer, mesh: Mesh) -> TrainState:

@@ -28,9 +28,9 @@ import numpy as np
 import tqdm
 from PIL import Image
 
+from input_pipeline import atomic
 from truepose_jax.config import ConfigError
 from truepose_jax.metrics.psnr import LEAST_PIXELS
-from truepose_jax.runtime import atomic
 from truepose_jax.training import noise_scale
 from truepose_jax.training.tensorboard import EventFile
 from truepose_jax.training.tracker import Tracker

@@ -11,8 +11,7 @@ from typing import Any
 
 import jax
 
-from input_pipeline import files
-from truepose_jax.runtime import atomic
+from input_pipeline import atomic, files
 from truepose_jax.training.checkpoint import CheckpointError, has_steps
 
 FILE = "time_budget.json"

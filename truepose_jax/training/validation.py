@@ -157,24 +157,45 @@ def _identity(images: ImageSet, index: int) -> str:
         return ""
 
 
-def swap_costs(scores: Mapping[str, Mapping[str, float]], group: str = "person") -> dict[str, float]:
-    """dB lost inside the group by each swap."""
-    return {name: scores[INTACT][group] - scores[name][group] for name in scores if name != INTACT}
+def swap_costs(scores: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
+    """dB lost inside the person by each swap."""
+    return {name: scores[INTACT]["person"] - scores[name]["person"] for name in scores if name != INTACT}
 
 
-class Evaluator:
-    """The evaluation of a run, the same pairs and noise every time, so that its curves compare."""
+class EmbeddingEvaluator:
+    """The evaluation of a method that makes no pictures: its loss and metrics on the same held-out pairs every time."""
 
-    def __init__(self, config: Config, method: Denoiser, dataset: Dataset, mesh: Mesh):
+    def __init__(self, config: Config, method: Trainable, dataset: Dataset, mesh: Mesh):
         self.config, self.method, self.dataset, self.mesh = config, method, dataset, mesh
         self.pairs = Pairs.read(dataset, method.needs)
         parts = batch_parts(mesh)
         self.batch_size = -(-min(config.eval.batch_size, len(self.pairs)) // parts) * parts
+        self._loss = jax.jit(method.loss, out_shardings=NamedSharding(mesh, PartitionSpec()))
+
+    def run(
+        self, params: Params, frozen: Frozen, check_preemption: CheckPreemption = lambda: None
+    ) -> tuple[dict[str, float], None]:
+        """(every metric of the loss, a mean over the valid pairs of batches of eval.batch_size; no picture)."""
+        sums, weight = {}, 0.0
+        for piece, keys in self.pairs.pieces(self.config.seed, self.batch_size):
+            _, metrics = self._loss(params, frozen, put_whole_batch(self.mesh, piece), keys)
+            count = float(piece["valid"].sum())
+            weight += count
+            sums = {name: sums.get(name, 0.0) + float(value) * count for name, value in metrics.items()}
+            check_preemption()
+        name = "heldout" if self.dataset.heldout else "train"
+        return {f"{name}_{part}": value / max(weight, 1.0) for part, value in sums.items()}, None
+
+
+class Evaluator(EmbeddingEvaluator):
+    """The evaluation of a run, the same pairs and noise every time, so that its curves compare."""
+
+    def __init__(self, config: Config, method: Denoiser, dataset: Dataset, mesh: Mesh):
+        super().__init__(config, method, dataset, mesh)
         wanted, interval = config.eval, config.diffusion.guidance_interval
         self.sampler = make_sampler(config, method, Sampling(wanted.steps, wanted.guidance, wanted.sampler, interval))
         whole = NamedSharding(mesh, PartitionSpec())
         self._sample = jax.jit(self.sampler.sample, out_shardings=whole, compiler_options=compiler_options())
-        self._loss = jax.jit(method.loss, out_shardings=whole)
         self._carried = jax.jit(method.carried, out_shardings=whole) if method.carries else None
 
     def run(
@@ -243,32 +264,7 @@ class Evaluator:
         )
 
 
-class EmbeddingEvaluator:
-    """The evaluation of a method that makes no pictures: its loss and metrics on the same held-out pairs every time."""
-
-    def __init__(self, config: Config, method: Trainable, dataset: Dataset, mesh: Mesh):
-        self.config, self.dataset, self.mesh = config, dataset, mesh
-        self.pairs = Pairs.read(dataset, method.needs)
-        parts = batch_parts(mesh)
-        self.batch_size = -(-min(config.eval.batch_size, len(self.pairs)) // parts) * parts
-        self._loss = jax.jit(method.loss, out_shardings=NamedSharding(mesh, PartitionSpec()))
-
-    def run(
-        self, params: Params, frozen: Frozen, check_preemption: CheckPreemption = lambda: None
-    ) -> tuple[dict[str, float], None]:
-        """(every metric of the loss, a mean over the valid pairs of batches of eval.batch_size; no picture)."""
-        sums, weight = {}, 0.0
-        for piece, keys in self.pairs.pieces(self.config.seed, self.batch_size):
-            _, metrics = self._loss(params, frozen, put_whole_batch(self.mesh, piece), keys)
-            count = float(piece["valid"].sum())
-            weight += count
-            sums = {name: sums.get(name, 0.0) + float(value) * count for name, value in metrics.items()}
-            check_preemption()
-        name = "heldout" if self.dataset.heldout else "train"
-        return {f"{name}_{part}": value / max(weight, 1.0) for part, value in sums.items()}, None
-
-
-def evaluator_of(config: Config, method: Trainable, dataset: Dataset, mesh: Mesh) -> Evaluator | EmbeddingEvaluator:
+def evaluator_of(config: Config, method: Trainable, dataset: Dataset, mesh: Mesh) -> EmbeddingEvaluator:
     """The evaluation that suits the method."""
     kind = Evaluator if hasattr(method, "denoise") else EmbeddingEvaluator
     return kind(config, method, dataset, mesh)
@@ -279,7 +275,7 @@ class Watch:
     """How a run is watched while it trains. make: its evaluation. due: whether there is one after a step; None: as config.eval
     says. enough: whether a run with such results ends there."""
 
-    make: Callable[[Config, Trainable, Dataset, Mesh], Evaluator | EmbeddingEvaluator] = evaluator_of
+    make: Callable[[Config, Trainable, Dataset, Mesh], EmbeddingEvaluator] = evaluator_of
     due: Callable[[int], bool] | None = None
     enough: Callable[[Mapping[str, float]], bool] = lambda results: False
 

@@ -132,7 +132,7 @@ def test_fpdms_checkpoint(tmp_path, capsys):
 def stages(tmp_path_factory) -> tuple[pathlib.Path, dict[str, np.ndarray]]:
     """(IMAGPose's files after its stages 1 and 2, the parameters in them by our paths)."""
     folder, config = tmp_path_factory.mktemp("stages"), sized("imagpose")
-    params = tiny.randomise(convert.method_shapes(config), 0)
+    params = tiny.randomise(convert.param_shapes(config), 0)
     paper_files.write(folder / "out", params, config=config)
     unet = {name: torch.from_numpy(x) for name, x in load_file(folder / "out" / "denoising_unet.safetensors").items()}
     still = {name: x for name, x in unet.items() if ".motion_modules." not in name}

@@ -91,7 +91,6 @@ def write_export(
     run: Mapping[str, Any],
     clip: Path | None = None,
     codec: Path | None = None,
-    progress: weights_folder.Progress = lambda count: None,
 ) -> Report:
     """Writes the folder `dst`, which must not exist or be empty; it appears when it is whole.
 
@@ -101,7 +100,7 @@ def write_export(
     name optional; None: from nothing. run: {"step", "weights": "ema" or "raw", "frozen": {"autoencoder": fingerprint,
     "clip": fingerprint}, "records": {"name", "labels"}}; the last where they are at hand. clip: transformers folder of CLIP's
     vision tower, to be copied in. codec: file of the patch codec, to be copied in; None: the run's is the one that comes
-    along, or none. progress: told the bytes of each tensor. Raises ConversionError before the first byte.
+    along, or none. Raises ConversionError before the first byte.
     """
     dst = Path(dst)
     if dtype is not None and dtype not in to_torch.DTYPES:
@@ -128,8 +127,7 @@ def write_export(
     with weights_folder.new_folder(dst, needed) as partial:
         weights_folder.write_texts(partial, texts)
         for file, tree in trees.items():
-            tensors = to_torch.stream(tree, dtype, _tensor_name)
-            write_safetensors(partial / file, infos[file], weights_folder.with_progress(tensors, progress))
+            write_safetensors(partial / file, infos[file], to_torch.stream(tree, dtype, _tensor_name))
         for name, file in copied.items():
             (partial / name).parent.mkdir(exist_ok=True)
             shutil.copyfile(file, partial / name)

@@ -16,9 +16,8 @@ from typing import NamedTuple, Protocol
 import ml_dtypes
 import numpy as np
 
-from input_pipeline import files
+from input_pipeline import atomic, files
 from input_pipeline.schema import UserError
-from truepose_jax.runtime import atomic
 
 
 class ConversionError(UserError):

@@ -21,9 +21,9 @@ import jax.numpy as jnp
 from flax.traverse_util import flatten_dict
 
 import truepose_jax
-from input_pipeline import files
+from input_pipeline import atomic, files
 from truepose_jax.config import Config, ConfigError, from_config_dict, to_dict, with_defaults
-from truepose_jax.runtime import atomic, sharding
+from truepose_jax.runtime import sharding
 from truepose_jax.training.checkpoint.errors import CheckpointError, first_line
 
 MAY_CHANGE = (
