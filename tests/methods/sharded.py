@@ -3,7 +3,6 @@ axes, against one device (a folder of METHOD.npz: its loss and gradients); print
 tests/runtime/sharded.py."""
 
 import json
-import pathlib
 import sys
 
 import jax
@@ -14,6 +13,7 @@ from tests import tiny, tiny_methods
 from truepose_jax.runtime.sharding import make_mesh, param_specs, put_global_batch, replicate
 from truepose_jax.training.step import Trainer
 
+METHODS = tuple(name for name in tiny_methods.METHODS if name != "truepose")
 ROWS = 4
 
 
@@ -25,8 +25,8 @@ def moving(gradients):
 def main(folder):
     assert jax.device_count() == 8
     report = {}
-    for file in pathlib.Path(folder).glob("*.npz"):
-        name, want = file.stem, dict(np.load(file))
+    for name in METHODS:
+        want = dict(np.load(f"{folder}/{name}.npz"))
         loss = float(want.pop("loss"))
         cfg, made, frozen, params = tiny_methods.one(name)
         params, frozen = jax.device_get((params, frozen))

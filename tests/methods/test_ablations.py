@@ -33,7 +33,7 @@ SMALL_CLIP = CLIPVisionConfig(
     hidden_size=64,
     intermediate_size=256,
     projection_dim=64,
-    num_hidden_layers=2,
+    num_hidden_layers=1,
     num_attention_heads=2,
     image_size=32,
     patch_size=8,
@@ -51,13 +51,19 @@ VARIANTS = {
 
 @functools.cache
 def made(variant):
-    """(config, method, params, frozen, value and gradients of the loss)."""
+    """(config, method, params, value and gradients of the loss, denoised with these sources kept and with none at all)."""
     cfg = tiny.config(tiny.MIDDLE_ONLY, {"model": {"fusion": VARIANTS[variant]}, "diffusion": {"drop_rate": 0.5}})
     method = TruePose(cfg.model, cfg.diffusion, PixelAutoencoder(cfg.model.pixel_factor), SMALL_CLIP)
     params = tiny.params(method, cfg)
     frozen = {"clip": clip_params()} if cfg.model.uses_clip else {}
     gradient = tiny.jit(jax.value_and_grad(lambda p, b, k: method.loss(p, frozen, b, k), has_aux=True))
-    return cfg, method, params, frozen, gradient
+
+    def denoised(params, batch, keep):
+        x, t = jnp.ones((N, 8, 5, 12)), jnp.full(N, 500)
+        conditioning = method.condition(params, frozen, batch, keep=keep)
+        return method.denoise(params, x, t, conditioning), method.denoise(params, x, t, method.null(conditioning))
+
+    return cfg, method, params, gradient, functools.partial(tiny.jit(denoised), params)
 
 
 @functools.cache
@@ -69,7 +75,7 @@ def clip_params():
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_every_variant_trains_and_drops(variant):
     """Finite losses, a gradient wherever one belongs, and a dropped source gives what no source at all gives."""
-    cfg, method, params, frozen, gradient = made(variant)
+    cfg, method, params, gradient, denoised = made(variant)
     batch = tiny.batch(cfg, 1, targets=N)
     keys = tiny.keys(3, N)
     (loss, metrics), grads = gradient(params, batch, keys)
@@ -77,17 +83,8 @@ def test_every_variant_trains_and_drops(variant):
     still = {name for name, g in tiny.named(grads).items() if not np.any(g)}
     assert all(re.search(method.no_decay, name) for name in still), sorted(still)
 
-    @tiny.jit
-    def outputs(keep):
-        x, t = jnp.ones((N, 8, 5, 12)), jnp.full(N, 500)
-        conditioning = method.condition(params, frozen, batch, keep=keep)
-        null = method.denoise(params, x, t, method.null(conditioning))
-        return method.denoise(params, x, t, conditioning), null, method.denoise(params, x, t, whole())
-
-    def whole():
-        return method.condition(params, frozen, batch)
-
-    dropped, null, full = outputs(np.array([1.0, 0.0, 0.0, 1.0], np.float32))
+    dropped, null = denoised(batch, np.float32([1, 0, 0, 1]))
+    full, _ = denoised(batch, np.ones(N, np.float32))
     assert tiny.error(dropped[1:3], null[1:3]) < 2e-6
     assert tiny.error(dropped[[0, 3]], full[[0, 3]]) < 1e-6
     assert tiny.error(full, null) > 1e-2
@@ -96,17 +93,10 @@ def test_every_variant_trains_and_drops(variant):
 def test_sources_repeat_for_their_targets():
     """Two targets of one source give what the same pairs give one by one (A5's SourceNet runs per target)."""
     for variant in ("A5", "B1"):
-        cfg, method, params, frozen, _ = made(variant)
-        batch = tiny.batch(cfg, 2, targets=4, sources=2)
-
-        @tiny.jit
-        def denoised(batch, method=method, params=params, frozen=frozen):
-            return method.denoise(
-                params, jnp.ones((4, 8, 5, 12)), jnp.full(4, 300), method.condition(params, frozen, batch)
-            )
-
-        together = denoised(batch)
-        apart = denoised(tiny.rows(batch, [0, 1, 2, 3], sources=[0, 0, 1, 1]))
+        cfg, *_, denoised = made(variant)
+        batch, keep = tiny.batch(cfg, 2, targets=N, sources=2), np.ones(N, np.float32)
+        together, _ = denoised(batch, keep)
+        apart, _ = denoised(tiny.rows(batch, [0, 1, 2, 3], sources=[0, 0, 1, 1]), keep)
         assert tiny.error(together, apart) < 2e-6, variant
 
 
@@ -159,7 +149,7 @@ def test_concatenated_self_attention_against_torch():
 
 
 def test_self_attention_of_a_site_is_what_the_block_uses():
-    cfg, _, params, _, _ = made("B4")
+    cfg, _, params, *_ = made("B4")
     site = cfg.model.unet.sites[0]
     features = np.random.default_rng(1).standard_normal((2, 40, site.channels)).astype(np.float32)
     found = self_attention_of(params["source_net"], features, site)
@@ -228,10 +218,11 @@ def test_clip_patches_see_the_whole_picture():
     small = rng.integers(0, 256, (1, 8, 6, 3), np.uint8)
     photo = np.asarray(Image.fromarray(small[0]).resize((48, 64), Image.Resampling.BICUBIC))
     crop = clip_normalise(square_crop(photo, out=32)[None])
-    states = CLIPVisionModelWithProjection(SMALL_CLIP).apply({"params": clip_params()}, crop).last_hidden_state
-    found = clip_patches(SMALL_CLIP, clip_params(), photo[None] / np.float32(127.5) - 1)
-    want = np.asarray(states)[:, 1:].reshape(1, 4, 4, -1)
-    assert np.abs(np.asarray(found) - want).mean() < 0.02 * np.abs(want).mean()
+    network = CLIPVisionModelWithProjection(SMALL_CLIP)
+    states = tiny.jit(lambda p, x: network.apply({"params": p}, x).last_hidden_state)(clip_params(), crop)
+    found = tiny.jit(lambda p, x: clip_patches(SMALL_CLIP, p, x))(clip_params(), photo[None] / np.float32(127.5) - 1)
+    want = states[:, 1:].reshape(1, 4, 4, -1)
+    assert np.abs(found - want).mean() < 0.02 * np.abs(want).mean()
 
 
 def test_clip_source_reads_where_the_cells_lie():
@@ -239,7 +230,7 @@ def test_clip_source_reads_where_the_cells_lie():
     from truepose_jax.models.clip_source import _over_image
 
     grid = np.random.default_rng(5).standard_normal((1, 4, 4, 2)).astype(np.float32)
-    found = np.asarray(_over_image(grid, (16, 11))).reshape(16, 11, 2)
+    found = tiny.jit(lambda x: _over_image(x, (16, 11)))(grid).reshape(16, 11, 2)
     rows = (np.arange(16) + 0.5) * 4 / 16 - 0.5
     columns = (np.arange(11) + 0.5 + (16 - 11) / 2) * 4 / 16 - 0.5
     at = np.meshgrid(rows, columns, indexing="ij")
@@ -256,24 +247,25 @@ def test_clip_source_reads_where_the_cells_lie():
 def test_clip_source_is_told_what_source_net_is_told():
     """Without pretrained weights SourceNet gets coverages and positions; so does the MLP, each at its own cells."""
     changes = {"source_parsing": "coverage", "positions": "sincos", "fusion": VARIANTS["B1"]}
-    cfg = tiny.config({"model": changes})
+    cfg = tiny.config(tiny.MIDDLE_ONLY, {"model": changes})
     method = TruePose(cfg.model, cfg.diffusion, PixelAutoencoder(cfg.model.pixel_factor), SMALL_CLIP)
     params, batch = tiny.params(method, cfg), dict(tiny.batch(cfg, 1, targets=1))
     p, width = batch["class_on"].shape[1], cfg.model.unet.block_out_channels[0]
     site = cfg.model.unet.sites[0]
     assert params["clip_source"][site.name]["fc1"]["kernel"].shape[0] == SMALL_CLIP.hidden_size + p + width
 
+    @tiny.jit
     def features(parsing):
         return method.reader.read(params, {}, latents, batch | {"source_parsing": parsing}).features
 
     h, w = (side // cfg.model.pixel_factor for side in cfg.model.size)
     latents, cells = jnp.zeros((1, h, w, cfg.model.unet.in_channels)), -(-w // 2**site.level)
     parsing = np.zeros_like(batch["source_parsing"])
-    plain = np.asarray(features(parsing)[site.name])
+    plain = features(parsing)[site.name]
     assert len(np.unique(plain[0].round(4), axis=0)) > cells, "CLIP sees nothing here: positions tell cells apart"
     step = cfg.model.pixel_factor * 2**site.level
     parsing[:, :step, step : 2 * step] = 3
-    changed = np.abs(np.asarray(features(parsing)[site.name]) - plain).max(-1) > 1e-4
+    changed = np.abs(features(parsing)[site.name] - plain).max(-1) > 1e-4
     assert changed[0].nonzero()[0].tolist() == [1]
 
 

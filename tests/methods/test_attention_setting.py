@@ -5,9 +5,8 @@ import re
 import typing
 
 import jax
-import pytest
 
-from tests import tiny
+from tests import tiny, tiny_methods
 from truepose_jax.config import ModelConfig
 from truepose_jax.kernels.attention import api
 from truepose_jax.methods.base import ATTENDING
@@ -22,27 +21,22 @@ def test_the_setting_names_what_there_is():
 
 def traced(caplog, name: str) -> set[tuple[str, str]]:
     """{(form, why)} of every attention of a loss, whose program is not compiled."""
-    api._say.cache_clear()
-    caplog.clear()
     caplog.set_level(logging.INFO, logger=api.__name__)
-    config = tiny.config(tiny.MIDDLE_ONLY, {"model": {"attention": name}})
-    method = tiny.method(config)
-    params = jax.eval_shape(lambda: method.init(jax.random.key(0), tiny.spec(config)))
-    batch = tiny.batch(config, 0, targets=1)
-    caplog.clear()
+    params = tiny_methods.one("truepose")[-1]
     api._say.cache_clear()
+    caplog.clear()
+    config = tiny_methods.config("truepose", {"model": {"attention": name}})
+    method, batch = tiny.method(config), tiny.batch(config, 0, targets=1)
     jax.eval_shape(lambda p: method.loss(p, {}, batch, tiny.keys(0, 1)), params)
     lines = [record.getMessage() for record in caplog.records if record.name == api.__name__]
     assert {line.split(" of ")[0] for line in lines} == {"attention", "reweighted_attention"}
-    many = [
-        line for line in lines if int(re.search(r", (\d+) keys", line)[1]) > api.FEW_KEYS
-    ]  # few go to what suits them
+    # Few go to what suits them.
+    many = [line for line in lines if int(re.search(r", (\d+) keys", line)[1]) > api.FEW_KEYS]
     return {re.search(r": (\w+) \((.*)\)", line).groups() for line in many}
 
 
-@pytest.mark.parametrize("name", ["reference", "xla", "per_image"])
-def test_what_is_named_runs(caplog, name):
-    assert traced(caplog, name) == {(name, "asked for")}
+def test_what_is_named_runs(caplog):
+    assert traced(caplog, "per_image") == {("per_image", "asked for")}
 
 
 def test_on_a_tpu_its_kernel_runs_where_it_is_named_alone(caplog, monkeypatch):

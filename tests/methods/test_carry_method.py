@@ -87,14 +87,17 @@ def test_dropping_is_per_sample_and_keeps_the_pose():
 
 
 def test_targets_per_source():
-    """Three targets a source equal the same sources repeated, joints and limbs too."""
-    made = head()[1]
+    """Three targets a source equal the same sources repeated, joints and limbs too; a corrupt target leaves the others alone."""
+    loss = tiny.jit(lambda p, b, k: head()[1].loss(p, {}, b, k))
     pairs = batch(4, sources=2)
     repeated = tiny.rows(pairs, np.arange(N), sources=np.arange(N) // 3)
-    total, metrics = tiny.jit(lambda p, b, k: made.loss(p, {}, b, k))(head()[2], pairs, KEYS())
-    (want, want_metrics), _ = loss_of(repeated)
-    assert tiny.error(total, want) < 1e-5
-    assert tiny.error(metrics["flow"], want_metrics["flow"]) < 1e-5
+    for valid in (np.ones(N), np.array([0, 1, 1, 1, 1, 1]), np.array([0, 0, 0, 1, 0, 1])):
+        weights = {"valid": valid.astype(np.float32)}
+        broken = np.where(valid[:, None, None, None] > 0, pairs["target"], np.nan)
+        total, metrics = loss(head()[2], {**pairs, **weights, "target": broken}, KEYS())
+        (want, want_metrics), _ = loss_of({**repeated, **weights})
+        assert tiny.error(total, want) < 1e-5
+        assert tiny.error(metrics["flow"], want_metrics["flow"]) < 1e-5
 
 
 @pytest.mark.parametrize("change", [tiny.HEAD, {"model": {"fusion": {"cosine": True}}}], ids=["head", "HPFA"])
@@ -156,16 +159,21 @@ def test_each_loss_is_what_it_says():
     output, carried, halves = known_outputs()
     codec = made.autoencoder
     x0 = np.asarray(codec.encode_mean({}, given["target"]), np.float64)
-    u = [jax.random.uniform(rng.key(key, "drop")) for key in keys]
-    keep = np.array([float(each >= cfg.diffusion.drop_rate) for each in u])
+    u = tiny.jit(jax.vmap(lambda key: jax.random.uniform(rng.key(key, "drop"))))(keys)
+    keep = (u >= cfg.diffusion.drop_rate).astype(float)
     assert metrics["kept"] == keep.sum() and 0 < keep.sum() < 3, "choose other keys: rows of both kinds are needed"
 
     assert metrics["loss"] == pytest.approx(np.mean((output - x0) ** 2), rel=1e-4)
-    coverage = coverage_levels(given["target_parsing"], num_classes=20, factor=4, levels=1)[0].reshape(3, 48, 20)
-    of_head = carry_losses(halves, np.asarray(half_cells(x0.astype(np.float32))), given["target_parsing"], coverage)
+
+    @tiny.jit
+    def losses_of_head(x0, parsing):
+        coverage = coverage_levels(parsing, num_classes=20, factor=4, levels=1)[0].reshape(3, 48, 20)
+        return carry_losses(halves, half_cells(x0), parsing, coverage)
+
+    of_head = losses_of_head(x0.astype(np.float32), given["target_parsing"])
     of_site = np.mean((carried.reshape(x0.shape) - x0) ** 2, axis=(1, 2, 3))
-    assert metrics["flow"] == pytest.approx(np.mean(keep * (of_site + 1.5 * np.asarray(of_head["flow"]))), rel=1e-4)
-    assert metrics["parsing"] == pytest.approx(np.mean(np.asarray(of_head["parsing"])), rel=1e-4)
+    assert metrics["flow"] == pytest.approx(np.mean(keep * (of_site + 1.5 * of_head["flow"])), rel=1e-4)
+    assert metrics["parsing"] == pytest.approx(np.mean(of_head["parsing"]), rel=1e-4)
     pictures = [np.asarray(codec.decode({}, x.astype(np.float32))) for x in (output, x0)]
     assert metrics["pixels"] == pytest.approx(np.mean(np.asarray(losses.charbonnier(*pictures))), rel=1e-4)
     weighed = 0.5 * metrics["loss"] + sum(weight * metrics[name] for name, weight in WEIGHTS.items())

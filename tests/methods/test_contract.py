@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from tests import tiny, tiny_methods
+from tests.methods import sharded
 from tests.process import environment, run
 from truepose_jax import convert
 from truepose_jax.config import ConfigError
@@ -21,10 +22,9 @@ from truepose_jax.sampling.sampler import Sampler, Sampling
 from truepose_jax.training.init import batch_spec, resolve_init_from
 from truepose_jax.training.step import Trainer
 
-ROWS = 4
-every = pytest.mark.parametrize("method", tiny_methods.METHODS)
 # TruePose's are in test_truepose.py, test_sampling.py.
 denoisers = pytest.mark.parametrize("method", ["fpdm", "imagpose"])
+ROWS = sharded.ROWS
 
 
 def test_all_papers_are_tried():
@@ -54,7 +54,7 @@ def of_three_rows(method):
     return params, frozen, batch, keys
 
 
-@every
+@pytest.mark.parametrize("method", sharded.METHODS)
 def test_rows_that_are_not_there_may_hold_anything(method):
     """NaN in every float of a row of weight 0 changes no bit, and neither do fields that the loss does not read."""
     params, frozen, batch, keys = of_three_rows(method)
@@ -88,13 +88,13 @@ def test_micro_batches_add_up(method):
 def test_a_mesh_gives_the_same(tmp_path):
     """Gradients (compared there) and loss of one device, ipf's matrix of the whole batch too, with parameters cut along both axes
     that cut them."""
-    for method in ("ipf", "fpdm", "imagpose"):
+    for method in sharded.METHODS:
         grads, metrics = gradient(method)(*of_three_rows(method))
         np.savez(tmp_path / f"{method}.npz", loss=metrics["loss"], **tiny.named(grads))
     code, out, errors = run("-m", "tests.methods.sharded", tmp_path, env=environment(devices=8))
     assert code == 0, errors[-3000:]
     report = json.loads(out.splitlines()[-1])
-    assert len(report) == 3
+    assert report.keys() == {*sharded.METHODS}
     for method, found in report.items():
         assert found["loss"] < 1e-5 and {*found["cut"]} == {"fsdp", "tensor"}, method
 

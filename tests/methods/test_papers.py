@@ -5,12 +5,14 @@ import numpy as np
 import pytest
 from scipy.stats import chisquare
 
+from configs import fpdm_deepfashion_512
 from input_pipeline.batches.plans import CanvasPlan, groups_of
 from input_pipeline.schema import InputError
 from tests import tiny_methods
 from truepose_jax.config import ConfigError
 from truepose_jax.methods.fpdm import FPDMConditioning
 from truepose_jax.methods.imagpose import draw_given, draw_reference
+from truepose_jax.training.init import batch_spec
 
 
 def fpdm(**model):
@@ -29,7 +31,10 @@ def test_fpdm_takes_a_third_branch_where_the_shares_differ():
 
 
 def test_the_second_stage_alone_needs_no_first():
+    assert not fpdm_deepfashion_512.get_config("stage2_only").model.fusion_embedding
     made = fpdm(fusion_embedding=False)
+    shapes = jax.eval_shape(lambda: made.init(jax.random.key(0), batch_spec(tiny_methods.config("fpdm"))))
+    assert "fusion_embedding" not in shapes and "source_projection" in shapes
     assert made.needs.networks == ("autoencoder", "dino") and set(made.swaps) == {"tokens_swapped"}
     assert made.needs.train == ("source_square", "target_pose", "target")
 

@@ -35,10 +35,6 @@ def test_fpdm(variant, unet):
     assert found == {"source_projection": projection, "fusion_embedding": 1_574_912, "pose_encoder": POSE}
 
 
-def test_fpdm_of_the_second_stage_alone():
-    assert "fusion_embedding" not in counts(fpdm_deepfashion_512.get_config("stage2_only"))
-
-
 def test_imagpose():
     """CVA at 21 places is as large as AnimateAnyone's file of motion modules; conv_in reads nine channels."""
     first, last = (counts(imagpose_deepfashion_512.get_config(stage)) for stage in ("stage1", "stage3"))

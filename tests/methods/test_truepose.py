@@ -238,27 +238,6 @@ def test_loss_is_the_squared_error_of_the_prediction(prediction):
     assert tiny.error(metrics["bin_sums"].sum() / 3, loss) < 1e-6
 
 
-@functools.cache
-def gradient_of_pairs():
-    """As base_gradient, for N targets of two sources."""
-    made = tiny.base()[1]
-    return tiny.jit(jax.value_and_grad(lambda p, b, k: made.loss(p, {}, b, k)[0]))
-
-
-def test_targets_per_source():
-    """Three targets a source equal the same sources repeated; a corrupt target leaves its siblings alone."""
-    cfg, _, params = tiny.base()
-    pairs = tiny.batch(cfg, 4, targets=N, sources=2)
-    repeated = tiny.rows(pairs, np.arange(N), sources=np.arange(N) // 3)
-    for valid in (np.ones(N), np.array([0, 1, 1, 1, 1, 1]), np.array([0, 0, 0, 1, 0, 1])):
-        weights = {"valid": valid.astype(np.float32)}
-        broken = np.where(valid[:, None, None, None] > 0, pairs["target"], np.nan)
-        loss, grads = gradient_of_pairs()(params, {**pairs, **weights, "target": broken}, KEYS())
-        (want, _), want_grads = loss_of({**repeated, **weights})
-        assert tiny.error(loss, want) < 1e-6
-        tiny.check_gradients(grads, want_grads)
-
-
 def test_bfloat16():
     """Finite and close to float32; parameters and gradients stay float32."""
     made = tiny.method(tiny.config({"model": {"dtype": "bfloat16"}}))
@@ -271,26 +250,11 @@ def test_bfloat16():
     assert flat @ half / np.linalg.norm(flat) / np.linalg.norm(half) > 0.99
 
 
-def test_three_uneven_levels():
-    """64x44 pixels at factor 4: latents 16x11 -> 8x6 -> 4x3 and back, loss and shapes."""
-    unet = {
-        "in_channels": 48,
-        "out_channels": 48,
-        "block_out_channels": (8, 8, 8),
-        "down_block_types": ("CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D"),
-        "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D"),
-        "attention_head_dim": (1, 2, 4),
-    }
-    cfg = tiny.config({"model": {"size": (64, 44), "pixel_factor": 4, "unet": unet}})
-    made = tiny.method(cfg)
-    assert made.latent_spec((64, 44)) == (16, 11, 48)
-    loss, metrics = tiny.jit(lambda p, b, k: made.loss(p, {}, b, k))(
-        tiny.params(made, cfg), tiny.batch(cfg, 3, targets=2), KEYS()[:2]
-    )
-    assert np.isfinite(loss) and loss > 0.1
-    assert metrics["hpfa_rms"].shape == (len(cfg.model.unet.sites),)
+def test_sizes_that_the_codec_cuts():
+    made = tiny.base()[1]
+    assert made.latent_spec((64, 44)) == (32, 22, 12)
     with pytest.raises(ValueError, match="not divisible"):
-        made.latent_spec((64, 42))
+        made.latent_spec((64, 43))
 
 
 def test_init():

@@ -10,6 +10,7 @@ they are other numbers. metadata.json records it, and every cache of region toke
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import itertools
 import pathlib
@@ -110,8 +111,7 @@ def load_vae(folder: str, *, channels: int = 4, dtype: str = "float32") -> tuple
             f"size; this model needs {channels} at 1/8; {kind.advice}"
         )
     autoencoder = KLAutoencoder(found, dtype=jnp.dtype(dtype))
-    shapes = jax.eval_shape(autoencoder.init, jax.random.key(0))
-    params, fingerprint = load_torch_folder(folder, shapes, "vae")
+    params, fingerprint = load_torch_folder(folder, _shapes(autoencoder), "vae")
     return autoencoder, params, fingerprint
 
 
@@ -123,7 +123,12 @@ def autoencoder_shapes(config: DenoiserModel) -> tuple[Autoencoder, dict[str, An
         return PatchAutoencoder(config.patch_channels, config.vae), {}
     found = read_torch_config(config.vae, AutoencoderKLConfig.from_diffusers, "vae") if config.vae else None
     autoencoder = KLAutoencoder(*([found] if found else []), dtype=jnp.dtype(config.dtype))
-    return autoencoder, jax.eval_shape(autoencoder.init, jax.random.key(0))
+    return autoencoder, _shapes(autoencoder)
+
+
+@functools.cache
+def _shapes(autoencoder: KLAutoencoder) -> dict[str, Any]:
+    return jax.eval_shape(autoencoder.init, jax.random.key(0))
 
 
 def read_torch_config(folder: str, parse: Callable[[Mapping[str, Any]], T], kind: str) -> T:

@@ -11,6 +11,7 @@ import pathlib
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
@@ -49,7 +50,7 @@ def load(role: str, config: EncoderConfig) -> VisionNetwork:
     network, _, make = _PLAN[role](config)
     text = json.dumps(dataclasses.asdict(config), sort_keys=True)
     name = f"untrained-{hashlib.sha256(text.encode()).hexdigest()[:16]}"
-    return VisionNetwork(network, jax.jit(make)(jax.random.key(config.seed)), name)
+    return VisionNetwork(network, make(jax.random.key(config.seed)), name)
 
 
 def plan(role: str, config: EncoderConfig) -> VisionNetwork:
@@ -60,6 +61,18 @@ def plan(role: str, config: EncoderConfig) -> VisionNetwork:
 
 Plan = tuple[Any, Any, Callable[[jax.Array], Any]]
 """(network's config, its parameters as shapes, key -> parameters)."""
+
+
+@functools.cache
+def _planned(network: Any, module: type[nn.Module], pictures: int) -> Plan:
+    """Kept, so that a process traces and compiles once what makes a network. pictures: that the module is called with."""
+
+    @jax.jit
+    def make(key):
+        picture = jnp.zeros((1, network.image_size, network.image_size, 3))
+        return module(network).init(key, *[picture] * pictures)["params"]
+
+    return network, jax.eval_shape(make, jax.random.key(0)), make
 
 
 def _plan_dino(config: DinoConfig) -> Plan:
@@ -78,12 +91,7 @@ def _plan_dino(config: DinoConfig) -> Plan:
             image_size=config.image_size,
             patch_size=config.patch_size,
         )
-    side = found.image_size
-
-    def make(key):
-        return Dinov2(found).init(key, jnp.zeros((1, side, side, 3)))["params"]
-
-    return found, jax.eval_shape(make, jax.random.key(0)), make
+    return _planned(found, Dinov2, 1)
 
 
 def _load_dino(config: DinoConfig) -> VisionNetwork:
@@ -109,11 +117,7 @@ def _plan_first_stage(config: FirstStageConfig) -> Plan:
             patch_size=config.patch_size,
         )
 
-    def make(key):
-        picture = jnp.zeros((1, found.image_size, found.image_size, 3))
-        return ImagePoseFusion(found).init(key, picture, picture)["params"]
-
-    return found, jax.eval_shape(make, jax.random.key(0)), make
+    return _planned(found, ImagePoseFusion, 2)
 
 
 def _load_first_stage(config: FirstStageConfig) -> VisionNetwork:
