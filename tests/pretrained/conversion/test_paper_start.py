@@ -22,14 +22,14 @@ from truepose_jax.training.step import Trainer  # noqa: E402
 
 @pytest.fixture(scope="module")
 def original(tmp_path_factory):
-    return sd15.save_folder(tmp_path_factory.mktemp("original"))
+    return sd15.save_folder(tmp_path_factory.mktemp("original"), config=sd15.FLAT)
 
 
 @pytest.mark.parametrize("method", ["fpdm", "imagpose"])
 def test_a_run_begins_with_the_unet(original, tmp_path, method):
     weights = tmp_path / "weights"
     assert convert.main(["from-torch", "--model=sd15", f"--for={method}", f"--src={original}", f"--dst={weights}"]) == 0
-    unet = to_dict(sd15.UNET) | {"in_channels": 9 if method == "imagpose" else 4}
+    unet = to_dict(sd15.FLAT) | {"in_channels": 9 if method == "imagpose" else 4}
     changes = {"init_from": str(weights), "model": {"autoencoder": "sd15", "size": (64, 32), "unet": unet}}
     config = resolve_init_from(tiny_methods.config(method, changes))
     assert config.model.vae == str(weights)
@@ -39,7 +39,7 @@ def test_a_run_begins_with_the_unet(original, tmp_path, method):
         state = first_state(
             config, trainer, Checkpoints(tmp_path / "run", keep=1, every=1), abstract_state(config, trainer, mesh)
         )
-    theirs = {name: tensor.detach().numpy() for name, tensor in sd15.unet().state_dict().items()}
+    theirs = {name: tensor.detach().numpy() for name, tensor in sd15.unet(sd15.FLAT).state_dict().items()}
     seen = set()
     for path, leaf in leaves(state.params):
         wide = method == "imagpose" and path.startswith("unet/conv_in/")
