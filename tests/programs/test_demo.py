@@ -45,6 +45,8 @@ def painted(monkeypatch):
     """Whatever model is loaded, its pictures are the Painter's."""
     monkeypatch.setattr(judge, "sampling", lambda pipe: Painter())
     monkeypatch.setattr(judge, "MEAN_OF", 2)
+    for module in (judge, demo):
+        monkeypatch.setattr(module, "PEOPLE", 6)
 
 
 @pytest.mark.parametrize(

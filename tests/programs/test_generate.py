@@ -79,7 +79,7 @@ def all_pairs(inputs, count=9) -> list[str]:
 # ------------------------------------------------------------------------------------------------ one picture
 
 
-def test_one_picture_its_sheet_and_what_it_says(inputs, tmp_path, capsys):
+def test_one_picture_its_sheet_and_what_it_says(inputs, tmp_path, capsys, loaded):
     out, sheet = tmp_path / "new" / "out.png", tmp_path / "sheet.png"
     assert run(*single(inputs, out, sheet=sheet)) == 0
     said = capsys.readouterr().out

@@ -13,11 +13,12 @@ from input_pipeline.records.writer import build_records
 from input_pipeline.sources.folder import read_pairs
 from tests import tiny_methods
 from tests.records import NoiseItem, RawSet, RawSplit, all_pairs
-from tests.tiny_run import SIZE, make_run, shared_run, write_inputs
+from tests.tiny_run import SIZE, make_run, write_inputs
 from truepose_jax import generate
 from truepose_jax.evaluate.pairing import Folder, pair_folders
 from truepose_jax.inference.canvas import Pose, Source
 from truepose_jax.inference.pipeline import Pipeline
+from truepose_jax.runtime.bundled import SHIPPED
 
 CHANGES = {"model": {"size": SIZE}, "diffusion": {"steps": 1, "guidance": 2.0}}
 
@@ -32,6 +33,18 @@ def run(tmp_path_factory):
     return make_run(tmp_path_factory.mktemp("canvas") / "run", tiny_methods.config("imagpose", CHANGES))
 
 
+@pytest.fixture(scope="module")
+def pipe(run):
+    return Pipeline.load(str(run))
+
+
+@pytest.fixture
+def loaded(pipe, monkeypatch):
+    """The program takes this pipeline, with what it has compiled, in place of loading the same one."""
+    monkeypatch.setattr(Pipeline, "of_run", lambda run, **_: pipe)
+    return pipe
+
+
 def words(inputs, run, sources, poses, outs, *more):
     found = [f"--workdir={run}", "--pose-frame=40x30", "--source-pose-frame=40x30", *more]
     for name, values in (("source", sources), ("pose", poses)):
@@ -44,7 +57,7 @@ def picture(path) -> np.ndarray:
     return np.asarray(Image.open(path))
 
 
-def test_canvases(inputs, run, tmp_path):
+def test_canvases(inputs, run, tmp_path, loaded):
     """A star with its sheet; one pose of it with two sources; the same by a list, which is not done again."""
     star = [tmp_path / f"{i}.png" for i in range(2)]
     sheet = tmp_path / "sheet.png"
@@ -92,7 +105,7 @@ def test_bad_requests_end_with_one_line(case, inputs, run, tmp_path, capsys):
 
 
 def test_methods_of_one_source_say_so(inputs, tmp_path, capsys):
-    found = words(inputs, shared_run(), ["0.png", "1.png"], ["2.json"], [tmp_path / "out.png"])
+    found = words(inputs, SHIPPED.name, ["0.png", "1.png"], ["2.json"], [tmp_path / "out.png"])
     assert generate.main(found) == 2
     assert "method, truepose, takes one source and one pose; imagpose takes up to 4" in capsys.readouterr().err
 
@@ -125,11 +138,6 @@ def records(tmp_path_factory):
     return root
 
 
-@pytest.fixture(scope="module")
-def loaded(run):
-    return Pipeline.load(str(run))
-
-
 CANVASES = {
     "T1": (["p000"], ["p003"], "pose"),
     "T2": (["p000"], ["p003"], "source"),
@@ -140,9 +148,8 @@ CANVASES = {
 
 
 @pytest.mark.parametrize("scenario", CANVASES)
-def test_scenarios_of_records(scenario, records, run, loaded, tmp_path, monkeypatch, capsys):
+def test_scenarios_of_records(scenario, records, run, loaded, tmp_path, capsys):
     """Every pair has its picture, that of the canvas made by hand; evaluate finds them; what is there is not made again."""
-    monkeypatch.setattr(Pipeline, "of_run", lambda run, **_: loaded)
     command = [f"--workdir={run}", f"--records={records}", f"--scenario={scenario}", f"--out-dir={tmp_path / 'out'}"]
     command.append("--batch-size=3")
     assert generate.main(command) == 0
@@ -190,7 +197,7 @@ def test_scenarios_of_records(scenario, records, run, loaded, tmp_path, monkeypa
     ],
 )
 def test_bad_scenarios(method, flags, words, records, run, tmp_path, capsys):
-    workdir = run if method == "imagpose" else shared_run()
+    workdir = run if method == "imagpose" else SHIPPED.name
     try:
         code = generate.main([f"--workdir={workdir}", f"--records={records}", f"--out-dir={tmp_path / 'out'}", *flags])
     except SystemExit as ended:

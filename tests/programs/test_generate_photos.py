@@ -70,7 +70,8 @@ def test_one_command(photos, tmp_path, capsys, alone, pipe):
     assert picture.shape[1] / picture.shape[0] == pytest.approx(900 / 480, rel=0.05), "at the photo's own aspect"
     assert np.abs(picture[:, :10].astype(int) - 235).max() <= 1, "the rest of the photo is there"
     assert read(found).std() > 20
-    assert np.array_equal(pipe(me, pose=read(photos / "other.png")), picture)
+    other = read(photos / "other.png")
+    assert np.array_equal(pipe(me, pose=other, callback=lambda done, steps: None), picture)
 
     listed = tmp_path / "list.csv"
     listed.write_text(f"source,parsing,pose,out,source_pose\n{photos}/me.png,auto,{photos}/other.png,a.png,auto\n")

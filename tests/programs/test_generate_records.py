@@ -158,23 +158,20 @@ def broken(fields):
     return read
 
 
-def test_a_signal_to_one_part_and_a_kill_of_another(records, tmp_path, loaded, capsys):
-    """Two real ones, as a user starts them: SIGTERM to the first once there are pictures, SIGKILL to the second."""
+def test_a_signal_to_one_part(records, tmp_path, loaded, capsys):
+    """A real one, as a user starts it: SIGTERM once there are pictures. (Of SIGKILL test_generate.py knows.)"""
     out, program = tmp_path / "out", ["-m", "truepose_jax.generate", f"--workdir={shared_run()}"]
-    program += [f"--records={records}", f"--out-dir={out}", "--batch-size=1", f"--steps={STEPS}"]
+    program += [f"--records={records}", f"--out-dir={out}", "--batch-size=1", f"--steps={STEPS}", "--shard=0/2"]
     (row, *_) = record_rows(RecordImages(records, "test"), out, "cfld")
-    # compiled once, for all three
+    # compiled once, for both
     loaded.sample([row.read(loaded.run, 0)], sampling=loaded.run.sampling(STEPS, None), batch_size=1)
-    for index, number in enumerate((signal.SIGTERM, signal.SIGKILL)):
-        before = len(list(out.rglob("*.png")))
-        started = Program(*program, f"--shard={index}/2", env=environment(cached=True))
-        started.wait_for(lambda before=before: len(list(out.rglob("*.png"))) > before)
-        started.send_signal(number)
-        code, said, _ = started.finish()
-        assert code == (143 if number == signal.SIGTERM else -9)
-        assert number == signal.SIGKILL or "asked to stop" in said
+    started = Program(*program, env=environment(cached=True))
+    started.wait_for(lambda: any(out.rglob("*.png")))
+    started.send_signal(signal.SIGTERM)
+    code, said, _ = started.finish()
+    assert code == 143 and "asked to stop" in said
     made = {path: path.stat().st_mtime_ns for path in out.rglob("*.png") if not path.name.startswith(".")}
-    assert 2 <= len(made) < 12
+    assert 1 <= len(made) < 6
     flags = [f"--steps={STEPS}"]
     assert parts(records, out, "merge", flags=flags) == [2]
     assert parts(records, out, "2/3", "1/3", "0/3", "merge", flags=flags) == [0] * 4

@@ -110,7 +110,8 @@ class LazyEncoder:
 
     @functools.cached_property
     def fingerprint(self) -> str:
-        return folder_fingerprint(self._clip.path, "clip") if self._clip.path else self.network.fingerprint
+        clip = self._clip
+        return folder_fingerprint(clip.path, "clip") if clip.path else _untrained_fingerprint(clip, self._width)
 
     def tokens(self, records: Sequence[ImageRecord | None], labels: str) -> tuple[np.ndarray, np.ndarray]:
         """See RegionEncoder.tokens."""
@@ -169,6 +170,11 @@ def untrained_config(clip: ClipConfig, token_width: int) -> CLIPVisionConfig:
     )
 
 
+def _untrained_fingerprint(clip: ClipConfig, token_width: int) -> str:
+    text = json.dumps(dataclasses.asdict(clip) | {"width": token_width}, sort_keys=True)
+    return "untrained-" + hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
 def _untrained(clip: ClipConfig, token_width: int) -> RegionEncoder:
     logging.warning(
         "region tokens come from an UNTRAINED, seeded CLIP (config.model.clip.path is empty): fine for synthetic "
@@ -178,8 +184,7 @@ def _untrained(clip: ClipConfig, token_width: int) -> RegionEncoder:
     module = CLIPVisionModelWithProjection(config)
     pixels = np.zeros((1, clip.image_size, clip.image_size, 3), np.float32)
     params = jax.jit(module.init)(jax.random.key(clip.seed), pixels)["params"]
-    text = json.dumps(dataclasses.asdict(clip) | {"width": token_width}, sort_keys=True)
-    raw = RegionEncoder(config, params, "untrained-" + hashlib.sha256(text.encode()).hexdigest()[:16], trained=False)
+    raw = RegionEncoder(config, params, _untrained_fingerprint(clip, token_width), trained=False)
     # A random network's outputs are one common vector plus a few percent: centre and spread them over seeded crops
     # of random colours, so that the differences can be seen.
     random = np.random.default_rng(clip.seed)
