@@ -128,10 +128,10 @@ def assert_bit_equal(found, expected):
 @pytest.fixture(scope="package", autouse=True)
 def quick_shapes():
     """Tracing the networks takes longer than converting them: once per configuration is enough."""
-    traced = convert.truepose_shapes, convert.clip_shapes
-    convert.truepose_shapes, convert.clip_shapes = map(_cached, traced)
+    traced = convert.truepose_shapes, convert.autoencoder_shapes, convert.clip_shapes
+    convert.truepose_shapes, convert.autoencoder_shapes, convert.clip_shapes = map(_cached, traced)
     yield
-    convert.truepose_shapes, convert.clip_shapes = traced
+    convert.truepose_shapes, convert.autoencoder_shapes, convert.clip_shapes = traced
 
 
 def _cached(function):
