@@ -7,10 +7,11 @@ them). Whatever does not fit is a ConfigError before any long work; nothing is e
 from __future__ import annotations
 
 import dataclasses
+import functools
 import logging
 import pathlib
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -117,10 +118,17 @@ def param_shapes(config: Config) -> dict[str, Any]:
     return jax.eval_shape(lambda: method.init(jax.random.key(0), batch_spec(config)))
 
 
+@functools.lru_cache(maxsize=1)
+def _birth(trainer: Trainer) -> Callable[[jax.Array], TrainState]:
+    """The random state of a key. One function for shapes and for values: JAX traces it once."""
+    return lambda key: trainer.init_state(key, batch_spec(trainer.config))
+
+
 def abstract_state(config: Config, trainer: Trainer, mesh: Mesh) -> TrainState:
     """Shapes, dtypes and shardings of the whole state; nothing is computed."""
-    # The key inside: nothing may be computed while the mesh is of devices that are not here.
-    shapes = jax.eval_shape(lambda: trainer.init_state(jax.random.key(0), batch_spec(config)))
+    # A key of no value: nothing may be computed while the mesh is of devices that are not here.
+    key = jax.eval_shape(lambda: jax.random.key(0)).update(sharding=NamedSharding(mesh, PartitionSpec()))
+    shapes = jax.eval_shape(_birth(trainer), key)
     specs = param_specs(shapes.params, mesh, trainer.method.param_rules)
     shardings = like_params(shapes, shapes.params, specs, mesh)
     return jax.tree.map(
@@ -147,8 +155,7 @@ def first_state(config: Config, trainer: Trainer, checkpoints: Checkpoints, abst
     key = jax.random.key(config.seed)
     if not config.init_from:
         print("starting from random parameters: config.init_from is empty", flush=True)
-        init = jax.jit(lambda key: trainer.init_state(key, batch_spec(config)), out_shardings=shardings)
-        return init(key)
+        return jax.jit(_birth(trainer), out_shardings=shardings)(key)
     if (pathlib.Path(config.init_from) / WEIGHTS_FILE).is_file():
         params = _converted(config, trainer, key, abstract.params)
     elif (pathlib.Path(config.init_from) / "config.json").is_file():

@@ -43,7 +43,7 @@ class TrainState:
     skips_in_a_row: Int[Array, ""]
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class Trainer:
     """Wires a method and an optimizer into init and step."""
 
