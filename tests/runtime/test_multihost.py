@@ -50,6 +50,7 @@ def test_several_processes_are_one_run(tmp_path, straight, count, mesh):
     layout = ["--config.optim.layout=tree"] if mesh else []
     finish(by_flags(tmp_path, count, *(f"--config.mesh.{axis}={n}" for axis, n in mesh.items()), *layout))
     same_run(tmp_path, straight)
+    assert (tmp_path / "samples" / f"sheet_{runs.STEPS:07d}.png").is_file()
 
 
 @pytest.mark.slow

@@ -4,7 +4,6 @@ processes equals it up to the order of sums (see also tests/runtime/test_multiho
 import json
 import random
 import signal
-import time
 
 import numpy as np
 import pytest
@@ -13,7 +12,7 @@ from tests import process
 from tests.training.checkpoint.test_checkpoint import damage
 from truepose_jax.training.checkpoint import Checkpoints
 
-STEPS, EVERY = 20, 4
+STEPS, EVERY = 9, 3
 TINY = [
     "--config=configs/demo.py",
     f"--config.total_steps={STEPS}",
@@ -33,6 +32,8 @@ TINY = [
     "--config.model.carry.head=False",
     "--config.model.carry.limb_warp=False",
     *(f"--config.diffusion.losses.{name}=0" for name in ("flow", "pixels", "parsing")),
+    "--config.model.pose_encoder=four_conv",
+    *(f"--config.model.clip.{name}={size}" for name, size in (("layers", 1), ("hidden_size", 16), ("image_size", 16))),
     "--config.model.unet.block_out_channels=(8,)",
     "--config.model.unet.down_block_types=('DownBlock2D',)",
     "--config.model.unet.up_block_types=('UpBlock2D',)",
@@ -107,19 +108,16 @@ def saved_steps(workdir):
 
 
 def test_killed_and_started_again_equals_straight(tmp_path, straight):
-    """And the newest checkpoint damaged: refused, or with checkpoint.allow_fallback the one before it is taken."""
-    killed = start(tmp_path)
-    wait_for_step(killed, tmp_path, 2 * EVERY + 3)
+    """And the newest checkpoint damaged: checkpoint.allow_fallback takes the one before it."""
+    no_sheets = "--config.eval.sheet_rows=0"
+    killed = start(tmp_path, no_sheets)
+    wait_for_step(killed, tmp_path, 2 * EVERY + 1)
     killed.wait_for(lambda: max(saved_steps(tmp_path), default=0) >= 2 * EVERY)
     killed.kill()
     killed.finish()
     newest = max(saved_steps(tmp_path))
     # The optimizer's moments are one array; a bit in a file of many may lie between them and do no harm.
     damage(tmp_path / "checkpoints", newest, "flipped", "rest")
-    code, _, errors = run(tmp_path)
-    assert code == 2 and f"cannot read step {newest}" in errors.splitlines()[-1]
-    assert "--config.checkpoint.allow_fallback=true" in errors.splitlines()[-1] and "Traceback" not in errors
-    no_sheets = "--config.eval.sheet_rows=0"
     code, out, errors = run(tmp_path, "--config.checkpoint.allow_fallback=true", no_sheets)
     assert code == 0, errors
     assert (tmp_path / "eval.jsonl").exists() and not (tmp_path / "samples").exists()
@@ -129,9 +127,8 @@ def test_killed_and_started_again_equals_straight(tmp_path, straight):
 
 
 def test_asked_to_stop_while_compiling_ends_at_once(tmp_path):
-    asked = start(tmp_path, cached=False, XLA_FLAGS="")  # optimised: it takes much longer
-    asked.wait_for("parameters:")
-    time.sleep(1)
+    asked = start(tmp_path, cached=False)
+    asked.wait_for("starting from random parameters")
     asked.send_signal(signal.SIGTERM)
     code, _, errors = asked.finish()
     assert code == 143 and "nothing unsaved" in errors
@@ -161,7 +158,6 @@ def same_run(workdir, straight):
             np.testing.assert_allclose(mine[name], theirs[name], rtol=1e-5 if mine["step"] == 1 else 2e-4)
     ours, one = (json.loads((d / "eval.jsonl").read_text())["eval"] for d in (workdir, straight))
     np.testing.assert_allclose(ours["heldout_loss"], one["heldout_loss"], rtol=1e-3)
-    assert (workdir / "samples" / f"sheet_{STEPS:07d}.png").is_file()
 
 
 def test_two_tasks_of_a_slurm_step(tmp_path, straight):
@@ -169,14 +165,9 @@ def test_two_tasks_of_a_slurm_step(tmp_path, straight):
     job = process.free_port(random.sample(range(65536 - 4096, 65536), 100)) - (65536 - 4096)
     step = {"SLURM_JOB_ID": job, "SLURM_NTASKS": 2, "SLURM_STEP_NODELIST": "localhost", "SLURM_STEP_NUM_NODES": 1}
     ranks = [step | {"SLURM_PROCID": i, "SLURM_LOCALID": i} for i in range(2)]
-    tasks = [start(tmp_path, cached=False, **{k: str(v) for k, v in rank.items()}) for rank in ranks]
+    less = [f"--config.checkpoint.every={STEPS}", "--config.eval.sheet_rows=0"]
+    tasks = [start(tmp_path, *less, cached=False, **{k: str(v) for k, v in rank.items()}) for rank in ranks]
     (code, first, errors), (other, second, more) = (task.finish() for task in tasks)
     assert code == other == 0, errors[-3000:] + more[-3000:]
     assert "SLURM job" in first and "2 host(s)" in first and "1 of 2" in second
     same_run(tmp_path, straight)
-
-
-def test_another_configuration_is_refused(straight):
-    code, _, errors = run(straight, "--config.optim.learning_rate=0.5")
-    assert code == 2
-    assert "learning_rate" in errors and len(errors.strip().splitlines()) == 1
