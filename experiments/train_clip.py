@@ -11,7 +11,7 @@ import pathlib
 import shutil
 
 from absl import flags
-from ml_collections import config_flags
+from ml_collections import ConfigDict, config_flags
 
 from experiments.contrastive import ClipTraining, Stopped, train, write
 from truepose_jax.config import ConfigError, from_config_dict
@@ -19,33 +19,31 @@ from truepose_jax.runtime.cli import run_with_config
 from truepose_jax.runtime.files import make_folder
 from truepose_jax.training.checkpoint import STOPPED, lock_workdir
 
-CONFIG = config_flags.DEFINE_config_file("config", None, "configs/synthetic_clip.py", lock_config=True)
-OUT = flags.DEFINE_string("out", None, "The folder to write; it must not exist.")
 
-
-def main(argv: list[str]) -> int:
+def main(argv: list[str], config: ConfigDict | None, out: str | None) -> int:
+    """config, out: what --config and --out say."""
     if len(argv) > 1:
         raise ConfigError(f"unknown argument {argv[1]!r}; settings are --config.key=value")
-    for name, value in (("config", CONFIG.value), ("out", OUT.value)):
+    for name, value in (("config", config), ("out", out)):
         if not value:
             raise ConfigError(f"--{name} is missing: python -m experiments.train_clip --config=FILE --out=FOLDER")
-    config = from_config_dict(ClipTraining, CONFIG.value)
-    folder = pathlib.Path(OUT.value)
+    settings = from_config_dict(ClipTraining, config)
+    folder = pathlib.Path(out)
     if folder.exists():
         raise ConfigError(f"--out={folder} exists; name a folder that does not")
     make_folder(folder.parent)
     workdir = folder.with_name(f".{folder.name}.training")
     with lock_workdir(workdir):
         try:
-            vision, params, results = train(config, workdir)
+            vision, params, results = train(settings, workdir)
         except Stopped as stopped:
             print(f"asked to stop: saved step {stopped}; run the same command again to go on", flush=True)
             return STOPPED
-        write(folder, vision, params, {"config": dataclasses.asdict(config), "results": results})
+        write(folder, vision, params, {"config": dataclasses.asdict(settings), "results": results})
         shutil.rmtree(workdir, ignore_errors=True)
     print(
-        f"wrote {folder}: of {config.synthetic.heldout_identities} held-out people, crops of clothes are known again in another "
-        f"pose {_said('clothes', results)}, of all regions {_said('all', results)}"
+        f"wrote {folder}: of {settings.synthetic.heldout_identities} held-out people, crops of clothes are known again in "
+        f"another pose {_said('clothes', results)}, of all regions {_said('all', results)}"
     )
     return 0
 
@@ -58,4 +56,6 @@ def _said(name: str, results: dict) -> str:
 
 
 if __name__ == "__main__":
-    run_with_config(main)
+    CONFIG = config_flags.DEFINE_config_file("config", None, "configs/synthetic_clip.py", lock_config=True)
+    OUT = flags.DEFINE_string("out", None, "The folder to write; it must not exist.")
+    run_with_config(lambda argv: main(argv, CONFIG.value, OUT.value))

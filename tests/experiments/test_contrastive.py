@@ -1,6 +1,5 @@
 """The contrastive trainer of the region encoder: its loss against torch, its pairs, and a small run into transformers."""
 
-import dataclasses
 import json
 
 import jax
@@ -10,11 +9,12 @@ import torch
 import transformers
 
 from configs.synthetic_clip import get_config
-from experiments import contrastive
+from experiments import contrastive, train_clip
 from experiments.contrastive import Crops, draw_pairs, info_nce, known_again
-from tests.process import run
-from truepose_jax.config import from_config_dict
-from truepose_jax.training.checkpoint import CheckpointError
+from experiments.train_clip import main
+from input_pipeline.schema import InputError
+from truepose_jax.config import ConfigError
+from truepose_jax.training.checkpoint import STOPPED, CheckpointError
 
 ROWS, WIDTH = 6, 5
 
@@ -64,52 +64,50 @@ def test_known_again():
     assert np.isnan(known_again(tokens, tokens, np.zeros_like(there))[0])
 
 
-def test_a_small_run(tmp_path):
-    """It learns, and transformers opens what it wrote; a folder that exists is left alone."""
-    out = tmp_path / "clip"
-    command = [
-        "-m", "experiments.train_clip", "--config=configs/synthetic_clip.py", f"--out={out}",
-        "--config.total_steps=12", "--config.identities_per_step=6", "--config.synthetic.identities=8",
-        "--config.synthetic.heldout_identities=4", "--config.synthetic.poses_per_identity=2",
-        "--config.size=(32, 24)", "--config.width=8", "--config.clip.hidden_size=16", "--config.clip.layers=1",
-    ]  # fmt: skip
-    code, _, errors = run(*command)
-    assert code == 0, errors
-    results = json.loads((out / "training.json").read_text())["results"]
-    assert results["last_loss"] < results["first_loss"]
-    model = transformers.CLIPVisionModelWithProjection.from_pretrained(out)
-    assert model(torch.zeros(1, 3, 32, 32)).image_embeds.shape == (1, 8)
-    code, _, errors = run(*command)
-    assert code == 2 and "exists; name a folder that does not" in errors
-
-
-def test_it_goes_on_where_it_was_stopped(tmp_path, monkeypatch):
-    """Parameters and losses bit for bit those of a training that nobody stopped; other settings are refused."""
+@pytest.fixture
+def small():
+    """Four steps of a small network."""
     values = get_config()
     values.total_steps, values.identities_per_step, values.size, values.width = 4, 4, (32, 24), 8
     values.synthetic.identities, values.synthetic.heldout_identities, values.synthetic.poses_per_identity = 4, 2, 2
     values.clip.hidden_size, values.clip.layers = 16, 1
-    config = from_config_dict(contrastive.ClipTraining, values)
-    _, whole, results = contrastive.train(config, tmp_path / "alone")
+    return values
+
+
+def test_a_run_that_was_stopped_goes_on(small, tmp_path, monkeypatch):
+    """It learns, transformers opens what it wrote, and all of that is bit for bit what a training leaves that nobody stopped.
+    Other settings, and a folder that exists, are refused."""
+    alone, stopped = tmp_path / "alone", tmp_path / "stopped"
+    assert main([""], small, alone) == 0
+    results = json.loads((alone / "training.json").read_text())["results"]
+    assert results["last_loss"] < results["first_loss"]
+    model = transformers.CLIPVisionModelWithProjection.from_pretrained(alone)
+    assert model(torch.zeros(1, 3, 32, 32)).image_embeds.shape == (1, 8)
+    with pytest.raises(ConfigError, match="exists; name a folder that does not"):
+        main([""], small, alone)
+
     with monkeypatch.context() as patch:
         patch.setattr(contrastive.Preemption, "stop", lambda self, step: step == 1)
-        with pytest.raises(contrastive.Stopped, match="2"):
-            contrastive.train(config, tmp_path / "stopped")
-    _, again, ours = contrastive.train(config, tmp_path / "stopped")
-    jax.tree.map(np.testing.assert_array_equal, whole, again)
-    assert ours == results
+        assert main([""], small, stopped) == STOPPED
+    small.temperature *= 2
     with pytest.raises(CheckpointError, match="of other settings"):
-        contrastive.train(dataclasses.replace(config, temperature=0.2), tmp_path / "stopped")
+        main([""], small, stopped)
+    small.temperature /= 2
+    assert main([""], small, stopped) == 0
+    for name in ("training.json", "model.safetensors"):
+        assert (stopped / name).read_bytes() == (alone / name).read_bytes()
+    assert not (tmp_path / ".stopped.training").exists()
 
 
-def test_the_place_is_tried_before_the_training():
-    code, _, errors = run("-m", "experiments.train_clip", "--config=configs/synthetic_clip.py", "--out=/proc/x/clip")
-    assert code == 2 and errors.count("\n") == 1 and "cannot be written" in errors
-
-
-@pytest.mark.parametrize("flag", ["--config", "--out"])
-def test_missing_flags(flag):
-    given = {"--config": "configs/synthetic_clip.py", "--out": "nowhere"}
-    command = [f"{name}={value}" for name, value in given.items() if name != flag]
-    code, _, errors = run("-m", "experiments.train_clip", *command)
-    assert code == 2 and f"{flag} is missing" in errors
+@pytest.mark.parametrize(
+    ("given", "out", "words"),
+    [
+        (False, "clip", "--config is missing"),
+        (True, None, "--out is missing"),
+        (True, "/proc/x/clip", "cannot be written"),
+    ],
+)
+def test_refused_before_the_training(small, monkeypatch, given, out, words):
+    monkeypatch.setattr(train_clip, "train", None)
+    with pytest.raises((ConfigError, InputError), match=words):
+        main([""], small if given else None, out)

@@ -11,7 +11,7 @@ from tests.fuzz.outcomes import Call, outcome
 from tests.process import run
 from truepose_jax.runtime.cli import run_program
 
-SECONDS = 8
+SECONDS = 3
 
 
 def test_bad_inputs_end_in_one_line():

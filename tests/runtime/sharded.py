@@ -7,22 +7,24 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
 from tests import tiny
+from tests.training import noise_sharded
 from tests.training.test_step import FROZEN, Toy, toy_batch
 from truepose_jax.runtime import sharding
 from truepose_jax.scaling.collectives import collective_bytes
 from truepose_jax.training.step import Trainer
 
-MESHES = {"data": (8, 1, 1), "fsdp": (1, 8, 1), "tensor": (2, 2, 2)}
+MESHES = {"fsdp": (1, 8, 1), "tensor": (2, 2, 2)}
+"""Data alone: two processes, tests/training/test_killed.py."""
 BATCH = 8
 RATE = 0.1
 
 
 def step(made):
-    """(params, batch, keys) -> loss, gradients, parameters after one step of SGD."""
+    """(params, batch, keys) -> metrics, gradients, parameters after one step of SGD."""
 
     def call(params, batch, keys):
-        loss, grads = jax.value_and_grad(lambda p: made.loss(p, {}, batch, keys)[0])(params)
-        return loss, grads, jax.tree.map(lambda p, g: p - RATE * g, params, grads)
+        grads, metrics = jax.grad(lambda p: made.loss(p, {}, batch, keys), has_aux=True)(params)
+        return metrics, grads, jax.tree.map(lambda p, g: p - RATE * g, params, grads)
 
     return call
 
@@ -36,7 +38,7 @@ def on_mesh(sizes, made, cfg, params, batch, keys, want):
         call = jax.jit(step(made), out_shardings=(whole, specs, specs), compiler_options=tiny.compiler_options())
         lowered = call.lower(placed, sharding.put_global_batch(mesh, batch), sharding.replicate(mesh, keys))
         compiled = lowered.compile()
-        loss, grads, moved = compiled(placed, sharding.put_global_batch(mesh, batch), sharding.replicate(mesh, keys))
+        metrics, grads, moved = compiled(placed, sharding.put_global_batch(mesh, batch), sharding.replicate(mesh, keys))
         trainer = Trainer(cfg, made)
         state = jax.eval_shape(lambda: trainer.init_state(jax.random.key(0), tiny.spec(cfg)))
         layout = sharding.like_params(state, params, specs, mesh)
@@ -55,7 +57,7 @@ def on_mesh(sizes, made, cfg, params, batch, keys, want):
         shards_fit &= leaf.addressable_shards[0].data.size * parts == leaf.size
     adam = [s for path, s in jax.tree_util.tree_leaves_with_path(layout.opt_state) if "/mu/" in sharding.path_of(path)]
     return {
-        "loss": abs(float(loss) / float(want[0]) - 1),
+        "loss": abs(float(metrics["loss"]) / float(want[0]["loss"]) - 1),
         "leaf": tiny.error(grads, want[1]),
         "gradients": apart(grads, want[1]),
         "moved": apart(moved, want[2]),
@@ -159,7 +161,8 @@ def main():
     keys = tiny.keys(1, BATCH)
     want = tiny.jit(step(made))(params, batch, keys)
     found = {name: on_mesh(sizes, made, cfg, params, batch, keys, want) for name, sizes in MESHES.items()}
-    print(json.dumps(found | {"batches": batches(), "messages": messages(), "adapters": adapters()}))
+    noise = {"toy": noise_sharded.toy(), "truepose": noise_sharded.truepose(made, params, batch, keys, want[0])}
+    print(json.dumps(found | {"batches": batches(), "messages": messages(), "adapters": adapters(), "noise": noise}))
 
 
 if __name__ == "__main__":

@@ -38,10 +38,10 @@ def test_parameters_are_really_cut(mesh, sharded):
     assert found["shards_fit"] and found["moments_like_params"] and found["ema_like_params"]
     assert found["step_replicated"]
     # Per device, by the compiler's account, with 1 % of alignment: parameters, gradients, and all of the state (EMA, moments).
-    share = {"data": 1, "fsdp": 1 / 8, "tensor": 1 / 2}[mesh]
+    share = {"fsdp": 1 / 8, "tensor": 1 / 2}[mesh]
     for what in ("params", "gradients", "state"):
         assert share * 0.95 < found["bytes"][what] < share * 1.02 + 0.01, what
-    want = {"data": (0, 0), "fsdp": (0.95, 0), "tensor": (0.95, 0.05)}[mesh]
+    want = {"fsdp": (0.95, 0), "tensor": (0.95, 0.05)}[mesh]
     assert found["cut"]["fsdp"] >= want[0] and found["cut"]["tensor"] >= want[1]
     assert (found["cut"]["fsdp"] > 0, found["cut"]["tensor"] > 0) == (want[0] > 0, want[1] > 0)
 
@@ -50,6 +50,30 @@ def test_adapters_train_the_same_beside_a_matrix_that_is_cut(sharded):
     found = sharded["adapters"]
     assert found["apart"] < 1e-6 and found["cut"]["net/kernel"] == ["tensor", None]
     assert found["moments"] == {path: axes for path, axes in found["cut"].items() if path.startswith("lora/")} != {}
+
+
+def test_the_noise_scale_by_shares_of_the_data_axis(sharded):
+    """Per-device gradients under shard_map: the norms by hand, and the whole gradient as ever."""
+    toy = sharded["noise"]["toy"]
+    assert toy["gradient"] < 1e-5
+    assert toy["small"] == pytest.approx(1, rel=1e-5) and toy["big"] == pytest.approx(1, rel=1e-5)
+    assert toy["small_batch"] == pytest.approx(11 / 3)  # one of four shares holds nothing
+
+
+def test_the_noise_scale_of_truepose_by_shares(sharded):
+    """Its constraints hold inside the shard_map; fsdp and tensor stay as they are."""
+    found = sharded["noise"]["truepose"]
+    assert found["loss"] == pytest.approx(1, rel=1e-5)
+    assert found["rms"] < 1e-5, "means over the kept samples of the whole batch"
+    kept, summed = found["kept"]
+    assert 0 < kept == summed < 8
+    assert found["big"] == pytest.approx(1, rel=1e-5)
+    assert found["above"] > 1  # parts are noisier than the whole
+
+
+def test_the_noise_scale_sends_gradients_once(sharded):
+    """All gradients (12 + 3 + 4 numbers) and metrics, float32, summed over the data axis; a few scalars beside."""
+    assert 4 * 19 <= sharded["noise"]["toy"]["all_reduce"] <= 4 * (19 + 2 * 16 + 40)
 
 
 def test_batches_are_cut_over_data_and_fsdp(sharded):

@@ -1,6 +1,4 @@
-"""What test_noise_scale.py runs in a process of its own, on eight pretended devices; prints one JSON object."""
-
-import json
+"""The gradient noise scale on eight devices: what tests/runtime/sharded.py runs for it."""
 
 import jax
 import numpy as np
@@ -54,22 +52,15 @@ def toy():
     }
 
 
-def truepose():
+def truepose(made, params, batch, keys, whole):
+    """On all three axes, against the metrics of one device."""
     cfg = tiny.config(tiny.MIDDLE_ONLY, ON)
-    made = tiny.method(cfg)
-    params, batch, keys = tiny.params(made, cfg), tiny.batch(cfg, 0, targets=8), tiny.keys(1, 8)
     (grads, metrics), _ = gradients(made, cfg, params, {}, batch, keys, data=2, fsdp=2, tensor=2)
-    loss, whole = tiny.jit(lambda p: made.loss(p, {}, batch, keys))(params)
     norm = float(optax.tree.norm(grads)) ** 2
     return {
-        "loss": float(metrics["loss"]) / float(loss),
+        "loss": float(metrics["loss"]) / float(whole["loss"]),
         "kept": [float(whole["kept"]), float(metrics["kept"])],
         "rms": max(float(np.max(np.abs(metrics[n] / whole[n] - 1))) for n in whole if n.endswith("_rms")),
         "big": float(metrics[BIG_SQ]) / norm,
         "above": float(metrics[SMALL_SQ]) / norm,
     }
-
-
-if __name__ == "__main__":
-    assert jax.device_count() == 8
-    print(json.dumps({"toy": toy(), "truepose": truepose()}))

@@ -10,10 +10,9 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from configs import demo
 from tests import tiny
 from tests.tiny_run import STEPS, random_like, shared_run, tiny_config
-from truepose_jax.config import Config, ConfigError, from_config_dict, to_dict
+from truepose_jax.config import Config, ConfigError, to_dict
 from truepose_jax.methods import make_method
 from truepose_jax.models.vae import PixelAutoencoder
 from truepose_jax.pretrained.conversion.key_maps import leaves, nest
@@ -246,7 +245,7 @@ def test_frozen_networks_come_along(tmp_path, given):
 
 def test_no_parameter_is_weakly_typed():
     """The step's results never are, so it would compile twice."""
-    config = from_config_dict(Config, demo.get_config())
+    config = tiny.config(tiny.HEAD)
     trainer, spec = Trainer(config, planned(config)[0]), batch_spec(config)
     state = jax.eval_shape(lambda: trainer.init_state(jax.random.key(0), spec))
     weak = [path for path, leaf in jax.tree_util.tree_leaves_with_path(state) if getattr(leaf, "weak_type", False)]

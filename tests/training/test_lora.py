@@ -75,15 +75,11 @@ def low_rank_loss(method, params, pairs, scale, *inputs):
     return loss
 
 
-@pytest.mark.parametrize("method", ["truepose", "imagpose"])
-def test_merged_is_the_low_rank_path(method):
+def test_merged_is_the_low_rank_path():
     """Loss and gradients of every adapter, with all parameters random, B too; on attention's and HPFA's projections."""
-    cfg, made, frozen, params = tiny_methods.one(method)
+    cfg, made, frozen, params = tiny_methods.one("truepose")
     config = LoraConfig(rank=2, alpha=6.0)
-    paths = set(lora.targets_of(params, config))
-    assert {path.rsplit("/", 3)[1] for path in paths} >= (
-        {"attn1", "attn2"} | ({"hpfa"} if method == "truepose" else set())
-    )
+    assert {path.rsplit("/", 3)[1] for path in lora.targets_of(params, config)} >= {"attn1", "attn2", "hpfa"}
     born = lora.adapters(jax.random.key(0), params, config)
     same = lora.merged({**params, "lora": born}, config)
     jax.tree.map(np.testing.assert_array_equal, same, params)

@@ -1,4 +1,5 @@
-"""The gradient noise scale against problems whose covariance is known, and LAMB against optax and its formula."""
+"""The gradient noise scale against problems whose covariance is known, and LAMB against optax and its formula. Over several
+devices: tests/runtime/test_sharding.py."""
 
 import dataclasses
 import json
@@ -10,7 +11,6 @@ import optax
 import pytest
 
 from tests import tiny
-from tests.process import environment, run
 from tests.training.test_step import FROZEN, Toy, toy_batch
 from truepose_jax.config import ConfigError
 from truepose_jax.training import noise_scale
@@ -165,33 +165,3 @@ def test_lamb():
     assert tiny.error(found, {name: want[name] for name in found}) < 1e-5
     adamw = run(make_optimizer(dataclasses.replace(cfg.optim, name="adamw"), 100, decayed))
     assert tiny.error(found, adamw) > 0.01
-
-
-@pytest.fixture(scope="module")
-def sharded():
-    code, out, errors = run("-m", "tests.training.noise_sharded", env=environment(devices=8))
-    assert code == 0, errors[-3000:]
-    return json.loads(out.splitlines()[-1])
-
-
-def test_shares_of_the_data_axis(sharded):
-    """Per-device gradients under shard_map: the norms by hand, and the whole gradient as ever."""
-    toy = sharded["toy"]
-    assert toy["gradient"] < 1e-5
-    assert toy["small"] == pytest.approx(1, rel=1e-5) and toy["big"] == pytest.approx(1, rel=1e-5)
-    assert toy["small_batch"] == pytest.approx(11 / 3)  # one of four shares holds nothing
-
-
-def test_truepose_by_shares(sharded):
-    """Its constraints hold inside the shard_map; fsdp and tensor stay as they are."""
-    assert sharded["truepose"]["loss"] == pytest.approx(1, rel=1e-5)
-    assert sharded["truepose"]["rms"] < 1e-5, "means over the kept samples of the whole batch"
-    kept, summed = sharded["truepose"]["kept"]
-    assert 0 < kept == summed < 8
-    assert sharded["truepose"]["big"] == pytest.approx(1, rel=1e-5)
-    assert sharded["truepose"]["above"] > 1  # parts are noisier than the whole
-
-
-def test_collectives_of_a_real_program(sharded):
-    """All gradients (12 + 3 + 4 numbers) and metrics, float32, summed over the data axis; a few scalars beside."""
-    assert 4 * 19 <= sharded["toy"]["all_reduce"] <= 4 * (19 + 2 * 16 + 40)

@@ -281,12 +281,16 @@ def test_accumulated_step_equals_the_direct_one():
     assert tiny.error(flat(accumulated.params), flat(direct.params)) < 1e-6
 
 
-@pytest.mark.parametrize("change", [tiny.MIDDLE_ONLY, tiny.HEAD], ids=["paper", "head"])
-def test_accumulation_and_rematerialisation_of_truepose(change):
+@pytest.mark.parametrize(
+    ("change", "remat", "trainable"),
+    [(tiny.MIDDLE_ONLY, True, ""), (tiny.HEAD, False, "^carry_target/")],
+    ids=["paper", "head"],
+)
+def test_accumulation_and_rematerialisation_of_truepose(change, remat, trainable):
     """Three micro-batches of two, one of them without a valid row (NaN in it), against the whole batch at once without
-    rematerialisation (the paper's alone has it at all); every loss and metric too."""
-    cfg = tiny.config(change)
-    three_config = tiny.config(change, {"optim": {"accumulation": 3}, "model": {"remat": change is tiny.MIDDLE_ONLY}})
+    rematerialisation; every loss and metric too. Of the head its own gradients: the others' are the paper's."""
+    cfg = tiny.config(change, {"optim": {"trainable": trainable}})
+    three_config = tiny.config(change, {"optim": {"trainable": trainable, "accumulation": 3}, "model": {"remat": remat}})
     whole, three = (Trainer(c, tiny.method(c)) for c in (cfg, three_config))
     params = tiny.params(whole.method, cfg)
     batch = tiny.batch(cfg, 1, targets=tiny.TARGETS)
