@@ -13,7 +13,6 @@ from truepose_jax import convert, generate
 from truepose_jax.inference.pipeline import Pipeline, Run
 from truepose_jax.pretrained.conversion.key_maps import leaves
 from truepose_jax.pretrained.frozen_networks import folder_fingerprint
-from truepose_jax.runtime.bundled import SHIPPED
 
 CLIP = {
     "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 16,
@@ -91,14 +90,3 @@ def test_its_clip_comes_along(tmp_path):
         for file in (tmp_path / "model").glob("*.*")
         if file.suffix != ".safetensors"
     )
-
-
-def test_the_model_that_comes_along():
-    """Whole, with its own CLIP, and small."""
-    pipe = Pipeline.load(SHIPPED.name)
-    assert (pipe.run.step, pipe.run.weights, pipe.run.config.model.size) == (3000, "ema", (128, 96))
-    assert pipe.encoder.trained and pipe.encoder.fingerprint == pipe.run.frozen["clip"]
-    arrays = dict(leaves(pipe.params))
-    assert sum(x.size for x in arrays.values()) == 2_624_663
-    assert all(x.dtype == np.float32 and np.isfinite(x).all() for x in arrays.values())
-    assert sum(file.stat().st_size for file in SHIPPED.rglob("*") if file.is_file()) < 15e6
