@@ -128,13 +128,3 @@ def caa(xp, p, x, tokens, regions, *, heads):
         return xp.stack([p["out_bias"]] * len(x))
     clip = xp.stack([tokens[r] for r in regions])
     return eq8(xp, x @ p["to_q"], clip @ p["to_k"], clip @ p["to_v"], heads=heads) @ p["out"] + p["out_bias"]
-
-
-def central_difference(function, arrays, name, index, step=1e-6):
-    """d function(arrays) / d arrays[name][index], arrays {name: numpy float64}."""
-    values = []
-    for sign in (1, -1):
-        moved = {k: v.copy() for k, v in arrays.items()}
-        moved[name][index] += sign * step
-        values.append(float(function(moved)))
-    return (values[0] - values[1]) / (2 * step)

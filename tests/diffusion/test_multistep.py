@@ -46,7 +46,7 @@ def network(x, t):
 def test_latents_equal_diffusers(sampler, prediction, spacing):
     """SD1.5's betas and the demo's; 1 and 2 steps too, which have no step of second order, and 17, whose last is not the first
     of fifteen."""
-    for betas, counts in (("scaled_linear", (1, 2, 5, 10, 20)), ("cosine", (4, 17))):
+    for betas, counts in (("scaled_linear", (1, 2, 10)), ("cosine", (4, 17))):
         schedule = dataclasses.replace(SD15, betas=betas, prediction=prediction)
         for steps in counts:
             got = sample_latents(network, normal(8, *SHAPE), schedule, steps=steps, spacing=spacing, sampler=sampler)

@@ -12,11 +12,12 @@ from tests import tiny_methods
 from truepose_jax.config import ConfigError
 from truepose_jax.methods.fpdm import FPDMConditioning
 from truepose_jax.methods.imagpose import draw_given, draw_reference
+from truepose_jax.pretrained.factory import planned
 from truepose_jax.training.init import batch_spec
 
 
 def fpdm(**model):
-    return tiny_methods.assembled(tiny_methods.config("fpdm", {"model": model}))[0]
+    return planned(tiny_methods.config("fpdm", {"model": model}))[0]
 
 
 def test_fpdm_takes_a_third_branch_where_the_shares_differ():

@@ -59,6 +59,9 @@ def limbs_of(joints):
     return limb_coordinates(joints, image_hw=(4 * H, 4 * W), cells_hw=(H, W))
 
 
+limbs_seen = tiny.jit(limbs_of)
+
+
 def side_of(params, made, keep=None):
     limbs = (limbs_of(made[name]) for name in ("joints", "target_joints"))
     given = {"params": params["source"]}
@@ -130,7 +133,7 @@ def test_a_one_hot_warp_returns_the_sources_cell():
     _, found = run(params(content_scale=OFF, limb_scale=logit(1e5), parsing_scale=OFF))
     kernel = np.asarray(random_params()["source"]["limbs"]["kernel"], np.float64)
     keys, queries = (
-        unit(np.asarray(limbs_of(made[name]).features, np.float64) @ kernel) for name in ("joints", "target_joints")
+        unit(np.asarray(limbs_seen(made[name]).features, np.float64) @ kernel) for name in ("joints", "target_joints")
     )
     for i in range(2):
         best = (queries[i] @ keys[i].T).argmax(axis=1)
@@ -152,7 +155,7 @@ def test_limbs_and_predicted_parsing_add_up_in_one_softmax():
     _, found = run(params(content_scale=OFF, limb_scale=logit(5.0), parsing_scale=logit(3.0)))
     kernel = np.asarray(random_params()["source"]["limbs"]["kernel"], np.float64)
     keys, queries = (
-        unit(np.asarray(limbs_of(made[name]).features, np.float64) @ kernel) for name in ("joints", "target_joints")
+        unit(np.asarray(limbs_seen(made[name]).features, np.float64) @ kernel) for name in ("joints", "target_joints")
     )
     for i in range(2):
         worn = softmax(found.parsing[i, :, 1:].astype(np.float64))
@@ -261,7 +264,7 @@ def test_sources_repeat_for_their_targets():
 def test_without_source_net_there_is_no_hidden_state():
     """Ablation B1: CLIP in SourceNet's place; the trunk lacks that one projection."""
     made = inputs() | {"hidden": None}
-    limbs = [limbs_of(made[name]) for name in ("joints", "target_joints")]
+    limbs = [limbs_seen(made[name]) for name in ("joints", "target_joints")]
     shapes = jax.eval_shape(SOURCE.init, jax.random.key(0), None, made["latents"], made["coverage"], *limbs)["params"]
     assert set(random_params()["source"]["trunk"]) - set(shapes["trunk"]) == {"hidden_in"}
 
@@ -294,7 +297,8 @@ def test_limbs_move_as_opencv_samples():
     standing = standing_joints(4 * H, 4 * W).astype(np.float32)
     targets = np.stack([standing + (7, -2, 0), inputs()["target_joints"][0]]).astype(np.float32)
     found, shares = moving()(pictures, parsing, standing[None], targets)
-    at = np.asarray(limb_positions(standing[None].repeat(2, 0), targets, image_hw=(4 * H, 4 * W))) - 0.5
+    positions = tiny.jit(functools.partial(limb_positions, image_hw=(4 * H, 4 * W)))
+    at = positions(standing[None].repeat(2, 0), targets) - 0.5
     for i in range(2):
         moved = cv2.remap(pictures[0], at[i], None, cv2.INTER_LINEAR, borderMode=cv2.BORDER_REPLICATE)
         assert np.abs(found[i] - moved).max() < 0.04  # OpenCV places to a 32nd of a pixel

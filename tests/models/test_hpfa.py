@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from tests import oracle, tiny
-from truepose_jax.kernels.attention import api, reference
+from truepose_jax.kernels.attention import reference
 from truepose_jax.models.attention import Site
 from truepose_jax.models.hpfa import HPFA, FusionConfig, HPFASource
 
@@ -129,26 +129,6 @@ def test_gradients(tokens, kind, changes):
         assert tiny.error(got[name], tensor.grad.numpy()) < 3e-5, name
 
 
-def test_oracle_gradient_is_its_finite_difference():
-    """The oracle's autograd against central differences of its NumPy run, at three entries of every array."""
-    features, x, mask = inputs(5, 5, 4, batch=1)
-    arrays = as_oracle(params()) | {"features": features.astype(np.float64), "x": x.astype(np.float64)}
-    noise = np.random.default_rng(0).standard_normal(x.shape)
-
-    def loss(a):
-        return (expected(a, a["features"], a["x"], mask)[0] * noise).sum()
-
-    tensors = {name: torch.from_numpy(a.copy()).requires_grad_() for name, a in arrays.items()}
-    value = expected(tensors, tensors["features"], tensors["x"], mask, xp=torch)[0]
-    (value * torch.from_numpy(noise)).sum().backward()
-    rng = np.random.default_rng(2)
-    for name, a in arrays.items():
-        for _ in range(3):
-            index = tuple(rng.integers(0, side) for side in a.shape)
-            want = oracle.central_difference(loss, arrays, name, index)
-            assert abs(float(tensors[name].grad[index]) - want) < 1e-6 * max(1, abs(want)), name
-
-
 @pytest.mark.parametrize("reading", ["printed", "prose"])
 @pytest.mark.parametrize("inside", [True, False])
 def test_eq6_moves_every_logit_as_the_paper_says(reading, inside):
@@ -168,34 +148,6 @@ def test_eq6_moves_every_logit_as_the_paper_says(reading, inside):
     elif reading == "printed":
         np.testing.assert_allclose(moved / a, np.where(a > 0, 0.3, 1.3))
         assert np.all(moved < a)
-
-
-def test_attention_moves_into_the_mask():
-    """With one value channel that marks the masked keys, Eq. 7 gives every query more of it than plain softmax."""
-    rng = np.random.default_rng(0)
-    q, k = (rng.standard_normal((1, 15, 2, 4)).astype(np.float32) for _ in range(2))
-    mask = rng.random((1, 15)) < 0.5
-    v = np.broadcast_to(mask[..., None, None], q.shape).astype(np.float32)
-    assert np.all(api.reweighted_attention(q, k, v, mask) > api.attention(q, k, v) + 1e-4)
-
-
-def test_dropped_is_the_output_bias():
-    """keep 0 gives keys and values of exactly 0 and so exactly the bias, whatever else is in the batch; so does None."""
-    features, x, mask = inputs(9, 15, 15, batch=3)
-    keep = np.array([1, 0, 1], np.float32)
-    config = FusionConfig()
-    out, k, v = run(params(), features, x, mask, keep, config=config)
-    bias = params()["target"]["to_out_0"]["bias"]
-    assert not np.any(k[1]) and not np.any(v[1])
-    np.testing.assert_array_equal(out[1], np.broadcast_to(bias, out[1].shape))
-    whole = run(params(), features, x, mask, config=config)
-    for dropped, kept in zip((out, k, v), whole, strict=True):
-        np.testing.assert_array_equal(dropped[np.array([0, 2])], kept[np.array([0, 2])])
-    none, account = HPFA(SITE, config).apply({"params": params()["target"]}, x, None)
-    assert not account
-    np.testing.assert_array_equal(none[0, 0], bias)
-    zero = run(params(), np.zeros_like(features), x, mask, config=config)[0]
-    np.testing.assert_array_equal(zero, np.broadcast_to(bias, zero.shape))
 
 
 def test_the_score_of_caa_is_taken_before_dropping():

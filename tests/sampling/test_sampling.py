@@ -187,7 +187,7 @@ def test_weights_held_in_bfloat16_change_no_bit():
     cfg = tiny.config(tiny.MIDDLE_ONLY, {"model": {"dtype": "bfloat16"}})
     made = tiny.method(cfg)
     params = tiny.params(made, cfg)
-    sample = tiny.jit(Sampler(made, cfg.diffusion.schedule, "leading", Sampling(2, GUIDANCE)).sample)
+    sample = tiny.jit(Sampler(made, cfg.diffusion.schedule, "leading", Sampling(2, 1.0)).sample)
     want = sample(params, {}, batch(), KEYS())
     held = cast_kernels(params, "bfloat16")
     assert {str(x.dtype) for x in jax.tree.leaves(held) if x.ndim > 1} == {"bfloat16"}

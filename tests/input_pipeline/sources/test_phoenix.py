@@ -101,6 +101,7 @@ def test_methods_without_class_switches_read_it(method, records):
     assert len(evaluation_set(config, None, None).pairs) == 3
 
 
+@pytest.mark.slow
 def test_pictures_of_its_test_split(records, tmp_path):
     """`generate --records` with a run of the method: a picture for each frame."""
     run = make_run(tmp_path / "run", settings("fpdm", records))
