@@ -254,6 +254,12 @@ def read_pairs(path: str | pathlib.Path, *, advice: str = "give a CSV with from,
     return pairs
 
 
+def files_under(folder: pathlib.Path, suffixes: Sequence[str] = PHOTO_SUFFIXES) -> list[pathlib.Path]:
+    """Files of these suffixes anywhere under it, in order, none that is hidden (macOS leaves ._NAME beside a copy)."""
+    found = (path for path in sorted(folder.rglob("*")) if path.suffix.lower() in suffixes)
+    return [path for path in found if path.is_file() and not path.name.startswith(".")]
+
+
 def first_folder(root: pathlib.Path, names: Sequence[str]) -> pathlib.Path | None:
     """The first of these sub-folders that exists."""
     return next((root / name for name in names if (root / name).is_dir()), None)

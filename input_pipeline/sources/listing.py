@@ -14,7 +14,7 @@ from input_pipeline.annotations.photo import PHOTO_SUFFIXES
 from input_pipeline.files import read_text
 from input_pipeline.schema import InputError
 from input_pipeline.sources.base import BAD_POSE, NO_MAP, NO_PHOTO, NO_POSE, Dropped, Item, PhotoItem, RawSplit
-from input_pipeline.sources.folder import pairs_within, read_pairs
+from input_pipeline.sources.folder import files_under, pairs_within, read_pairs
 
 POSE_FOLDERS = ("keypoints", "pose")
 PARSING_FOLDERS = ("parsing",)
@@ -58,11 +58,10 @@ def first_file(folders: Iterable[pathlib.Path], names: Sequence[str]) -> pathlib
 
 def files_by_key(folder: pathlib.Path | None, suffixes: Sequence[str]) -> dict[str, pathlib.Path]:
     """Files anywhere under `folder` by the `name_key` of their path in it: any spelling, flat or in folders."""
-    found: dict[str, pathlib.Path] = {}
-    for path in sorted(folder.rglob("*")) if folder else ():
-        if path.suffix.lower() in suffixes and not path.name.startswith(".") and path.is_file():
-            found[name_key(path.relative_to(folder).as_posix().replace("_keypoints.json", ".json"))] = path
-    return found
+    return {
+        name_key(path.relative_to(folder).as_posix().replace("_keypoints.json", ".json")): path
+        for path in (files_under(folder, suffixes) if folder else ())
+    }
 
 
 def maps_by_key(folder: pathlib.Path | None, labels: str) -> dict[str, pathlib.Path] | None:

@@ -100,7 +100,6 @@ def test_a_mesh_gives_the_same(tmp_path):
 
 
 def test_a_loss_of_whole_batches_is_not_cut():
-    assert not needs(tiny_methods.config("ipf")).separable
     with pytest.raises(ConfigError, match=r"compares all rows of a batch: optim\.accumulation must be 1"):
         tiny_methods.config("ipf", {"optim": {"accumulation": 2}})
 

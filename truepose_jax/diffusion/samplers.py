@@ -46,7 +46,7 @@ class State(NamedTuple):
     keys: Array | None = None
 
 
-def ddim_timesteps(steps: int, *, total: int = 1000, spacing: str = "leading", offset: int = 1) -> np.ndarray:
+def ddim_timesteps(steps: int, *, total: int = 1000, spacing: str = "leading") -> np.ndarray:
     """int32 [steps], descending. leading with offset 1 (SD1.5): 35 -> 953, 925 .. 29, 1. trailing: 35 -> 999 .. 28.
 
     Raises ValueError for a step count outside [1, total] or an unknown spacing.
@@ -55,14 +55,14 @@ def ddim_timesteps(steps: int, *, total: int = 1000, spacing: str = "leading", o
         raise ValueError(f"sampling wants 1 to {total} steps; got {steps}")
     if spacing == "leading":
         # With steps == total, leading + offset would ask for t = total, which does not exist.
-        found = np.arange(steps) * (total // steps) + min(offset, total - 1 - (steps - 1) * (total // steps))
+        found = np.arange(steps) * (total // steps) + min(1, total - 1 - (steps - 1) * (total // steps))
         return found[::-1].astype(np.int32)
     if spacing == "trailing":
         return (np.round(np.arange(total, 0, -total / steps))[:steps] - 1).astype(np.int32)
     raise ValueError(f"sampling spacing is {spacing!r}; choose one of {SPACINGS}")
 
 
-def multistep_timesteps(steps: int, *, total: int = 1000, spacing: str = "leading", offset: int = 1) -> np.ndarray:
+def multistep_timesteps(steps: int, *, total: int = 1000, spacing: str = "leading") -> np.ndarray:
     """The same for DPM-Solver++ and UniPC, whose leading steps are those of one step more without the last: 35 -> 946 .. 28.
 
     Raises ValueError as ddim_timesteps.
@@ -70,7 +70,7 @@ def multistep_timesteps(steps: int, *, total: int = 1000, spacing: str = "leadin
     if spacing != "leading" or not 1 <= steps <= total:
         return ddim_timesteps(steps, total=total, spacing=spacing)
     ratio = max(total // (steps + 1), 1)
-    return (np.arange(steps, 0, -1) * ratio + min(offset, total - 1 - steps * ratio)).astype(np.int32)
+    return (np.arange(steps, 0, -1) * ratio + min(1, total - 1 - steps * ratio)).astype(np.int32)
 
 
 def ddim_levels(schedule: Schedule, *, steps: int, spacing: str) -> tuple[np.ndarray, np.ndarray]:

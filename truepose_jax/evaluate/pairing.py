@@ -23,7 +23,14 @@ from input_pipeline.annotations.keypoints import name_key
 from input_pipeline.annotations.photo import EXIF_ORIENTATION, open_picture
 from input_pipeline.files import open_plain, read_list
 from input_pipeline.schema import InputError
-from input_pipeline.sources.folder import PARSING_FOLDERS, PHOTO_FOLDERS, PHOTO_SUFFIXES, POSE_FOLDERS, first_folder
+from input_pipeline.sources.folder import (
+    PARSING_FOLDERS,
+    PHOTO_FOLDERS,
+    PHOTO_SUFFIXES,
+    POSE_FOLDERS,
+    files_under,
+    first_folder,
+)
 
 SAME_NAME = "same name"
 SEPARATORS = {"SOURCE_2_TARGET": "_2_", "SOURCE_to_TARGET": "_to_", "SOURCE___TARGET": "___"}
@@ -54,8 +61,7 @@ class Folder:
         if not path.is_dir():
             raise InputError(f"{flag}={root}: no such folder")
         path = _inside(path, maps)
-        files = (file for file in path.rglob("*") if file.suffix.lower() in PHOTO_SUFFIXES)
-        names = sorted(f.relative_to(path).as_posix() for f in files if f.is_file() and not f.name.startswith("."))
+        names = sorted(file.relative_to(path).as_posix() for file in files_under(path))
         if not names:
             raise InputError(f"{flag}={root}: holds no images ({', '.join(PHOTO_SUFFIXES)})")
         return cls(path, tuple(names))

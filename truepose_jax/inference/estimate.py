@@ -15,7 +15,7 @@ from truepose_jax.runtime.durations import describe
 from truepose_jax.sampling.sampler import Sampler, Sampling
 from truepose_jax.training.flops import flops_of
 from truepose_jax.training.init import batch_spec
-from truepose_jax.training.memory import GIB, peak_bytes
+from truepose_jax.training.memory import GIB, bytes_of, peak_bytes
 
 SHARE = 0.4
 """Of the rate of a large product, what sampling is taken to reach: 41 of 98 GFLOP a second on one CPU core (the shipped model,
@@ -65,7 +65,7 @@ def estimate(run: Run, sampling: Sampling, *, batch: int, dtype: str | None = No
     jaxpr = jax.make_jaxpr(sampler.sample)(held, frozen, spec, keys).jaxpr
     flops = flops_of(jaxpr) / batch
     rate = SHARE * product_rate(model.dtype) * jax.local_device_count()
-    return Estimate(_bytes(held), _bytes(frozen), peak_bytes(jaxpr), flops, flops / rate)
+    return Estimate(bytes_of(held), bytes_of(frozen), peak_bytes(jaxpr), flops, flops / rate)
 
 
 def product_rate(dtype: str, *, seconds: float = 0.2) -> float:
@@ -78,7 +78,3 @@ def product_rate(dtype: str, *, seconds: float = 0.2) -> float:
         multiply(a).block_until_ready()
         count += 1
     return count * 2 * SIDE**3 / spent
-
-
-def _bytes(tree) -> int:
-    return sum(leaf.size * jnp.dtype(leaf.dtype).itemsize for leaf in jax.tree.leaves(tree))

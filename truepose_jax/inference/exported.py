@@ -24,7 +24,13 @@ from truepose_jax.pretrained.conversion.origins import read_json
 from truepose_jax.pretrained.conversion.plan import Shapes
 from truepose_jax.pretrained.conversion.readers import truepose_export
 from truepose_jax.pretrained.conversion.truepose_names import SETTINGS_FILE
-from truepose_jax.pretrained.conversion.weights_folder import CODEC_FILE, PARAMS_FILE, WEIGHTS_FILE, open_weights
+from truepose_jax.pretrained.conversion.weights_folder import (
+    CODEC_FILE,
+    PARAMS_FILE,
+    WEIGHTS_FILE,
+    WeightsFolder,
+    open_weights,
+)
 from truepose_jax.pretrained.factory import VISION
 from truepose_jax.pretrained.frozen_networks import KINDS
 from truepose_jax.training.checkpoint import CheckpointError
@@ -100,6 +106,27 @@ def _with_what_lies_there(folder: pathlib.Path, values: Any) -> Config:
     return dataclasses.replace(config, model=config.model.located(inside, anew=True))
 
 
+def implied(found: WeightsFolder) -> dict[str, Any]:
+    """The values of a config that a folder of TruePose's weights tells: the defaults, where it is silent."""
+    told, values = found.settings, to_dict(Config())
+    model, diffusion = values["model"], values["diffusion"]
+    model["unet"] |= found.unet
+    for group in ("fusion", "carry"):
+        model[group] |= told.get(group, {})
+    model |= {name: told[name] for name in ("positions", "source_parsing") if name in told}
+    model["pose_encoder"] = told.get("pose_encoder", {}).get("kind", model["pose_encoder"])
+    codec = told.get("autoencoder", {})
+    model["autoencoder"] = codec.get("kind", model["autoencoder"])
+    if model["autoencoder"] == "pixels":
+        model["pixel_factor"] = codec["factor"]
+    elif model["autoencoder"] == "patches":
+        model["patch_channels"] = codec["channels"] // 4
+    model["size"] = tuple(told.get("image_size", model["size"]))
+    diffusion["schedule"] |= found.schedule or {}
+    diffusion |= {name: told["sampling"][name] for name in ("steps", "spacing", "guidance") if "sampling" in told}
+    return values
+
+
 @dataclasses.dataclass(frozen=True)
 class Converted:
     """A weights folder in the place of a run's Checkpoints, where `convert from-torch` made it of a whole model that was trained
@@ -128,19 +155,10 @@ class Converted:
                 f"{folder} is a starting point, not a trained model ({', '.join(found.fresh) or 'no sampling settings'}): train "
                 "from it by config.init_from"
             )
-        values = to_dict(Config())
-        model, diffusion = values["model"], values["diffusion"]
-        model["unet"] |= found.unet
-        for group in ("fusion", "carry"):
-            model[group] |= told.get(group, {})
-        model |= {name: told[name] for name in ("positions", "source_parsing") if name in told}
-        model["pose_encoder"] = told.get("pose_encoder", {}).get("kind", model["pose_encoder"])
-        model["size"] = tuple(told.get("image_size", model["size"]))
-        diffusion["schedule"] |= found.schedule or {}
-        diffusion |= {name: told["sampling"][name] for name in ("steps", "spacing", "guidance")}
-        values["eval"] |= {"steps": diffusion["steps"]}
+        values = implied(found)
+        values["eval"]["steps"] = values["diffusion"]["steps"]
         if (folder / KINDS["clip"].inside / "config.json").is_file():
-            model["clip"]["path"] = str(folder)
+            values["model"]["clip"]["path"] = str(folder)
         try:
             return cls(folder, from_config_dict(Config, values))
         except ConfigError as error:

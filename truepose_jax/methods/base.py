@@ -38,8 +38,8 @@ class Needs:
     train, sample: names of fields (input_pipeline/fields.py) that `loss` and `condition` read, "valid" aside. letters: sizes of
     the fields' letters beside b, s, h and w. draw: rows are (source, target) "pairs", or a "canvas" of four photos of one
     person. pictures: that one row makes. networks: roles in Frozen. tokens: whether region tokens are made, and so a source's
-    map is read. source_pose: whether a source's own pose is, when sampling. separable: the loss is a
-    mean over rows, so that a batch may be cut. drawing: how poses are drawn (input_pipeline/skeletons.py).
+    map is read. source_pose: whether a source's own pose is, when sampling. drawing: how poses are drawn
+    (input_pipeline/skeletons.py).
     """
 
     train: tuple[str, ...]
@@ -50,7 +50,6 @@ class Needs:
     networks: tuple[str, ...] = ("autoencoder",)
     tokens: bool = False
     source_pose: bool = False
-    separable: bool = True
     drawing: str = "cfld"
 
 

@@ -21,7 +21,7 @@ READ = ("source_small", "target_small", "pose_small")
 
 def needs(model: FirstStageModel) -> Needs:
     letters = {"r": model.clip.image_size}
-    return Needs(READ, READ, letters, networks=(), separable=False, drawing=model.skeleton)
+    return Needs(READ, READ, letters, networks=(), drawing=model.skeleton)
 
 
 def make(config: Config, autoencoder: None, networks: Mapping[str, Any]) -> FirstStage:

@@ -9,7 +9,7 @@ import numpy as np
 
 from input_pipeline.annotations.photo import Framing, read_photo
 from input_pipeline.schema import InputError
-from input_pipeline.sources.folder import PHOTO_SUFFIXES
+from input_pipeline.sources.folder import PHOTO_SUFFIXES, files_under
 from truepose_jax.runtime.cli import parse_size
 from truepose_jax.runtime.files import atomic_write, check_new_file
 
@@ -66,7 +66,7 @@ def codec(flags: argparse.Namespace) -> None:
 def _photos(folder: pathlib.Path) -> list[pathlib.Path]:
     if not folder.is_dir():
         raise InputError(f"{folder}: no such folder; --images names a folder of photos")
-    found = sorted(path for path in folder.rglob("*") if path.suffix.lower() in PHOTO_SUFFIXES)
+    found = files_under(folder)
     if not found:
         raise InputError(f"{folder}: holds no photos ({', '.join(PHOTO_SUFFIXES)})")
     return found

@@ -20,7 +20,7 @@ from input_pipeline.annotations.parsing import LABEL_SETS, LABELS_FILE, check_sa
 from input_pipeline.annotations.photo import PHOTO_SUFFIXES, read_photo
 from input_pipeline.schema import NUM_JOINTS, InputError
 from input_pipeline.shards import Shard
-from input_pipeline.sources.folder import first_folder
+from input_pipeline.sources.folder import files_under, first_folder
 from input_pipeline.sources.listing import PARSING_FOLDERS, POSE_FOLDERS, files_by_key
 from truepose_jax.detection.embedded import EMBEDDED, EmbeddedParsing, EmbeddedPose
 from truepose_jax.runtime import files
@@ -161,11 +161,7 @@ def find_raw_photos(root: pathlib.Path, folder: str | None) -> dict[str, pathlib
         place = root
     if place is None or not place.is_dir():
         raise InputError(f"{place or root}: no folder of photos ({', '.join(PHOTO_FOLDERS)}); name it by --photos")
-    found = {
-        path.relative_to(place).with_suffix("").as_posix(): path
-        for path in sorted(place.rglob("*"))
-        if path.suffix.lower() in PHOTO_SUFFIXES and path.is_file() and not path.name.startswith(".")
-    }
+    found = {path.relative_to(place).with_suffix("").as_posix(): path for path in files_under(place)}
     if not found:
         raise InputError(f"{place}: holds no photos ({', '.join(PHOTO_SUFFIXES)})")
     return found

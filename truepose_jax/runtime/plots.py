@@ -81,14 +81,13 @@ def figure(
         plt.close(made)
 
 
-def doubling(axis: Any, values: Sequence[float], which: str = "x") -> None:
-    """A logarithmic axis to base 2, labelled at these values."""
+def doubling(axis: Any, values: Sequence[float]) -> None:
+    """A logarithmic x axis to base 2, labelled at these values."""
     from matplotlib.ticker import NullFormatter
 
-    (axis.set_xscale if which == "x" else axis.set_yscale)("log", base=2)
-    side = axis.xaxis if which == "x" else axis.yaxis
-    side.set_ticks(list(values), [f"{v:g}" for v in values])
-    side.set_minor_formatter(NullFormatter())
+    axis.set_xscale("log", base=2)
+    axis.xaxis.set_ticks(list(values), [f"{v:g}" for v in values])
+    axis.xaxis.set_minor_formatter(NullFormatter())
 
 
 def decades(axis: Any, which: str = "y", at: Sequence[float] = (1.0, 2.0, 5.0)) -> None:

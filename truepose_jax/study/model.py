@@ -11,8 +11,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from configs.base import get_config
 from truepose_jax.config import Config, ConfigError, from_config_dict
+from truepose_jax.inference.exported import implied
 from truepose_jax.inference.pipeline import Pipeline, Run
 from truepose_jax.pretrained.conversion.key_maps import leaves, nest
 from truepose_jax.pretrained.conversion.weights_folder import WeightsFolder, open_weights
@@ -45,28 +45,9 @@ def config_of_weights(folder: str, size: tuple[int, int] | None) -> Config:
     """The config that a converted folder implies; size None: the one it was trained at, else the base config's. Raises
     ConversionError and ConfigError."""
     weights = open_weights(pathlib.Path(folder))
-    told = weights.settings
-    config = get_config()
-    with config.ignore_type():
-        config.init_from = folder
-        config.model.method = weights.method
-        config.model.unet.update(weights.unet)
-        config.diffusion.schedule.update(weights.schedule or {})
-        config.model.fusion.update(told.get("fusion", {}))
-        config.diffusion.update(
-            {k: told["sampling"][k] for k in ("steps", "spacing", "guidance") if "sampling" in told}
-        )
-        for name in ("positions", "source_parsing"):
-            config.model[name] = told.get(name, config.model[name])
-        codec = told.get("autoencoder", {})
-        config.model.autoencoder = codec.get("kind", config.model.autoencoder)
-        if config.model.autoencoder == "pixels":
-            config.model.pixel_factor = codec["factor"]
-        elif config.model.autoencoder == "patches":
-            config.model.patch_channels = codec["channels"] // 4
-        config.model.carry.update(told.get("carry", {}))
-        config.model.size = tuple(size or told.get("image_size", config.model.size))
-    return resolve_init_from(from_config_dict(Config, config))
+    values = implied(weights) | {"init_from": folder}
+    values["model"] |= {"method": weights.method} | ({"size": size} if size else {})
+    return resolve_init_from(from_config_dict(Config, values))
 
 
 def of_weights(config: Config) -> Studied:

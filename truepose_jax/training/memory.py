@@ -123,14 +123,14 @@ def estimate(config: Config, *, platforms: Sequence[str] = PLATFORMS) -> Estimat
     trainer = Trainer(config, method)
     state = jax.eval_shape(lambda key: trainer.init_state(key, batch_spec(config)), jax.random.key(0))
     trained = trainer.trained(state.params)
-    summed = _bytes_of(trained) if accumulates else 0
+    summed = bytes_of(trained) if accumulates else 0
     return Estimate(
         networks={name: _count(tree) for name, tree in state.params.items()},
-        parameters=_bytes_of(state.params),
+        parameters=bytes_of(state.params),
         trained=_count(trained),
-        optimizer=_bytes_of(state.opt_state),
-        ema=_bytes_of(state.ema),
-        frozen=_bytes_of(frozen),
+        optimizer=bytes_of(state.opt_state),
+        ema=bytes_of(state.ema),
+        frozen=bytes_of(frozen),
         steps={platform: _step(trainer, state.params, frozen, platform, summed) for platform in platforms},
     )
 
@@ -326,5 +326,5 @@ def _count(tree: Any) -> int:
     return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(tree))
 
 
-def _bytes_of(tree: Any) -> int:
+def bytes_of(tree: Any) -> int:
     return sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
