@@ -84,19 +84,14 @@ def test_no_joint_of_a_frame_falls_into_the_padding():
     [
         ({"source": np.zeros((40, 30, 3), np.float32)}, "uint8 [h w 3]"),
         ({"source": np.zeros((40, 30), np.uint8)}, "uint8 [h w 3]"),
-        ({"parsing": np.zeros((30, 40), np.uint8)}, "the map is 30x40"),
-        ({"parsing": np.full((40, 30), 18, np.uint8)}, "label 18 is outside atr18"),
         ({"parsing": np.zeros((40, 30), np.int64)}, "parsing map is uint8"),
-        ({"labels": "atr"}, "unknown label set"),
         ({"joints": np.zeros((17, 3))}, "a pose is [18 3]"),
         ({"joints": np.full((18, 3), np.nan)}, "finite"),
-        ({"joints": np.zeros((18, 3))}, "no joint of the pose is visible"),
-        ({"frame_hw": (5, 5)}, "outside the pose's 5x5 frame"),
         ({"frame_hw": (0, 5)}, "0x5"),
-        ({"seed": -1}, "seed is -1"),
     ],
 )
 def test_requests_that_cannot_be(change, words):
+    """Beside those of the command line (tests/programs/test_generate.py)."""
     request = replace(person(0), joints=standing_joints(400, 300), frame_hw=(400, 300))
     with pytest.raises(InputError) as caught:
         fit_request(replace(request, **change), SIZE)
@@ -185,17 +180,6 @@ def test_no_map_is_said_once(pipe, caplog):
     assert [record.message for record in caplog.records] == [request.NO_MAP]
 
 
-def test_steps_and_guidance_out_of_range(pipe):
-    for settings, words in (
-        ({"steps": 0}, "from 1 to 1000"),
-        ({"steps": 1001}, "from 1 to 1000"),
-        ({"guidance": float("nan")}, "guidance is nan"),
-        ({"guidance": -1.0}, "guidance is -1"),
-    ):
-        with pytest.raises(InputError, match=words):
-            pipe.batch([person(0)], **settings)
-
-
 # --------------------------------------------------------------------------------------------------- weights
 
 
@@ -218,21 +202,6 @@ def test_which_weights_and_which_step(tmp_path):
         Run.open(workdir, weights="best")
     with pytest.raises(CheckpointError, match="holds no training run"):
         Run.open(tmp_path)
-
-
-def test_a_run_without_ema_or_without_a_checkpoint(tmp_path):
-    shutil.copytree(shared_run(), tmp_path / "run")
-    metadata = tmp_path / "run" / "metadata.json"
-    values = json.loads(metadata.read_text())
-    values["config"]["optim"]["ema_decay"] = 0.0
-    metadata.write_text(json.dumps(values))
-    assert Run.open(tmp_path / "run").weights == "raw"
-    with pytest.raises(CheckpointError, match="keeps no EMA"):
-        Run.open(tmp_path / "run", weights="ema")
-    for step in STEPS:
-        shutil.rmtree(tmp_path / "run" / "checkpoints" / str(step))
-    with pytest.raises(CheckpointError, match="no checkpoint yet"):
-        Run.open(tmp_path / "run")
 
 
 def test_weights_that_are_not_finite_are_an_error_not_a_black_picture(pipe):

@@ -37,11 +37,7 @@ IN_NET = "down_blocks_1/attentions_0/transformer_blocks_0"
 @pytest.mark.parametrize(
     "path,stem,tensor",
     [
-        ("source_net/conv_in/kernel", "source_net", "conv_in.weight"),
-        (f"source_net/{IN_NET}/attn2/to_k/kernel", "source_net", f"{BLOCK}.attn2.to_k.weight"),
         (f"target_net/{IN_NET}/attn1/to_k/kernel", "target_net", f"{BLOCK}.attn1.to_k.weight"),
-        (f"target_net/{IN_NET}/norm1/scale", "target_net", f"{BLOCK}.norm1.weight"),
-        (f"target_net/{IN_NET}/attn2/to_out_0/bias", "target_net", f"{BLOCK}.attn2.to_out.0.bias"),
         (f"fusion/{SITE}/attn2/to_v/kernel", "target_net", f"{BLOCK}.attn2.to_v.weight"),
         (f"fusion/{SITE}/hpfa/source_to_q/kernel", "truepose", f"hpfa.{BLOCK}.source_to_q.weight"),
         (f"fusion/{SITE}/hpfa/to_k/kernel", "truepose", f"hpfa.{BLOCK}.to_k.weight"),
