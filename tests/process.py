@@ -1,6 +1,7 @@
 """Programs that tests start: their environment, what they say, and how they end."""
 
 import contextlib
+import json
 import os
 import pathlib
 import socket
@@ -62,6 +63,34 @@ def of_code(code: str, *words, env: dict[str, str] | None = None) -> Program:
 def run(*words, env: dict[str, str] | None = None) -> tuple[int, str, str]:
     """(code, stdout, stderr) of Python with these words."""
     return Program(*words, env=env).finish()
+
+
+STARTS = """
+    import importlib, json, os, runpy, sys, tempfile
+
+    module, calls, ends = sys.argv[1], json.loads(sys.argv[2]), []
+    importlib.import_module(module)  # what it needs is there then, once for all; JAX is not yet started
+    del sys.modules[module]
+    for words in calls:
+        files = [tempfile.TemporaryFile() for _ in "oe"]
+        child = os.fork()
+        if not child:
+            for number, file in enumerate(files, 1):
+                os.dup2(file.fileno(), number)
+            sys.argv[1:] = words
+            runpy.run_module(module, run_name="__main__", alter_sys=True)
+            sys.exit(0)
+        code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+        ends.append([code, *(os.pread(file.fileno(), 1 << 20, 0).decode() for file in files)])
+    print(json.dumps(ends))
+"""
+
+
+def starts(module: str, *calls: list) -> list[list]:
+    """[code, stdout, stderr] of `python -m module` with each of these lists of words, whose imports are paid once."""
+    code, out, errors = of_code(STARTS, module, json.dumps([list(map(str, words)) for words in calls])).finish()
+    assert code == 0, errors
+    return json.loads(out)
 
 
 def code_of(main: Callable, *words) -> int:

@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import os
 import re
 
 import numpy as np
@@ -143,20 +142,6 @@ def test_rows_of_another_machine_stay(tmp_path, processes, capsys):
     assert cpus[name] == "another" and set(cpus) == {name, f"{name}_xla"} and cpus[f"{name}_xla"] != "another"
 
 
-def test_weights_are_written_once_for_a_network(tmp_path, processes, monkeypatch):
-    folders = []
-    answer = Process.answer
-
-    def noted(self):
-        if self.form == side_by_side_forms.PREPARE:
-            folders.append((self.folder / "export").exists())
-        return answer(self)
-
-    monkeypatch.setattr(Process, "answer", noted)
-    assert train_step.main([*TINY, "--batch=2", f"--out={tmp_path}", "--peers=eager"]) == 0
-    assert folders == [False, True]
-
-
 def test_start_up_says_what_each_row_is_of():
     row = {"times": {"first": [3.0], "again": [1.0]}, "load": 1.0, "config": "configs/demo.py"}
     text = start_up.report({
@@ -165,13 +150,6 @@ def test_start_up_says_what_each_row_is_of():
     })  # fmt: skip
     assert "train: 2 cores of one" in text and "generate: 2 cores of other" in text
     assert "| train | again | 1.0 | 3.0 |" in text
-
-
-def test_python_path_is_added_to(monkeypatch):
-    monkeypatch.setenv("PYTHONPATH", "/elsewhere")
-    assert side_by_side.python_path() == f"{side_by_side.ROOT}{os.pathsep}/elsewhere"
-    monkeypatch.delenv("PYTHONPATH")
-    assert side_by_side.python_path() == str(side_by_side.ROOT)
 
 
 def test_a_peak_that_cannot_begin_anew_is_unknown(monkeypatch):

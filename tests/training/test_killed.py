@@ -43,6 +43,7 @@ TINY = [
     "--config.data.synthetic.identities=8",
     "--config.data.synthetic.heldout_identities=2",
 ]
+NO_EVALUATION = "--config.eval.every=0"
 
 
 def start(workdir, *more, cached=True, **variables):
@@ -109,8 +110,7 @@ def saved_steps(workdir):
 
 def test_killed_and_started_again_equals_straight(tmp_path, straight):
     """And the newest checkpoint damaged: checkpoint.allow_fallback takes the one before it."""
-    no_sheets = "--config.eval.sheet_rows=0"
-    killed = start(tmp_path, no_sheets)
+    killed = start(tmp_path, NO_EVALUATION)
     wait_for_step(killed, tmp_path, 2 * EVERY + 1)
     killed.wait_for(lambda: max(saved_steps(tmp_path), default=0) >= 2 * EVERY)
     killed.kill()
@@ -118,9 +118,8 @@ def test_killed_and_started_again_equals_straight(tmp_path, straight):
     newest = max(saved_steps(tmp_path))
     # The optimizer's moments are one array; a bit in a file of many may lie between them and do no harm.
     damage(tmp_path / "checkpoints", newest, "flipped", "rest")
-    code, out, errors = run(tmp_path, "--config.checkpoint.allow_fallback=true", no_sheets)
-    assert code == 0, errors
-    assert (tmp_path / "eval.jsonl").exists() and not (tmp_path / "samples").exists()
+    code, out, errors = run(tmp_path, "--config.checkpoint.allow_fallback=true", NO_EVALUATION)
+    assert code == 0 and not (tmp_path / "eval.jsonl").exists(), errors
     assert f"resuming from step {newest - EVERY}" in out
     assert f"cannot read step {newest}" in errors and (tmp_path / "damaged" / str(newest)).is_dir()
     assert_same_run(tmp_path, straight)
@@ -143,8 +142,8 @@ def test_asked_to_stop_saves_and_says_143(tmp_path, straight):
     code, out, _ = asked.finish()
     assert code == 143
     assert "run the same command again" in out
-    code, _, errors = run(tmp_path, "--config.eval.every=0")
-    assert code == 0 and not (tmp_path / "eval.jsonl").exists(), errors
+    code, _, errors = run(tmp_path, NO_EVALUATION)
+    assert code == 0, errors
     assert_same_run(tmp_path, straight)
 
 
@@ -171,3 +170,4 @@ def test_two_tasks_of_a_slurm_step(tmp_path, straight):
     assert code == other == 0, errors[-3000:] + more[-3000:]
     assert "SLURM job" in first and "2 host(s)" in first and "1 of 2" in second
     same_run(tmp_path, straight)
+    assert not (tmp_path / "samples").exists()

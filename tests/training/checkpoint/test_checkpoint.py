@@ -222,12 +222,20 @@ def test_no_checkpoint_is_one_line(tmp_path):
     saver.close()
 
 
-@pytest.mark.parametrize("accident", ["truncated", "flipped bit", "no metadata", "not a checkpoint", "part missing"])
-def test_damage_is_an_error_that_names_step_folder_and_the_way_out(tmp_path, accident, capfd):
-    saver = Checkpoints(tmp_path, keep=3, every=1)
+@pytest.fixture(scope="module")
+def two_steps(tmp_path_factory):
+    """A workdir with steps 1 and 2; tests damage copies of it."""
+    workdir = tmp_path_factory.mktemp("two_steps")
+    saver = Checkpoints(workdir, keep=3, every=1)
     for step in (1, 2):
         saver.save(step, make_state(step, rows=3000), extra={})
     saver.close()
+    return workdir
+
+
+@pytest.mark.parametrize("accident", ["truncated", "flipped bit", "no metadata", "not a checkpoint", "part missing"])
+def test_damage_is_an_error_that_names_step_folder_and_the_way_out(tmp_path, two_steps, accident, capfd):
+    shutil.copytree(two_steps, tmp_path, dirs_exist_ok=True)
     folder, bad = tmp_path / "checkpoints", 2
     file = biggest_file(folder / "2" / "params")
     data = bytearray(file.read_bytes())
