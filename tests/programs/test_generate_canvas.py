@@ -114,8 +114,8 @@ def test_methods_of_one_source_say_so(inputs, tmp_path, capsys):
     "line,want",
     [
         ("{", "line 1: "),
-        ('{"sources": [], "poses": []}', "lacks 'outs'"),
-        ('{"sources": [{"photo": "0.png", "pose": "0.json"}], "poses": ["1.json"], "outs": ["../x.png"]}', "inside of"),
+        ('{"sources": [], "poses": []}', "has no 'outs'"),
+        ('{"sources": [{"photo": "0.png", "pose": "0.json"}], "poses": ["1.json"], "outs": ["../x.png"]}', "leaves the folder"),
         ("", "holds no requests"),
     ],
 )

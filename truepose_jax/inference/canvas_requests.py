@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import pathlib
 from collections.abc import Sequence
 
 from input_pipeline.annotations.keypoints import load_pose
 from input_pipeline.annotations.photo import one_line, read_photo
+from input_pipeline.files import check_form, parse_json, read_text
 from input_pipeline.schema import InputError
 from truepose_jax.inference.canvas import FittedCanvas, Pose, Source, fit_canvas
-from truepose_jax.inference.csv_requests import short_name
+from truepose_jax.inference.csv_requests import png_in, short_name
 from truepose_jax.inference.pipeline import Run
+
+LINE = {"sources": [{"photo": str, "pose": str}], "poses": [str], "outs": [str]}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,22 +73,17 @@ def read_canvases(path: str, out_dir: pathlib.Path, **frames: tuple[int, int] | 
     """A list of canvases, a JSON object a line: {"sources": [{"photo": FILE, "pose": FILE}], "poses": [FILE], "outs": [PNG]};
     sources and poses are relative to the list, outs to out_dir. frames: as canvas_row has them. Raises
     InputError that names the line."""
-    folder = pathlib.Path(path).parent
-    try:
-        lines = pathlib.Path(path).read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{path}: cannot read the list ({one_line(error)}); give a JSONL file") from error
-    rows, taken = [], set()
-    for number, line in enumerate(lines, start=1):
+    folder, rows, taken = pathlib.Path(path).parent, [], set()
+    for number, line in enumerate(read_text(path, "a list", advice="give a JSONL file").splitlines(), start=1):
         if not line.strip():
             continue
         try:
-            rows.append(_row(json.loads(line), folder, out_dir, frames))
-        except (InputError, ValueError, KeyError, TypeError) as error:
-            why = f"lacks {error}" if isinstance(error, KeyError) else one_line(error)
-            raise InputError(
-                f'{path}, line {number}: {why}; a line is {{"sources": .., "poses": .., "outs": ..}}'
-            ) from error
+            values = parse_json(line)
+            check_form(values, LINE)
+            rows.append(_row(values, folder, out_dir, frames))
+        except ValueError as error:
+            why = f'{one_line(error)}; a line is {{"sources": .., "poses": .., "outs": ..}}'
+            raise InputError(f"{path}, line {number}: {why}") from error
         for out in rows[-1].outs:
             if out in taken:
                 raise InputError(f"{path}, line {number}: {out} is already another picture's")
@@ -98,9 +95,6 @@ def read_canvases(path: str, out_dir: pathlib.Path, **frames: tuple[int, int] | 
 
 def _row(values: dict, folder: pathlib.Path, out_dir: pathlib.Path, frames: dict) -> CanvasRow:
     sources = [(str(folder / source["photo"]), str(folder / source["pose"])) for source in values["sources"]]
-    outs = [out_dir / out for out in values["outs"]]
-    for out in outs:
-        if out.suffix.lower() != ".png" or not out.resolve().is_relative_to(out_dir.resolve()):
-            raise InputError(f"{out} must be a .png inside of {out_dir}")
+    outs = [png_in(out_dir, out) for out in values["outs"]]
     poses = [str(folder / pose) for pose in values["poses"]]
     return canvas_row([photo for photo, _ in sources], [pose for _, pose in sources], poses, outs, **frames)

@@ -181,6 +181,14 @@ def that_eat_inputs(rows: Sequence[Row]) -> list[tuple[int, str]]:
     ]
 
 
+def png_in(out_dir: pathlib.Path, name: str) -> pathlib.Path:
+    """The picture `name` of the folder. Raises InputError."""
+    out = place_in(out_dir, name, "out")
+    if out.suffix.lower() != ".png" or out.is_dir():
+        raise InputError(f"out '{name}' is no file name that ends in .png")
+    return out
+
+
 def _row(
     line: int,
     values: dict[str, str],
@@ -195,9 +203,7 @@ def _row(
     if empty:
         hint = "; write none where there is no map, or auto" if "parsing" in empty else ""
         raise InputError(f"{empty[0]} is empty{hint}")
-    out = place_in(out_dir, values["out"], "out")
-    if out.suffix.lower() != ".png" or out.is_dir():
-        raise InputError(f"out '{values['out']}' is no file name that ends in .png")
+    out = png_in(out_dir, values["out"])
     in_photo = is_photo_file(values["pose"])
     frames = {"pose_frame": None if in_photo else pose_frame, "source_pose_frame": source_pose_frame}
     for name in frames:

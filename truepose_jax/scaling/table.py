@@ -12,6 +12,7 @@ from typing import Any
 from flax.traverse_util import flatten_dict
 
 from input_pipeline import atomic
+from input_pipeline.files import MAX_TEXT, read_json
 from truepose_jax.config import ConfigError
 from truepose_jax.runtime import files
 
@@ -34,14 +35,14 @@ class Table:
         common = json.loads(json.dumps(common))
         about, rows = folder / "study.json", folder / "rows.json"
         if about.exists():
-            self._check_same(common, _read(about))
+            self._check_same(common, read_json(about, error=ConfigError))
         elif folder.exists() and any(folder.iterdir()):
             raise ConfigError(f"--out={folder} holds files, but no study.json of a study: name a folder of its own")
         else:
             files.make_folder(folder)
             atomic.write_text(about, json.dumps(common, indent=1) + "\n")
         if rows.exists():
-            self.rows = _read(rows)
+            self.rows = read_json(rows, [dict], limit=MAX_TEXT, error=ConfigError)
 
     def _check_same(self, now: Mapping[str, Any], before: Any) -> None:
         new, old = (flatten_dict(each, sep=".") for each in (now, before))
@@ -70,10 +71,3 @@ class Table:
         for each in self.rows:
             writer.writerow({k: json.dumps(v) if isinstance(v, list | dict) else v for k, v in each.items()})
         atomic.write_text(self.folder / "rows.csv", text.getvalue())
-
-
-def _read(path: pathlib.Path) -> Any:
-    try:
-        return json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"cannot read {path}: {error}") from error
