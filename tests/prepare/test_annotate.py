@@ -69,8 +69,7 @@ def config_of(models, records, **changes):
     """A tiny TruePose on VAE latents that trains on the records."""
     values = {
         "model__autoencoder": "sd15", "model__vae": str(models / "vae"), "model__unet__in_channels": 4,
-        "model__unet__out_channels": 4, "model__unet__down_block_types": ("DownBlock2D",),
-        "model__unet__up_block_types": ("UpBlock2D",), "data__dataset": "records", "data__root": str(records), "data__flip": True,
+        "model__unet__out_channels": 4, "data__dataset": "records", "data__root": str(records), "data__flip": True,
         "data__latents": "stored", "batch_size": 4, "eval__pairs": 2, "eval__batch_size": 2, "eval__steps": 1,
         "eval__sheet_rows": 1, "data__threads": 1,
     }  # fmt: skip

@@ -32,8 +32,6 @@ HEAD = {
     "model__patch_channels": 4,
     "model__unet__in_channels": 16,
     "model__unet__out_channels": 16,
-    "model__unet__down_block_types": ("DownBlock2D",),
-    "model__unet__up_block_types": ("UpBlock2D",),
     "model__fusion__carry_latents": True,
     "model__fusion__cosine": True,
     "model__carry__head": True,

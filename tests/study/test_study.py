@@ -40,7 +40,7 @@ pytestmark = pytest.mark.usefixtures("started_quickly")
 @functools.cache
 def pipeline() -> Pipeline:
     """Two transformer blocks, every parameter random; queries of a gain at which attention is far from uniform."""
-    config = tiny_config(model__unet__layers_per_block=0)
+    config = tiny_config(model__unet__up_block_types=("CrossAttnUpBlock2D",))
     encoder = make_encoder(config.model.clip, config.token_width)
     method, frozen, _, _ = assemble(config, encoder)
     shapes = jax.eval_shape(lambda key: method.init(key, batch_spec(config)), jax.random.key(0))

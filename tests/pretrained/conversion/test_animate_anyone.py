@@ -70,8 +70,13 @@ def test_two_commands_make_a_picture(files, tmp_path):
     assert picture.dtype == np.uint8 and np.ptp(picture) > 0
     x, t, pose = normal(1, 2, 8, 6, 4), np.array([3, 981], np.int32), np.abs(normal(2, 2, 64, 48, 3))
     made = pipe.method
-    features = made.pose_encoder.apply({"params": pipe.params["pose_encoder"]}, pose)
-    ours = tiny.jit(lambda p, f: made.denoise(p, x, t, Conditioning(pose=f, sites=None)))(pipe.params, features)
+
+    @tiny.jit
+    def prediction(params):
+        features = made.pose_encoder.apply({"params": params["pose_encoder"]}, pose)
+        return made.denoise(params, x, t, Conditioning(pose=features, sites=None))
+
+    ours = prediction(pipe.params)
     theirs = networks()
     guided = theirs["pose_guider"](torch.from_numpy(pose.transpose(0, 3, 1, 2).copy()))
     hook = theirs["denoising_unet"].conv_in.register_forward_hook(lambda module, inputs, out: out + guided)
