@@ -3,6 +3,7 @@ processes equals it up to the order of sums (see also tests/runtime/test_multiho
 
 import json
 import random
+import shutil
 import signal
 
 import numpy as np
@@ -147,27 +148,35 @@ def test_asked_to_stop_saves_and_says_143(tmp_path, straight):
     assert_same_run(tmp_path, straight)
 
 
-def same_run(workdir, straight):
-    """Losses and gradient norms, until rounding has had its say, and the evaluation."""
+def same_run(workdir, straight, first=1):
+    """Losses and gradient norms of steps from `first`, until rounding has had its say, and the evaluation."""
     records = steps_of(workdir)
     assert [r["step"] for r in records] == list(range(1, STEPS + 1))
-    for mine, theirs in zip(records[:6], steps_of(straight), strict=False):
+    for mine, theirs in zip(records[first - 1 : first + 5], steps_of(straight)[first - 1 :], strict=False):
         assert mine["valid"] == theirs["valid"]
         for name in ("loss", "grad_norm"):
-            np.testing.assert_allclose(mine[name], theirs[name], rtol=1e-5 if mine["step"] == 1 else 2e-4)
+            np.testing.assert_allclose(mine[name], theirs[name], rtol=1e-5 if mine["step"] == first else 2e-4)
     ours, one = (json.loads((d / "eval.jsonl").read_text())["eval"] for d in (workdir, straight))
     np.testing.assert_allclose(ours["heldout_loss"], one["heldout_loss"], rtol=1e-3)
 
 
 def test_two_tasks_of_a_slurm_step(tmp_path, straight):
-    """By the variables of a job step. JAX derives its port from the job's number."""
+    """By the variables of a job step, from one process's checkpoint on. JAX derives its port from the job's number."""
+    begun = STEPS - EVERY
+    for name in ("metadata.json", "metrics.jsonl", f"checkpoints/{begun}"):
+        copy = shutil.copytree if (straight / name).is_dir() else shutil.copy
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        copy(straight / name, tmp_path / name)
     job = process.free_port(random.sample(range(65536 - 4096, 65536), 100)) - (65536 - 4096)
     step = {"SLURM_JOB_ID": job, "SLURM_NTASKS": 2, "SLURM_STEP_NODELIST": "localhost", "SLURM_STEP_NUM_NODES": 1}
-    ranks = [step | {"SLURM_PROCID": i, "SLURM_LOCALID": i} for i in range(2)]
-    less = [f"--config.checkpoint.every={STEPS}", "--config.eval.sheet_rows=0"]
-    tasks = [start(tmp_path, *less, cached=False, **{k: str(v) for k, v in rank.items()}) for rank in ranks]
+    tasks = []
+    for i in range(2):
+        variables = step | {"SLURM_PROCID": i, "SLURM_LOCALID": i}
+        variables = {name: str(value) for name, value in variables.items()}
+        tasks.append(start(tmp_path, "--config.eval.sheet_rows=0", cached=False, **variables))
     (code, first, errors), (other, second, more) = (task.finish() for task in tasks)
     assert code == other == 0, errors[-3000:] + more[-3000:]
     assert "SLURM job" in first and "2 host(s)" in first and "1 of 2" in second
-    same_run(tmp_path, straight)
+    assert f"resuming from step {begun}" in first
+    same_run(tmp_path, straight, begun + 1)
     assert not (tmp_path / "samples").exists()
