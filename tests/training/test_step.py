@@ -235,17 +235,6 @@ def test_randomness_is_a_function_of_seed_and_step():
     assert steps([batch], state=worn)[1][0]["loss"] == metrics["loss"]
 
 
-@LAYOUTS
-def test_state_can_be_donated(layout):
-    """As in train.py: no buffer of the initial state stands for two of its leaves."""
-    made = trainer(ema_decay=0.9, layout=layout)
-    step = jax.jit(made.step, donate_argnums=0)
-    state = made.init_state(jax.random.key(0), {})
-    for i in range(2):
-        state, _ = step(state, FROZEN, toy_batch(i))
-    assert int(state.step) == 2
-
-
 WEIGHTS = {
     "all": np.ones(12),
     "uneven": np.array([1, 1, 0, 1, 0, 0, 1, 1, 1, 1, 1, 0]),
@@ -271,14 +260,6 @@ def test_accumulation_of_a_toy(valid):
         np.testing.assert_allclose(metrics["loss"], want_metrics["loss"], rtol=1e-6)
         np.testing.assert_allclose(metrics["bin_counts"].sum(), want_metrics["bin_counts"].sum())
         np.testing.assert_allclose(metrics["bin_sums"].sum(), want_metrics["bin_sums"].sum(), rtol=1e-5)
-
-
-def test_accumulated_step_equals_the_direct_one():
-    """The whole step: a micro-batch sees the noise that its rows would have seen in the whole batch."""
-    batches = [toy_batch(i) for i in range(2)]
-    (*_, direct), _ = steps(batches)
-    (*_, accumulated), _ = steps(batches, accumulation=3)
-    assert tiny.error(flat(accumulated.params), flat(direct.params)) < 1e-6
 
 
 @pytest.mark.parametrize(
