@@ -152,16 +152,3 @@ def test_no_gradient_through_the_choice():
 
     for grad in jax.jit(jax.grad(loss, argnums=(0, 1)))(q, k):
         assert not np.any(grad)
-
-
-def test_dropped_is_the_output_bias():
-    q, k, coverage, tokens, present, x = inputs(13, 15)
-    keep = np.array([1, 0, 1], np.float32)
-    dropped, kept = (
-        run(params(), q, k, coverage, tokens, present, x, keep),
-        run(params(), q, k, coverage, tokens, present, x),
-    )
-    bias = params()["target"]["to_out_0"]["bias"]
-    np.testing.assert_array_equal(dropped[1], np.broadcast_to(bias, dropped[1].shape))
-    np.testing.assert_array_equal(dropped[np.array([0, 2])], kept[np.array([0, 2])])
-    assert np.any(kept[1] != dropped[1])

@@ -308,15 +308,6 @@ def test_limbs_move_as_opencv_samples():
         assert np.mean(np.abs(shares[i] - wanted.reshape(CELLS, CLASSES)).max(axis=1) > 1e-6) < 0.02
 
 
-def test_the_same_pose_moves_nothing():
-    pictures, parsing = scene(1)
-    standing = standing_joints(4 * H, 4 * W).astype(np.float32)[None]
-    found, shares = moving()(pictures, parsing, standing, standing)
-    np.testing.assert_allclose(found, pictures, atol=2e-3)
-    (wanted,) = coverage_levels(parsing, num_classes=CLASSES, factor=4, levels=1)
-    np.testing.assert_array_equal(shares, wanted.reshape(1, CELLS, CLASSES))
-
-
 @functools.cache
 def head_with_moved():
     """(side without it, what is moved, random parameters, program of the head)."""

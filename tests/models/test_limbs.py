@@ -145,11 +145,6 @@ def test_length_1_and_finite_whatever_is_missing():
     np.testing.assert_allclose(np.linalg.norm(found.features, axis=-1), 1, atol=1e-5)
 
 
-def test_without_a_skeleton_everything_is_background():
-    found = of(SKELETONS["nothing"])
-    np.testing.assert_allclose(found.context[:, limbs.FEATURES :][:, limbs.PARTS - 1], 1, atol=1e-6)
-
-
 def test_scaling_picture_and_skeleton_changes_nothing():
     large = person() * (3, 3, 1)
     found = of(large, image_hw=(3 * HW[0], 3 * HW[1]))

@@ -11,7 +11,7 @@ from input_pipeline.annotations.keypoints import MIN_SCORE, load_pose, name_key,
 from input_pipeline.annotations.parsing import label_set, read_parsing
 from input_pipeline.schema import InputError
 from input_pipeline.sources.folder import FolderImages
-from tests.shared_data import shared_data, standing_joints, write_folder
+from tests.shared_data import standing_joints, write_folder
 
 HW = (256, 176)
 BODY = standing_joints(*HW)
@@ -246,24 +246,3 @@ def test_maps_of_other_kinds_say_what_helps(tmp_path):
             read_parsing(path, label_set("atr18"), hw)
 
 
-CASES = {
-    "norm_oob": 18, "scale4_canvas": 18, "ghost_person": 18, "lowconf": 14, "neg1_score1": 16, "comfy_list": 18, "null_body": 18,
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("name", CASES)
-def test_the_collected_poses(name):
-    """The reports' own files: a person of p0's size, not a ghost and not a point."""
-    path = shared_data("field_cases", "kp", f"{name}.json")
-    truth = np.load(shared_data("field_cases", "_base", "p0.npy"))
-    joints = load_pose(path, frame_hw=HW).joints
-    assert joints[:, 2].sum() == CASES[name]
-    upper = [*range(9), 14, 15, 16, 17]
-    np.testing.assert_allclose(joints[upper, :2], truth[upper, :2], atol=1.5)
-
-
-def test_the_collected_results_of_many():
-    path = shared_data("field_cases", "kp", "alphapose.json")
-    for i in range(4):
-        truth = np.load(shared_data("field_cases", "_base", f"p{i}.npy"))
-        np.testing.assert_allclose(load_pose(f"{path}#p{i}.jpg", frame_hw=HW).joints[0], truth[0], atol=0.1)

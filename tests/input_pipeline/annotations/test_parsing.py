@@ -235,12 +235,6 @@ def test_regions_of_a_simple_map():
     assert abs(class_areas(parsing)[4] - 0.18) < 1e-6 and abs(class_areas(parsing).sum() - 1) < 1e-6
 
 
-def test_clip_normalisation():
-    white = regions.clip_normalise(np.full((2, 2, 3), 255, np.uint8))
-    np.testing.assert_allclose(white[0, 0], (1 - regions.CLIP_MEAN) / regions.CLIP_STD, rtol=1e-6)
-    assert white.dtype == np.float32
-
-
 def test_crops_match_the_clip_processor():
     """Our resize and normalisation are transformers' CLIP image processor's, on a square photo."""
     transformers = pytest.importorskip("transformers")

@@ -112,18 +112,6 @@ def test_moments_are_the_stored_latents_of_the_side_that_enters(images):
     assert seen == {False, True}
 
 
-@pytest.mark.parametrize("hosts", [2, 4])
-def test_hosts_share_one_global_batch(images, hosts):
-    whole = batches(images, 4, form="latents", start_step=3)
-    parts = [
-        batches(images, 4, form="latents", start_step=3, host_index=h, host_count=hosts, threads=h)
-        for h in range(hosts)
-    ]
-    assert_same(
-        whole, [{n: np.concatenate([p[i][n] for p in parts]) for n in LAYOUTS["latents"].fields} for i in range(4)]
-    )
-
-
 PROGRAM = '''
 import itertools, multiprocessing, os, signal, sys, threading, time, zlib
 import absl.flags

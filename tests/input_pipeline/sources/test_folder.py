@@ -33,16 +33,6 @@ def test_jpeg_equals_pillow_and_exif_is_applied(tmp_path):
     np.testing.assert_array_equal(turned, np.rot90(read_photo(tmp_path / "a.jpg"), k=-1))
 
 
-def test_transparency_is_white_and_grey_becomes_rgb(tmp_path):
-    rgba = np.zeros((4, 4, 4), np.uint8)
-    rgba[0, 0] = 10, 20, 30, 255
-    Image.fromarray(rgba).save(tmp_path / "a.png")
-    read = read_photo(tmp_path / "a.png")
-    assert read[0, 0].tolist() == [10, 20, 30] and read[1, 1].tolist() == [255] * 3
-    Image.fromarray(np.full((3, 5), 77, np.uint8)).save(tmp_path / "g.png")
-    assert read_photo(tmp_path / "g.png").shape == (3, 5, 3)
-
-
 @pytest.mark.parametrize("decoder", ["simplejpeg", "pillow"])
 def test_bad_photos_say_so_in_one_line(tmp_path, monkeypatch, decoder):
     if decoder == "pillow":
@@ -265,12 +255,6 @@ def test_pose_gan_and_patn_frames_agree():
         assert a.frame_hw == b.frame_hw == (256, 176)
         off.extend(np.abs(a.joints[both, :2] - b.joints[both, :2]).max(-1))
     assert np.mean(np.array(off) <= 1) > 0.98
-
-
-def test_market_frame():
-    path = shared_data("market1501_lists", "market-annotation-train.csv")
-    pose = annotation_pose(read_annotations(path), "0224_c6s1_055726_02.jpg", path=path)
-    assert pose.frame_hw == (128, 64)
 
 
 def test_real_folders():
