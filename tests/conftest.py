@@ -39,7 +39,7 @@ LONGEST = (
     "test_killed", "test_contract", "test_train_papers", "test_ablations", "test_step", "test_truepose_torch", "test_checkpoint",
     "test_truepose", "test_animate_anyone", "test_evaluate", "test_generate", "test_unet", "test_attention", "test_flops",
     "test_papers_torch", "test_generate_canvas", "test_sharding", "test_wheel", "test_generate_records", "test_carry_method",
-    "test_annotate", "test_memory", "test_contrastive", "test_scaling", "test_noise_scale",
+    "test_annotate", "test_memory", "test_contrastive", "test_scaling",
 )  # fmt: skip
 """Files of most seconds. They come first (pyproject.toml: files in this order), so that no worker begins one when the other
 has nothing left to do."""
