@@ -13,10 +13,11 @@ from input_pipeline.records.writer import build_records
 from input_pipeline.sources.folder import read_pairs
 from tests import tiny_methods
 from tests.records import NoiseItem, RawSet, RawSplit, all_pairs
+from tests.shared_data import standing_joints
 from tests.tiny_run import SIZE, make_run, write_inputs
 from truepose_jax import generate
 from truepose_jax.evaluate.pairing import Folder, pair_folders
-from truepose_jax.inference.canvas import Pose, Source
+from truepose_jax.inference.canvas import Pose, Source, fit_canvas
 from truepose_jax.inference.pipeline import Pipeline
 from truepose_jax.runtime.bundled import SHIPPED
 
@@ -81,6 +82,16 @@ def test_canvases(inputs, run, tmp_path, loaded):
     np.testing.assert_array_equal(picture(made), picture(both))
     before = made.stat().st_mtime_ns
     assert generate.main(command) == 0 and made.stat().st_mtime_ns == before
+
+
+def test_pictures_come_in_the_order_of_the_poses(pipe):
+    photo, poses = np.zeros((40, 30, 3), np.uint8), [Pose(standing_joints(40, 30) + (i, 0, 0)) for i in range(3)]
+    source = Source(photo, poses[0].joints)
+    canvas = fit_canvas([source], poses, pipe.run)
+    for tile, pose in zip(canvas.wanted, poses, strict=True):
+        alone = fit_canvas([source], [pose], pipe.run)
+        np.testing.assert_array_equal(canvas.skeleton(tile), alone.skeleton(alone.wanted[0]))
+    assert np.any(canvas.skeleton(canvas.wanted[0]) != canvas.skeleton(canvas.wanted[1]))
 
 
 def bad_requests():

@@ -376,6 +376,10 @@ def test_a_full_disk_is_one_line(tmp_path, monkeypatch, caplog):
         exec(compile("async def fails(): raise ValueError(__file__)", place, "exec"), {"__file__": place}, made)
         asyncio.run(nobody_waits(made["fails"]()))
         gc.collect()
+    loop = asyncio.new_event_loop()
+    loop.create_future().set_exception(ValueError("as tensorstore's, from no line of Python"))
+    gc.collect()
+    loop.close()
     assert [str(record.exc_info[1]) for record in caplog.records] == ["ours.py"]
 
 

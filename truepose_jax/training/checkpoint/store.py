@@ -107,12 +107,12 @@ def _explained(what: str, advice: str) -> Iterator[None]:
 
 
 def _without_pages(record: logging.LogRecord) -> bool:
-    """A filter that drops the tracebacks that orbax logs, and asyncio's of the tasks that it abandons (one an array where a disk
-    is full): each of them comes as a CheckpointError too, in one line."""
+    """A filter that drops the tracebacks that orbax logs, and asyncio's of the tasks and futures that it abandons (one an array
+    where a disk is full): each of them comes as a CheckpointError too, in one line."""
     if not record.exc_info:
         return True
-    frames = traceback.walk_tb(record.exc_info[2])
-    return not any("orbax" in file for file in (record.pathname, *(frame.f_code.co_filename for frame, _ in frames)))
+    files = [frame.f_code.co_filename for frame, _ in traceback.walk_tb(record.exc_info[2])]
+    return bool(files) and not any("orbax" in file for file in (record.pathname, *files))  # tensorstore's have no frame
 
 
 def _collect_abandoned_reads() -> None:
