@@ -293,7 +293,7 @@ def full_disk(bench: Bench) -> list[dict]:
 
     place = bench.workdir("small_disk")
     place.mkdir()
-    inside = f"mount -t tmpfs -o size=6m none {place} && exec {sys.executable} {__file__} --inside={place}"
+    inside = f"mount -t tmpfs -o size=8m none {place} && exec {sys.executable} {__file__} --inside={place}"
     done = subprocess.run(
         ["unshare", "--user", "--map-root-user", "--mount", "sh", "-c", inside], capture_output=True, text=True
     )
@@ -305,7 +305,7 @@ def full_disk(bench: Bench) -> list[dict]:
     reference = [r["loss"] for r in metrics(bench.straight())]
     good = good and result["losses"] == reference[: len(result["losses"])]
     lost = result["newest"] - result["resumed"]
-    fault, said = "disk full (6 MB tmpfs) during a save", result["said"]
+    fault, said = "disk full (8 MB tmpfs) during a save", result["said"]
     return [*rows, row(fault, good, said, lost=lost, newest=result["newest"])]
 
 

@@ -47,6 +47,7 @@ from truepose_jax.training.checkpoint import (
     data_digest,
     lock_workdir,
     parameter_table,
+    without_closed_loops,
     write_metadata,
 )
 from truepose_jax.training.flops import mfu_per_image_rate
@@ -86,7 +87,7 @@ def train(
     if budget is not None and (kept := kept_steps(workdir)):
         config = dataclasses.replace(config, total_steps=kept)
     stoppable = Preemption(safe_to_exit=lambda: True)
-    with stoppable as preemption, lock_workdir(workdir):
+    with stoppable as preemption, lock_workdir(workdir), without_closed_loops():
         distributed.same_folder(pathlib.Path(workdir))
         config = resolve_init_from(config)
         distributed.on_primary(lambda: check_same_config(workdir, config))

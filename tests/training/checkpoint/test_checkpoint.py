@@ -19,7 +19,7 @@ import pytest
 from jax.sharding import SingleDeviceSharding
 
 from tests.process import environment, of_code
-from truepose_jax.training.checkpoint import CheckpointError, Checkpoints, DamagedStep, store
+from truepose_jax.training.checkpoint import CheckpointError, Checkpoints, DamagedStep, store, without_closed_loops
 
 # A restore that failed in one test abandons coroutines, which are collected in another.
 pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
@@ -353,6 +353,15 @@ def test_a_save_that_fails_in_the_background_is_told_when_asked(tmp_path):
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert not saver.is_committed(2)
+
+
+def test_threads_that_find_the_loop_closed_are_silent(monkeypatch):
+    heard = []
+    monkeypatch.setattr(sys, "unraisablehook", lambda unraisable: heard.append(str(unraisable.exc_value)))
+    with without_closed_loops():
+        for text in ("Event loop is closed", "another"):
+            sys.unraisablehook(types.SimpleNamespace(exc_value=RuntimeError(text)))
+    assert heard == ["another"]
 
 
 def test_a_full_disk_is_one_line(tmp_path, monkeypatch, caplog):

@@ -12,7 +12,7 @@ scratch because its checkpoint could not be read.
 from truepose_jax.training.checkpoint.errors import CheckpointError, DamagedStep
 from truepose_jax.training.checkpoint.preemption import STOPPED, Preemption
 from truepose_jax.training.checkpoint.provenance import as_metadata, check_same_contents, data_digest
-from truepose_jax.training.checkpoint.store import Checkpoints
+from truepose_jax.training.checkpoint.store import Checkpoints, without_closed_loops
 from truepose_jax.training.checkpoint.workdir import (
     check_place,
     check_same_config,
